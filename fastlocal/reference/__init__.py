@@ -1,0 +1,1 @@
+"""The arithmetic in plain PyTorch: what "correct" means. Readable, never optimised; papers are cited."""
