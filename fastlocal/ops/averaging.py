@@ -1,0 +1,209 @@
+"""Averaging workers' rows and stepping from the anchor: checks, then one implementation.
+
+Implementations:
+    "triton": the fused kernels, on CUDA tensors (or on CPU tensors in Triton's interpreter).
+    "blocked": the reference, run on blocks of columns that stay in a CPU's cache.
+    "reference": the readable definition.
+    "auto": "triton" on CUDA for the dtypes it has, "blocked" elsewhere.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastlocal.reference import averaging as reference
+
+Implementation = Literal["auto", "triton", "blocked", "reference"]
+"""How an operation is carried out; every one but "auto" runs as asked or raises."""
+
+PART = 1024
+"""Columns behind one column of `drift_parts`: the block of the kernels, checked against theirs in a test."""
+
+_CACHED_COLUMNS = 32 * PART
+"""A block of "blocked": 128 KiB a float32 row, so that a few rows, anchor and slow momentum stay in L2."""
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_implementation(impl: str) -> None:
+    """Raise ValueError unless `impl` is the name of an implementation."""
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Implementation))}, got {impl!r}")
+
+
+def num_drift_parts(columns: int) -> int:
+    """How many columns `drift_parts` needs for rows of `columns` columns."""
+    return max(1, -(-columns // PART))
+
+
+def finite_rows(rows: Tensor, *, impl: Implementation = "auto") -> Tensor:
+    """Bool, shape (k,): whether every value of the row is finite.
+
+    Args:
+        rows: shape (k, n), one row a worker; the columns of a row lie side by side.
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: rows has another shape or layout.
+        RuntimeError: the implementation asked for cannot run here.
+    """
+    _check_rows(rows)
+    if rows.numel() == 0:
+        return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    if _choose(impl, rows) == "triton":
+        from fastlocal.kernels.average import finite_rows as kernel
+
+        return kernel(rows)
+    return reference.finite_rows(rows)
+
+
+def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implementation = "auto") -> None:
+    """Overwrite every row with x̄ = Σ w_k x_k / Σ w_k; 8K bytes a parameter for K float32 rows.
+
+    Args:
+        rows: shape (k, n), one row a worker; the columns of a row lie side by side.
+        weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
+            with nothing but zeros, nothing is written.
+        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or layout.
+        RuntimeError: the implementation asked for cannot run here.
+    """
+    _check_rows(rows)
+    _check_companions(rows, weights, drift_parts)
+    if rows.shape[1] == 0:
+        drift_parts.zero_()
+        return
+    match _choose(impl, rows):
+        case "triton":
+            from fastlocal.kernels.average import average_ as kernel
+
+            kernel(rows, weights, drift_parts)
+        case "blocked":
+            for columns, parts in _blocks(rows.shape[1]):
+                reference.average_(rows[:, columns], weights, drift_parts[:, parts])
+        case _:
+            reference.average_(rows, weights, drift_parts)
+
+
+def outer_step_(
+    rows: Tensor,
+    anchor: Tensor,
+    slow_momentum: Tensor,
+    weights: Tensor,
+    drift_parts: Tensor,
+    *,
+    direct: float,
+    momentum: float,
+    decay: float,
+    gain: float,
+    impl: Implementation = "auto",
+) -> None:
+    """Δ = anchor − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows and anchor become x.
+
+    One launch, 8K + 16 bytes a parameter for K float32 rows.
+
+    Args:
+        rows: shape (k, n), one row a worker; the columns of a row lie side by side.
+        anchor: shape (n,), float32 (float64 for float64 rows): the parameters after the last sync.
+        slow_momentum: shape (n,), like anchor: v.
+        weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
+            with nothing but zeros, nothing is written.
+        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        direct: weight of Δ in the step.
+        momentum: weight of the new v in the step.
+        decay: what is kept of the old v.
+        gain: weight of Δ in the new v.
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or layout.
+        RuntimeError: the implementation asked for cannot run here.
+
+    References:
+        Wang et al., `SlowMo <https://arxiv.org/abs/1910.00643>`_, algorithm 1;
+        Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, algorithm 1.
+    """
+    _check_rows(rows)
+    _check_companions(rows, weights, drift_parts)
+    for name, tensor in (("anchor", anchor), ("slow_momentum", slow_momentum)):
+        _check(name, tensor, rows, (rows.shape[1],), reference.accumulate_dtype(rows.dtype))
+    coefficients = {"direct": direct, "momentum": momentum, "decay": decay, "gain": gain}
+    if rows.shape[1] == 0:
+        drift_parts.zero_()
+        return
+    match _choose(impl, rows):
+        case "triton":
+            from fastlocal.kernels.slowmo import outer_step_ as kernel
+
+            kernel(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+        case "blocked":
+            for columns, parts in _blocks(rows.shape[1]):
+                reference.outer_step_(
+                    rows[:, columns],
+                    anchor[columns],
+                    slow_momentum[columns],
+                    weights,
+                    drift_parts[:, parts],
+                    **coefficients,
+                )
+        case _:
+            reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+
+
+def _blocks(columns: int):
+    """Slices of the columns that fit a CPU's cache, each with its slice of drift_parts."""
+    for start in range(0, columns, _CACHED_COLUMNS):
+        stop = min(start + _CACHED_COLUMNS, columns)
+        yield slice(start, stop), slice(start // PART, num_drift_parts(stop))
+
+
+def _choose(impl: Implementation, rows: Tensor) -> Implementation:
+    check_implementation(impl)
+    if impl == "auto":
+        return "triton" if rows.is_cuda and rows.dtype in _TRITON_DTYPES else "blocked"
+    if impl == "triton":
+        if rows.dtype not in _TRITON_DTYPES:
+            raise RuntimeError(f"impl='triton' has no kernel for {rows.dtype} rows: use impl='reference'")
+        if not rows.is_cuda and not _interpreting():
+            raise RuntimeError(
+                f"impl='triton' needs rows on a CUDA device, they are on {rows.device}: use impl='auto', or set "
+                "TRITON_INTERPRET=1 before Python starts to interpret the kernels on a CPU"
+            )
+    return impl
+
+
+def _interpreting() -> bool:
+    try:
+        import triton
+    except ModuleNotFoundError:  # Triton is a dependency on Linux alone
+        return False
+    return triton.knobs.runtime.interpret
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dim() != 2 or rows.shape[0] == 0:
+        raise ValueError(f"rows must have the shape (workers, parameters), got {tuple(rows.shape)}")
+    if not rows.is_floating_point():
+        raise ValueError(f"rows must be floating-point, got {rows.dtype}")
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"the columns of rows must lie side by side (stride 1), got stride {rows.stride(1)}")
+
+
+def _check_companions(rows: Tensor, weights: Tensor, drift_parts: Tensor) -> None:
+    _check("weights", weights, rows, (rows.shape[0],), torch.float32)
+    _check("drift_parts", drift_parts, rows, (rows.shape[0], num_drift_parts(rows.shape[1])), torch.float32)
+
+
+def _check(name: str, tensor: Tensor, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} must be on the device of rows, {rows.device}, got {tensor.device}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

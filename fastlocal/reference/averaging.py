@@ -1,0 +1,95 @@
+"""Averaging workers and the outer step, in plain PyTorch.
+
+`rows` is always (k, n): one row a worker, one column a parameter. Sums run over the workers in order
+and in float32 (float64 for float64 rows), whatever the dtype of the rows.
+
+References:
+    LocalSGD: Stich, "Local SGD Converges Fast and Communicates Little", 2019, https://arxiv.org/abs/1805.09767
+    SlowMo: Wang et al., algorithm 1, 2020, https://arxiv.org/abs/1910.00643
+    DiLoCo: Douillard et al., algorithm 1, 2023, https://arxiv.org/abs/2311.08105
+"""
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of `dtype` are summed, and in which their anchor is kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Bool, shape (k,): whether every value of the row is finite."""
+    return rows.isfinite().all(dim=1)
+
+
+def weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
+    """x̄ = Σ w_k x_k / Σ w_k, shape (n,). A row of weight 0 is not looked at, so it may hold NaN."""
+    dtype = accumulate_dtype(rows.dtype)
+    total = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
+    for row, weight in zip(rows, weights.to(dtype), strict=True):
+        total += torch.where(weight > 0, weight * row.to(dtype), 0.0)
+    return total / weights.to(dtype).sum()
+
+
+def squared_drift(rows: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+    """‖x_k − x̄‖², shape (k,); 0 for a row of weight 0."""
+    squares = (rows.to(mean.dtype) - mean).square().sum(dim=1)
+    return torch.where(weights > 0, squares, 0.0)
+
+
+def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor) -> None:
+    """Overwrite every row with the weighted mean of all.
+
+    Args:
+        rows: shape (k, n), one row a worker.
+        weights: shape (k,), not negative. With nothing but zeros, nothing is written.
+        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖².
+    """
+    drift_parts.zero_()
+    if not weights.any():
+        return
+    mean = weighted_mean(rows, weights)
+    drift_parts[:, 0] = squared_drift(rows, mean, weights)
+    rows.copy_(mean.expand_as(rows))
+
+
+def outer_step_(
+    rows: Tensor,
+    anchor: Tensor,
+    slow_momentum: Tensor,
+    weights: Tensor,
+    drift_parts: Tensor,
+    *,
+    direct: float,
+    momentum: float,
+    decay: float,
+    gain: float,
+) -> None:
+    """Step from the anchor towards the mean with slow momentum; every row and the anchor end there.
+
+    Δ = anchor − x̄;  v ← decay·v + gain·Δ;  x ← anchor − (direct·Δ + momentum·v)
+
+    The four coefficients cover SlowMo (0, α, β·γ_t/γ_{t−1}, 1), Nesterov as DiLoCo uses it
+    (α, α·β, β, 1), and a pause in which the slow momentum is neither applied nor lost (α, 0, 1, 0).
+
+    Args:
+        rows: shape (k, n), one row a worker.
+        anchor: shape (n,), float32 (float64 for float64 rows): the parameters after the last sync.
+        slow_momentum: shape (n,), like anchor: v.
+        weights: shape (k,), not negative. With nothing but zeros, nothing is written.
+        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖².
+        direct: weight of Δ in the step.
+        momentum: weight of the new v in the step.
+        decay: what is kept of the old v.
+        gain: weight of Δ in the new v.
+    """
+    drift_parts.zero_()
+    if not weights.any():
+        return
+    mean = weighted_mean(rows, weights)
+    drift_parts[:, 0] = squared_drift(rows, mean, weights)
+    delta = anchor - mean
+    slow_momentum.mul_(decay).add_(gain * delta)
+    anchor.sub_(direct * delta + momentum * slow_momentum)
+    rows.copy_(anchor.expand_as(rows))

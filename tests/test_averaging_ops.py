@@ -1,0 +1,216 @@
+"""Averaging and the outer step: the reference against float64 formulas, each implementation against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastlocal.ops import averaging as ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The sums run in float32 in the same order; what may differ is fused multiply-add and the last rounding.
+TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (8e-3, 8e-3), torch.float16: (1e-3, 1e-3)}
+COEFFICIENTS = {
+    "slowmo": {"direct": 0.0, "momentum": 0.9, "decay": 0.35, "gain": 1.0},
+    "nesterov": {"direct": 0.7, "momentum": 0.63, "decay": 0.9, "gain": 1.0},
+    "paused": {"direct": 0.8, "momentum": 0.0, "decay": 1.0, "gain": 0.0},
+}
+SIZES = [(1, 1), (1, 5000), (2, 1024), (3, 1023), (4, 40_000), (5, 16), (8, 2050)]
+
+
+def make(k, n, dtype, seed=0, device=DEVICE):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(k, n, generator=generator).to(device, dtype)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    anchor = torch.randn(n, generator=generator).to(device, state)
+    slow = torch.randn(n, generator=generator).to(device, state)
+    weights = torch.rand(k, generator=generator).add(0.5).to(device)
+    parts = torch.full((k, ops.num_drift_parts(n)), torch.nan, device=device)
+    return rows, anchor, slow, weights, parts
+
+
+def expected_step(rows, anchor, slow, weights, *, direct, momentum, decay, gain):
+    """The formula by NumPy-like float64 expressions that share nothing with the reference."""
+    x, w = rows.double(), weights.double()
+    mean = torch.einsum("k,kn->n", w, x) / w.sum()
+    delta = anchor.double() - mean
+    v = decay * slow.double() + gain * delta
+    return anchor.double() - direct * delta - momentum * v, v, (x - mean).pow(2).sum(1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("form", COEFFICIENTS)
+def test_outer_step_equals_the_formula_in_float64(form, impl):
+    rows, anchor, slow, weights, parts = make(3, 70_000, torch.float64, device="cpu")
+    new, v, drift = expected_step(rows, anchor, slow, weights, **COEFFICIENTS[form])
+    ops.outer_step_(rows, anchor, slow, weights, parts, impl=impl, **COEFFICIENTS[form])
+    torch.testing.assert_close(anchor, new, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slow, v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows, new.expand(3, -1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_mean_of_two_rows_is_the_hand_computed_one(impl):
+    rows = torch.tensor([[1.0, 2.0, 3.0], [5.0, 2.0, -3.0]], device=DEVICE)
+    weights = torch.tensor([3.0, 1.0], device=DEVICE)
+    parts = torch.empty(2, 1, device=DEVICE)
+    ops.average_(rows, weights, parts, impl=impl)
+    assert rows.tolist() == [[2.0, 2.0, 1.5], [2.0, 2.0, 1.5]]
+    assert parts.tolist() == [[1.0 + 2.25], [9.0 + 20.25]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("k", "n"), SIZES)
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_average_agrees_with_float64(impl, k, n, dtype):
+    rows, _, _, weights, parts = make(k, n, dtype)
+    mean = torch.einsum("k,kn->n", weights.double(), rows.double()) / weights.double().sum()
+    drift = (rows.double() - mean).pow(2).sum(1)
+    ops.average_(rows, weights, parts, impl=impl)
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(rows.double(), mean.expand(k, -1), rtol=rtol, atol=atol)
+    torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("k", "n"), SIZES)
+@pytest.mark.parametrize("form", COEFFICIENTS)
+def test_outer_step_kernel_agrees_with_the_reference(form, k, n, dtype):
+    rows, anchor, slow, weights, parts = make(k, n, dtype)
+    expected = [tensor.clone() for tensor in (rows, anchor, slow, parts)]
+    ops.outer_step_(rows, anchor, slow, weights, parts, impl="triton", **COEFFICIENTS[form])
+    ops.outer_step_(*expected[:3], weights, expected[3], impl="reference", **COEFFICIENTS[form])
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(rows, expected[0], rtol=rtol, atol=atol)
+    torch.testing.assert_close(anchor, expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slow, expected[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts.sum(1), expected[3].sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_two_runs_give_the_same_bits(impl, dtype):
+    results = []
+    for _ in range(2):
+        rows, anchor, slow, weights, parts = make(4, 5000, dtype)
+        ops.outer_step_(rows, anchor, slow, weights, parts, impl=impl, **COEFFICIENTS["slowmo"])
+        results.append((rows, anchor, slow, parts))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_bfloat16_rows_are_rounded_to_nearest_even(impl):
+    # 1 + 2^-8 lies halfway between two bfloat16 numbers, 1 and 1 + 2^-7: even is 1. A little more goes up.
+    rows = torch.zeros(1, 3, dtype=torch.bfloat16, device=DEVICE)
+    anchor = torch.tensor([1 + 2**-8, 1 + 2**-8 + 2**-12, -(1 + 3 * 2**-8)], device=DEVICE)
+    slow, weights, parts = torch.zeros_like(anchor), torch.ones(1, device=DEVICE), torch.empty(1, 1, device=DEVICE)
+    ops.outer_step_(
+        rows, anchor, slow, weights, parts, direct=0.0, momentum=0.0, decay=1.0, gain=0.0, impl=impl
+    )
+    assert rows.tolist() == [[1.0, 1 + 2**-7, -(1 + 2 * 2**-7)]]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [0, 1024, 39_999])
+def test_finite_rows_finds_one_bad_value(impl, bad, column):
+    rows = torch.zeros(4, 40_000, device=DEVICE)
+    rows[2, column] = bad
+    assert ops.finite_rows(rows, impl=impl).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_a_row_of_weight_zero_is_left_out_even_if_it_is_nan(impl):
+    rows, anchor, slow, _, parts = make(3, 3000, torch.float32)
+    good = rows[[0, 2]].double().mean(0)
+    rows[1] = torch.nan
+    weights = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    ops.outer_step_(
+        rows, anchor, slow, weights, parts, direct=1.0, momentum=0.0, decay=0.0, gain=1.0, impl=impl
+    )
+    torch.testing.assert_close(rows.double(), good.expand(3, -1), rtol=1e-5, atol=1e-6)
+    assert parts.sum(1)[1] == 0
+    assert parts.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_nothing_is_written_when_no_row_has_weight(impl):
+    rows, anchor, slow, weights, parts = make(2, 3000, torch.float32)
+    before = [tensor.clone() for tensor in (rows, anchor, slow)]
+    ops.outer_step_(rows, anchor, slow, weights * 0, parts, impl=impl, **COEFFICIENTS["slowmo"])
+    ops.average_(rows, weights * 0, parts, impl=impl)
+    for tensor, old in zip((rows, anchor, slow), before, strict=True):
+        assert torch.equal(tensor, old)
+    assert not parts.any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_columns_outside_a_slice_are_not_touched(impl):
+    rows, _, _, weights, _ = make(3, 4096, torch.float32)
+    before = rows.clone()
+    ops.average_(rows[:, 1024:2000], weights, torch.empty(3, 1, device=DEVICE), impl=impl)
+    assert torch.equal(rows[:, :1024], before[:, :1024])
+    assert torch.equal(rows[:, 2000:], before[:, 2000:])
+    assert not torch.equal(rows[:, 1024:2000], before[:, 1024:2000])
+
+
+def test_difference_first_keeps_the_digits_that_dividing_first_loses():
+    # x near 1, Δ near 1e-4, γ = 1e-3: u = x0/γ − x/γ cancels; Δ = x0 − x, then scaled, does not.
+    generator = torch.Generator().manual_seed(0)
+    anchor = torch.randn(1, 100_000, generator=generator)
+    rows = anchor + 1e-4 * torch.randn(anchor.shape, generator=generator)
+    lr = 1e-3
+    exact = (anchor.double() - rows.double()) / lr
+    divided_first = anchor / lr - rows / lr
+    slow, weights = torch.zeros(anchor.shape[1]), torch.ones(1)
+    parts = torch.empty(1, ops.num_drift_parts(anchor.shape[1]))
+    ops.outer_step_(
+        rows, anchor[0].clone(), slow, weights, parts, direct=0.0, momentum=1.0, decay=0.5, gain=1.0
+    )
+    ours = slow.double() / lr
+
+    def error(u):
+        return ((u.double() - exact).norm() / exact.norm()).item()
+
+    assert error(divided_first) > 1e-4
+    assert error(ours) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_rows_without_columns_are_accepted(impl):
+    rows, parts = torch.empty(2, 0, device=DEVICE), torch.ones(2, 1, device=DEVICE)
+    ops.average_(rows, torch.ones(2, device=DEVICE), parts, impl=impl)
+    assert not parts.any()
+    assert ops.finite_rows(rows, impl=impl).tolist() == [True, True]
+
+
+def test_wrong_arguments_are_named_with_value_and_rule():
+    rows, anchor, slow, weights, parts = make(2, 2000, torch.float32)
+    with pytest.raises(ValueError, match=r"weights must have the shape \(2,\), got \(3,\)"):
+        ops.average_(rows, torch.ones(3, device=DEVICE), parts)
+    with pytest.raises(ValueError, match=r"drift_parts must have the shape \(2, 2\), got \(2, 1\)"):
+        ops.average_(rows, weights, parts[:, :1])
+    with pytest.raises(ValueError, match=r"rows must have the shape .* got \(2000,\)"):
+        ops.average_(rows[0], weights, parts)
+    with pytest.raises(ValueError, match=r"stride 1\), got stride 2"):
+        ops.average_(rows.t().contiguous().t(), weights, parts)
+    with pytest.raises(ValueError, match="anchor must be torch.float32, got torch.float64"):
+        ops.outer_step_(rows, anchor.double(), slow, weights, parts, direct=0, momentum=1, decay=1, gain=1)
+    with pytest.raises(ValueError, match="rows must be floating-point, got torch.int64"):
+        ops.finite_rows(rows.long())
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, blocked, reference, got 'cuda'"):
+        ops.finite_rows(rows, impl="cuda")  # pyright: ignore[reportArgumentType]
+
+
+def test_asking_for_a_kernel_that_cannot_run_is_an_error():
+    with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
+        ops.finite_rows(torch.zeros(1, 4, dtype=torch.float64), impl="triton")
+    code = "import torch; from fastlocal.ops.averaging import *; finite_rows(torch.zeros(1, 4), impl='triton')"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "needs rows on a CUDA device" in done.stderr
