@@ -93,9 +93,7 @@ def finite_rows(rows: torch.Tensor) -> torch.Tensor:
     """Bool, shape (k,): whether every value of the row is finite. rows: shape (k, n)."""
     k, n = rows.shape
     finite = torch.ones(k, dtype=torch.int8, device=rows.device)
-    _finite_rows_kernel[(triton.cdiv(n, BLOCK), k)](
-        rows, rows.stride(0), finite, n, BLOCK=BLOCK, num_warps=NUM_WARPS
-    )
+    _finite_rows_kernel[(triton.cdiv(n, BLOCK), k)](rows, rows.stride(0), finite, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return finite.to(torch.bool)
 
 

@@ -80,9 +80,11 @@ def test_average_agrees_with_float64(impl, k, n, dtype):
 @pytest.mark.parametrize("form", COEFFICIENTS)
 def test_outer_step_kernel_agrees_with_the_reference(form, k, n, dtype):
     rows, anchor, slow, weights, parts = make(k, n, dtype)
-    expected = [tensor.clone() for tensor in (rows, anchor, slow, parts)]
+    expected = rows.clone(), anchor.clone(), slow.clone(), parts.clone()
     ops.outer_step_(rows, anchor, slow, weights, parts, impl="triton", **COEFFICIENTS[form])
-    ops.outer_step_(*expected[:3], weights, expected[3], impl="reference", **COEFFICIENTS[form])
+    ops.outer_step_(
+        expected[0], expected[1], expected[2], weights, expected[3], impl="reference", **COEFFICIENTS[form]
+    )
     rtol, atol = TOLERANCES[dtype]
     torch.testing.assert_close(rows, expected[0], rtol=rtol, atol=atol)
     torch.testing.assert_close(anchor, expected[1], rtol=1e-6, atol=1e-6)
@@ -107,10 +109,12 @@ def test_bfloat16_rows_are_rounded_to_nearest_even(impl):
     # 1 + 2^-8 lies halfway between two bfloat16 numbers, 1 and 1 + 2^-7: even is 1. A little more goes up.
     rows = torch.zeros(1, 3, dtype=torch.bfloat16, device=DEVICE)
     anchor = torch.tensor([1 + 2**-8, 1 + 2**-8 + 2**-12, -(1 + 3 * 2**-8)], device=DEVICE)
-    slow, weights, parts = torch.zeros_like(anchor), torch.ones(1, device=DEVICE), torch.empty(1, 1, device=DEVICE)
-    ops.outer_step_(
-        rows, anchor, slow, weights, parts, direct=0.0, momentum=0.0, decay=1.0, gain=0.0, impl=impl
+    slow, weights, parts = (
+        torch.zeros_like(anchor),
+        torch.ones(1, device=DEVICE),
+        torch.empty(1, 1, device=DEVICE),
     )
+    ops.outer_step_(rows, anchor, slow, weights, parts, direct=0.0, momentum=0.0, decay=1.0, gain=0.0, impl=impl)
     assert rows.tolist() == [[1.0, 1 + 2**-7, -(1 + 2 * 2**-7)]]
 
 
@@ -129,9 +133,7 @@ def test_a_row_of_weight_zero_is_left_out_even_if_it_is_nan(impl):
     good = rows[[0, 2]].double().mean(0)
     rows[1] = torch.nan
     weights = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
-    ops.outer_step_(
-        rows, anchor, slow, weights, parts, direct=1.0, momentum=0.0, decay=0.0, gain=1.0, impl=impl
-    )
+    ops.outer_step_(rows, anchor, slow, weights, parts, direct=1.0, momentum=0.0, decay=0.0, gain=1.0, impl=impl)
     torch.testing.assert_close(rows.double(), good.expand(3, -1), rtol=1e-5, atol=1e-6)
     assert parts.sum(1)[1] == 0
     assert parts.isfinite().all()
@@ -168,9 +170,7 @@ def test_difference_first_keeps_the_digits_that_dividing_first_loses():
     divided_first = anchor / lr - rows / lr
     slow, weights = torch.zeros(anchor.shape[1]), torch.ones(1)
     parts = torch.empty(1, ops.num_drift_parts(anchor.shape[1]))
-    ops.outer_step_(
-        rows, anchor[0].clone(), slow, weights, parts, direct=0.0, momentum=1.0, decay=0.5, gain=1.0
-    )
+    ops.outer_step_(rows, anchor[0].clone(), slow, weights, parts, direct=0.0, momentum=1.0, decay=0.5, gain=1.0)
     ours = slow.double() / lr
 
     def error(u):

@@ -178,10 +178,10 @@ def _choose(impl: Implementation, rows: Tensor) -> Implementation:
 
 def _interpreting() -> bool:
     try:
-        import triton
+        from triton import knobs
     except ModuleNotFoundError:  # Triton is a dependency on Linux alone
         return False
-    return triton.knobs.runtime.interpret
+    return knobs.runtime.interpret
 
 
 def _check_rows(rows: Tensor) -> None:

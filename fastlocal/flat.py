@@ -1,0 +1,242 @@
+"""Workers' parameters as rows of one flat buffer per device and dtype.
+
+A parameter becomes a view of its worker's row and stays one: an optimizer, an autograd graph or a CUDA graph
+that holds it sees every sync, and averaging K workers is one operation on a (K, n) tensor without packing.
+This module moves no bytes between processes and does no arithmetic on parameters.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 16
+"""Elements: every parameter starts at a multiple of it, so that kernels and libraries load 16 bytes at a time."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in every row of a block."""
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]  # dense, in the parameter's own memory format
+    start: int  # column of the first element, a multiple of ALIGNMENT
+    stop: int  # column after the last one and its padding
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters of one device and dtype: `rows` has the shape (k, n), one row a worker."""
+
+    rows: Tensor
+    slots: list[Slot] = field(default_factory=list)
+
+    def view(self, worker: int, slot: Slot) -> Tensor:
+        """One worker's parameter, as a view of its row."""
+        offset = self.rows.storage_offset() + worker * self.rows.stride(0) + slot.start
+        return self.rows.as_strided(slot.shape, slot.stride, offset)
+
+
+class Rows:
+    """The trainable parameters of k equal modules, moved into flat buffers, one row a module.
+
+    The set of tensors is fixed here: those that require a gradient now. Their values and memory formats stay.
+
+    Args:
+        modules: the workers; their parameters have the same names, shapes, dtypes and devices.
+
+    Raises:
+        ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
+        self.parameters = [_trainable(module) for module in self.modules]
+        if not self.parameters[0]:
+            raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
+        for worker, parameters in enumerate(self.parameters[1:], start=1):
+            _require_equal(self.parameters[0], parameters, worker)
+        self.blocks = _allocate(self.parameters[0], len(self.modules))
+        with torch.no_grad():
+            for block in self.blocks:
+                for slot in block.slots:
+                    for worker, parameters in enumerate(self.parameters):
+                        view = block.view(worker, slot)
+                        view.copy_(parameters[slot.name])
+                        parameters[slot.name].data = view
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one worker's trainable parameters, padding not counted."""
+        return sum(parameter.nbytes for parameter in self.parameters[0].values())
+
+    @property
+    def layout(self) -> list[tuple[str, str, list[tuple[str, list[int]]]]]:
+        """Per block the device type, the dtype and each parameter's name and shape: what a checkpoint must match."""
+        return [
+            (
+                block.rows.device.type,
+                str(block.rows.dtype),
+                [(slot.name, list(slot.shape)) for slot in block.slots],
+            )
+            for block in self.blocks
+        ]
+
+    def require_layout(self, saved: list[tuple[str, str, list[tuple[str, list[int]]]]]) -> None:
+        """Raise ValueError unless a saved layout has the same parameters in the same order, on whatever device."""
+        then = [(name, dtype, list(shape)) for _, dtype, slots in saved for name, shape in slots]
+        now = [(name, dtype, list(shape)) for _, dtype, slots in self.layout for name, shape in slots]
+        for old, new in itertools.zip_longest(then, now):
+            if old != new:
+                raise ValueError(f"the state is of another model: it has the parameter {old}, here it is {new}")
+
+    def check(self) -> None:
+        """Raise RuntimeError if a parameter has left its row, or a new one has become trainable."""
+        for worker, (module, known) in enumerate(zip(self.modules, self.parameters, strict=True)):
+            new = [name for name in _trainable(module) if name not in known]
+            if new:
+                raise RuntimeError(
+                    f"parameter {new[0]!r} of worker {worker} became trainable after its optimizer was built and "
+                    "would not be averaged: unfreeze it first, then build the optimizer"
+                )
+        for block in self.blocks:
+            for slot in block.slots:
+                for worker, parameters in enumerate(self.parameters):
+                    view, parameter = block.view(worker, slot), parameters[slot.name]
+                    if parameter.data_ptr() != view.data_ptr() or parameter.stride() != slot.stride:
+                        raise RuntimeError(
+                            f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was "
+                            "moved, cast or re-assigned): do that before it is handed to fastlocal"
+                        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"modules": self.modules}  # copies of views are no views: __setstate__ lays the rows out again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Rows.__init__(self, state["modules"])
+
+
+class Workers:
+    """K copies of a model in one process, their parameters the rows of one flat buffer.
+
+    Worker 0 is `model` itself, so after a sync `model` holds the averaged parameters.
+
+    Args:
+        model: the module to copy, already on its device and in its dtype and memory format.
+        num_workers: K, at least 1.
+
+    Raises:
+        ValueError: num_workers is below 1, or the model has nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, num_workers: int) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+        self.rows = Rows([model, *(copy.deepcopy(model) for _ in range(num_workers - 1))])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.rows.modules)
+
+    def __getitem__(self, worker: int) -> nn.Module:
+        return self.rows.modules[worker]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All workers' parameters, worker by worker, as an optimizer takes them."""
+        for module in self:
+            yield from module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All workers' parameters; the name starts with the worker's number: "0.conv.weight"."""
+        for worker, module in enumerate(self):
+            for name, parameter in module.named_parameters():
+                yield f"{worker}.{name}", parameter
+
+    def train(self, mode: bool = True) -> "Workers":
+        """Put every worker into training mode, as nn.Module.train."""
+        for module in self:
+            module.train(mode)
+        return self
+
+    def eval(self) -> "Workers":
+        """Put every worker into evaluation mode, as nn.Module.eval."""
+        return self.train(False)
+
+    @torch.no_grad()
+    def mean(self) -> nn.Module:
+        """A new model that holds the mean of all workers as they stand now.
+
+        Parameters and floating-point buffers are averaged, integer buffers take the maximum.
+        """
+        model = copy.deepcopy(self[0])
+        averaged = dict(model.named_parameters())
+        for block in self.rows.blocks:
+            means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
+            for slot in block.slots:
+                averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
+        for name, buffer in model.named_buffers():
+            stacked = torch.stack([module.get_buffer(name) for module in self])
+            buffer.copy_(stacked.mean(dim=0) if buffer.is_floating_point() else stacked.amax(dim=0))
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every worker's module state, in order."""
+        return {"workers": [module.state_dict() for module in self]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict() returned, into the same storage.
+
+        Raises:
+            ValueError: it holds another number of workers.
+            RuntimeError: a module's state does not fit, as nn.Module.load_state_dict says.
+        """
+        states = state_dict["workers"]
+        if len(states) != len(self):
+            raise ValueError(f"the state has {len(states)} workers, there are {len(self)}")
+        for module, state in zip(self, states, strict=True):
+            module.load_state_dict(state)
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:
+    if first.keys() != other.keys():
+        name = sorted(first.keys() ^ other.keys())[0]
+        raise ValueError(f"worker {worker} has other trainable parameters than worker 0: {name!r} is in one only")
+    for name, parameter in first.items():
+        twin = other[name]
+        if (parameter.shape, parameter.dtype, parameter.device) != (twin.shape, twin.dtype, twin.device):
+            raise ValueError(
+                f"parameter {name!r} is {tuple(twin.shape)} {twin.dtype} on {twin.device} in worker {worker}, but "
+                f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device} in worker 0"
+            )
+
+
+def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:
+    slots: dict[tuple[torch.device, torch.dtype], list[Slot]] = {}
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is uninitialised: run one forward pass of the lazy module first")
+        if parameter.is_complex():
+            raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are averaged")
+        own = slots.setdefault((parameter.device, parameter.dtype), [])
+        start = own[-1].stop if own else 0
+        stop = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        stride = torch.empty_like(parameter, device="meta").stride()
+        own.append(Slot(name, parameter.shape, stride, start, stop))
+    return [
+        Block(torch.zeros(num_workers, own[-1].stop, dtype=dtype, device=device), own)
+        for (device, dtype), own in slots.items()
+    ]

@@ -1,0 +1,125 @@
+"""Outer steps with slow momentum: SlowMo and DiLoCo."""
+
+import torch
+from torch import nn
+
+from fastlocal.flat import Block, Workers
+from fastlocal.inner import InnerState
+from fastlocal.local.local_sgd import Buffers, LocalSGD
+from fastlocal.ops.averaging import Implementation
+from fastlocal.outer import Average, Form, SlowMomentum
+from fastlocal.policy import Policy
+
+
+class SlowMo(LocalSGD):
+    """LocalSGD with slow momentum: x ← anchor − αv, v ← β(γ_t/γ_{t−1})v + (anchor − x̄).
+
+    γ is the inner learning rate. α = 1 and β = 0 give LocalSGD; one worker and β = 0 give Lookahead.
+
+    Args:
+        inner: the optimizer that takes the local steps, built over the parameters of all workers.
+        model: the workers, or one module.
+        interval: local steps between two syncs, or a policy that chooses them.
+        slow_lr: α, positive.
+        slow_momentum: β, in [0, 1). The more workers, the larger: 0.2 to 0.6 are usual.
+        inner_state: what a sync does to the inner optimizer's state.
+        buffers: what a sync does to module buffers, see LocalSGD.
+        warmup_steps: average gradients instead of parameters for the first so many steps.
+        impl: how the outer step is carried out; "auto" chooses.
+
+    Raises:
+        ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
+        TypeError: an argument is of the wrong kind.
+
+    References:
+        Wang et al., `SlowMo <https://arxiv.org/abs/1910.00643>`_, 2020, algorithm 1
+    """
+
+    _form: Form = "lr-scaled"
+    _own_attributes = (*LocalSGD._own_attributes, "slow_lr", "slow_momentum")
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        model: nn.Module | Workers,
+        interval: int | Policy,
+        *,
+        slow_lr: float = 1.0,
+        slow_momentum: float = 0.5,
+        inner_state: InnerState = "keep",
+        buffers: Buffers = "average",
+        warmup_steps: int = 0,
+        impl: Implementation = "auto",
+    ) -> None:
+        self.slow_lr, self.slow_momentum = slow_lr, slow_momentum
+        super().__init__(
+            inner,
+            model,
+            interval,
+            inner_state=inner_state,
+            buffers=buffers,
+            warmup_steps=warmup_steps,
+            impl=impl,
+        )
+
+    def _make_outer(self, block: Block) -> Average | SlowMomentum:
+        return SlowMomentum(
+            block.rows,
+            [(slot.start, slot.stop) for slot in block.slots],
+            slow_lr=self.slow_lr,
+            slow_momentum=self.slow_momentum,
+            form=self._form,
+            impl=self.impl,
+        )
+
+
+class DiLoCo(SlowMo):
+    """LocalSGD with an outer Nesterov step on the pseudo-gradient Δ = anchor − x̄, as DiLoCo takes it.
+
+    v ← βv + Δ; x ← anchor − α(Δ + βv): torch.optim.SGD(lr=α, momentum=β, nesterov=True) on Δ.
+
+    Args:
+        inner: the optimizer that takes the local steps, built over the parameters of all workers.
+        model: the workers, or one module.
+        interval: local steps between two syncs, or a policy that chooses them.
+        slow_lr: α, positive.
+        slow_momentum: β, in [0, 1).
+        inner_state: what a sync does to the inner optimizer's state.
+        buffers: what a sync does to module buffers, see LocalSGD.
+        warmup_steps: average gradients instead of parameters for the first so many steps.
+        impl: how the outer step is carried out; "auto" chooses.
+
+    Raises:
+        ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
+        TypeError: an argument is of the wrong kind.
+
+    References:
+        Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, algorithm 1
+    """
+
+    _form: Form = "nesterov"
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        model: nn.Module | Workers,
+        interval: int | Policy,
+        *,
+        slow_lr: float = 0.7,
+        slow_momentum: float = 0.9,
+        inner_state: InnerState = "keep",
+        buffers: Buffers = "average",
+        warmup_steps: int = 0,
+        impl: Implementation = "auto",
+    ) -> None:
+        super().__init__(
+            inner,
+            model,
+            interval,
+            slow_lr=slow_lr,
+            slow_momentum=slow_momentum,
+            inner_state=inner_state,
+            buffers=buffers,
+            warmup_steps=warmup_steps,
+            impl=impl,
+        )

@@ -1,0 +1,163 @@
+"""What the mean of the workers becomes: the mean itself, or a step with slow momentum.
+
+Each object here owns the state of one block of rows. It sees tensors and rates, not modules or optimizers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlocal.ops import averaging as ops
+from fastlocal.ops.averaging import Implementation
+
+Form = Literal["lr-scaled", "nesterov"]
+"""SlowMo's momentum, scaled by the inner learning rate, or DiLoCo's Nesterov momentum, which is not."""
+
+
+class Average:
+    """Every row becomes the mean: LocalSGD.
+
+    Args:
+        rows: shape (k, n), one row a worker.
+        impl: which implementation averages.
+    """
+
+    def __init__(self, rows: Tensor, *, impl: Implementation) -> None:
+        self.rows = rows
+        self.impl: Implementation = impl
+
+    def begin(self) -> None:
+        """Nothing to remember."""
+
+    def step_(self, weights: Tensor, rates: Sequence[float]) -> Tensor:
+        """Average the rows; returns ‖x_k − x̄‖² for each row, shape (k,), float64."""
+        parts = _new_parts(self.rows)
+        ops.average_(self.rows, weights, parts, impl=self.impl)
+        return parts.sum(dim=1, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is kept between syncs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing was kept."""
+
+
+class Coefficients(NamedTuple):
+    """Of v ← decay·v + gain·Δ and x ← anchor − (direct·Δ + momentum·v)."""
+
+    direct: float
+    momentum: float
+    decay: float
+    gain: float
+
+
+class SlowMomentum:
+    """A step from the anchor along the mean progress, with momentum across rounds.
+
+    lr-scaled: v ← β(γ_t/γ_{t−1})v + Δ; x ← anchor − αv, with γ the inner learning rate of the parameter and
+    γ_{t−1} the last positive one. While γ_t is 0, v is neither applied nor lost.
+    nesterov: v ← βv + Δ; x ← anchor − α(Δ + βv).
+
+    Args:
+        rows: shape (k, n), one row a worker.
+        bounds: first column and column after the last of each parameter; together they cover the rows.
+        slow_lr: α.
+        slow_momentum: β.
+        form: which of the two.
+        impl: which implementation steps.
+
+    References:
+        Wang et al., `SlowMo <https://arxiv.org/abs/1910.00643>`_, algorithm 1, with v = γu;
+        Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, algorithm 1
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        bounds: Sequence[tuple[int, int]],
+        *,
+        slow_lr: float,
+        slow_momentum: float,
+        form: Form,
+        impl: Implementation,
+    ) -> None:
+        if not slow_lr > 0:
+            raise ValueError(f"slow_lr must be positive, got {slow_lr}")
+        if not 0 <= slow_momentum < 1:
+            raise ValueError(f"slow_momentum must be in [0, 1), got {slow_momentum}")
+        self.rows, self.bounds = rows, list(bounds)
+        self.slow_lr, self.slow_momentum, self.form = slow_lr, slow_momentum, form
+        self.impl: Implementation = impl
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.anchor = torch.empty(rows.shape[1], dtype=dtype, device=rows.device)
+        self.momentum_buffer = torch.zeros_like(self.anchor)
+        self.last_rates = [0.0] * len(self.bounds)  # 0: none was positive yet
+
+    def begin(self) -> None:
+        """The rows, equal now, become the anchor."""
+        self.anchor.copy_(self.rows[0])
+
+    def step_(self, weights: Tensor, rates: Sequence[float]) -> Tensor:
+        """Take the outer step; returns ‖x_k − x̄‖² for each row, shape (k,), float64.
+
+        Args:
+            weights: shape (k,), float32; 0 leaves a row out.
+            rates: each parameter's inner learning rate in the round that ends.
+        """
+        drift = torch.zeros(self.rows.shape[0], dtype=torch.float64, device=self.rows.device)
+        for start, stop, coefficients in self._spans(rates):
+            rows = self.rows[:, start:stop]
+            parts = _new_parts(rows)
+            ops.outer_step_(
+                rows,
+                self.anchor[start:stop],
+                self.momentum_buffer[start:stop],
+                weights,
+                parts,
+                impl=self.impl,
+                **coefficients._asdict(),
+            )
+            drift += parts.sum(dim=1, dtype=torch.float64)
+        self.last_rates = [rate or last for rate, last in zip(rates, self.last_rates, strict=True)]
+        return drift
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor, the slow momentum and each parameter's last positive rate."""
+        return {
+            "anchor": self.anchor,
+            "momentum_buffer": self.momentum_buffer,
+            "last_rates": list(self.last_rates),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned, into the same storage."""
+        self.anchor.copy_(state_dict["anchor"])
+        self.momentum_buffer.copy_(state_dict["momentum_buffer"])
+        self.last_rates = list(state_dict["last_rates"])
+
+    def _spans(self, rates: Sequence[float]) -> list[tuple[int, int, Coefficients]]:
+        """Neighbouring parameters with equal coefficients, joined: usually one span, so one launch."""
+        spans: list[tuple[int, int, Coefficients]] = []
+        for (start, stop), rate, last in zip(self.bounds, rates, self.last_rates, strict=True):
+            coefficients = self._coefficients(rate, last)
+            if spans and spans[-1][2] == coefficients:
+                start = spans.pop()[0]
+            spans.append((start, stop, coefficients))
+        return spans
+
+    def _coefficients(self, rate: float, last_rate: float) -> Coefficients:
+        alpha, beta = self.slow_lr, self.slow_momentum
+        if self.form == "nesterov":
+            return Coefficients(direct=alpha, momentum=alpha * beta, decay=beta, gain=1.0)
+        if rate == 0:
+            return Coefficients(direct=alpha, momentum=0.0, decay=1.0, gain=0.0)
+        decay = beta * rate / last_rate if last_rate else 0.0
+        return Coefficients(direct=0.0, momentum=alpha, decay=decay, gain=1.0)
+
+
+def _new_parts(rows: Tensor) -> Tensor:
+    shape = (rows.shape[0], ops.num_drift_parts(rows.shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device=rows.device)
