@@ -16,7 +16,7 @@ class Stats:
     Bytes are those of one worker under a ring all-reduce: 2(W − 1)/W times the payload for W workers.
     """
 
-    rounds: int = 0  # syncs done
+    rounds: int = 0  # syncs done; during warm-up each step is one
     local_steps: int = 0  # optimizer steps completed, of each worker
     bytes_on_wire: int = 0  # sent by one worker
     bytes_synchronous: int = 0  # what averaging the gradients in every step would have sent

@@ -63,6 +63,7 @@ class LocalSGD(Wrapper):
         "impl",
         "stats",
         "steps_in_round",
+        "_anchored",
         "_rates",
     )
 
@@ -95,6 +96,7 @@ class LocalSGD(Wrapper):
         self.impl: Implementation = impl
         self.stats = Stats()
         self.steps_in_round = 0
+        self._anchored = False  # whether the first round has begun
         self._rates: list[Any] = []  # of the last step, one a group
         self._group_of = self._find_groups()
         self._outers = [self._make_outer(block) for block in self.rows.blocks]
@@ -170,9 +172,10 @@ class LocalSGD(Wrapper):
         return loss
 
     def _begin_round(self) -> None:
-        if self.stats.rounds == 0:
+        if not self._anchored:
             for outer in self._outers:
                 outer.begin()
+            self._anchored = True
         self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
         interval = self.policy.next_interval(self.stats)
         self.stats.interval = require_interval(f"the interval from {type(self.policy).__name__}", interval)
@@ -187,6 +190,7 @@ class LocalSGD(Wrapper):
         average_gradients_(tuple(parameters[name] for parameters in self.rows.parameters) for name in names)
         self.inner.step()
         self.stats.bytes_on_wire += self._ring(self.rows.num_bytes)
+        self.stats.rounds += 1
         return loss
 
     @torch.no_grad()
@@ -299,6 +303,7 @@ class LocalSGD(Wrapper):
             "policy": {"name": type(self.policy).__name__, "state": self.policy.state_dict()},
             "stats": asdict(self.stats),
             "steps_in_round": self.steps_in_round,
+            "anchored": self._anchored,
             "rates": [float(rate) for rate in self._rates],
         }
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -332,6 +337,7 @@ class LocalSGD(Wrapper):
         self.policy.load_state_dict(own["policy"]["state"])
         self.stats = Stats(**own["stats"])
         self.steps_in_round = own["steps_in_round"]
+        self._anchored = own["anchored"]
         self._rates = list(own["rates"])
         self._group_of = self._find_groups()
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -1,0 +1,116 @@
+"""From a Config to the objects it names: device, workers, optimizer, policy."""
+
+import torch
+
+from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal.policy import (
+    QSR,
+    AdaComm,
+    ConsensusDistance,
+    FixedInterval,
+    Policy,
+    PostLocal,
+    ValidationLoss,
+)
+from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
+from fastlocal.train.model import build as build_model
+
+
+def device(config: Config) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(config.device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def workers(config: Config, on: torch.device) -> Workers:
+    """The replicas, equal at first, channels_last, on their device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(config.model)
+    return Workers(model.to(on, memory_format=torch.channels_last), config.workers)  # pyright: ignore[reportCallIssue]
+
+
+def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
+    """The wrapper that the config asks for, around its inner optimizer.
+
+    Synchronous training is a LocalSGD whose gradients are averaged in every step to the end.
+
+    Args:
+        config: the run.
+        over: the workers to train.
+        total_steps: local steps of the whole run.
+    """
+    if config.optimizer == "sgd":
+        inner: torch.optim.Optimizer = torch.optim.SGD(
+            over.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.decay,
+            fused=True,
+        )
+    else:
+        inner = torch.optim.AdamW(over.parameters(), lr=config.learning_rate, weight_decay=config.decay, fused=True)
+    match config.method:
+        case "sync":
+            return LocalSGD(inner, over, 1, warmup_steps=total_steps)
+        case "local-sgd":
+            return LocalSGD(
+                inner,
+                over,
+                policy(config),
+                inner_state=config.inner_state,
+                warmup_steps=config.warmup_steps,
+            )
+        case "slowmo" | "diloco":
+            outer, default_lr, default_momentum = (
+                (SlowMo, 1.0, 0.5) if config.method == "slowmo" else (DiLoCo, 0.7, 0.9)
+            )
+            return outer(
+                inner,
+                over,
+                policy(config),
+                slow_lr=default_lr if config.slow_lr is None else config.slow_lr,
+                slow_momentum=default_momentum if config.slow_momentum is None else config.slow_momentum,
+                inner_state=config.inner_state,
+                warmup_steps=config.warmup_steps,
+            )
+
+
+def policy(config: Config) -> Policy:
+    """What chooses the interval."""
+    match config.policy:
+        case "fixed":
+            return FixedInterval(config.interval)
+        case "post-local":
+            return PostLocal(config.post_local_steps, config.interval)
+        case "val-loss":
+            return ValidationLoss(
+                config.interval,
+                total_epochs=-(-config.epochs // config.eval_every),
+                minimum=config.min_interval,
+                maximum=config.max_interval,
+            )
+        case "qsr":
+            alpha = config.qsr_alpha or config.learning_rate * config.interval**0.5
+            return QSR(config.interval, alpha, maximum=config.max_interval)
+        case "adacomm":
+            return AdaComm(config.interval, maximum=config.max_interval)
+        case "consensus":
+            assert config.consensus_target is not None  # Config refuses it
+            return ConsensusDistance(
+                config.consensus_target,
+                initial=config.interval,
+                minimum=config.min_interval,
+                maximum=config.max_interval,
+            )

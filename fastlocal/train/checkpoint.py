@@ -1,0 +1,65 @@
+"""A run's checkpoint: one file, written whole or not at all, refused if a byte of it changed."""
+
+import hashlib
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlocal.train.errors import RunError, UsageError
+
+_DIGEST_TAG = b"\nfastlocal-sha256:"
+_TRAILER_LENGTH = len(_DIGEST_TAG) + 64
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step: whoever is killed on the way leaves the old one.
+
+    Raises:
+        RunError: the file cannot be written; the old one is untouched and nothing new is left behind.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
+        ) from None
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint: torch.load reads it too, its digest stands behind the last byte.
+
+    Raises:
+        RunError: the file cannot be written; the last checkpoint is untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_bytes(path, content + _DIGEST_TAG + hashlib.sha256(content).hexdigest().encode())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        UsageError: it cannot be read, or is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    body, trailer = content[:-_TRAILER_LENGTH], content[-_TRAILER_LENGTH:]
+    if trailer != _DIGEST_TAG + hashlib.sha256(body).hexdigest().encode():
+        raise UsageError(f"{path} is damaged (its SHA-256 does not match): delete it to begin the run again")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)

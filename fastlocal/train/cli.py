@@ -1,0 +1,45 @@
+"""The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
+
+import sys
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+import fastlocal
+from fastlocal.train.config import Config
+from fastlocal.train.display import Display
+from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.run import run
+
+app = App(name="fastlocal", help=fastlocal.__doc__, version=fastlocal.__version__)
+
+
+@app.command
+def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  # noqa: B008  (frozen)
+    """Train on CIFAR-100 or the synthetic set, and report accuracy beside bytes sent."""
+    with Display(Console()) as display:
+        summary = run(config, display)
+    display.summary(summary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 for a wrong request, 1 for a failure on the way."""
+    errors = Console(stderr=True)
+    try:
+        app(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, error_console=errors)
+    except (CycloptsError, UsageError) as error:
+        _say(errors, error)
+        return 2
+    except RunError as error:
+        _say(errors, error)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command with --resume goes on")
+        return 130
+    return 0
+
+
+def _say(errors: Console, error: Exception) -> None:
+    line = " ".join(str(error).split())
+    errors.print(f"error: {line}", highlight=False, markup=False, soft_wrap=True)

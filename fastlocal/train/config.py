@@ -1,0 +1,209 @@
+"""Every knob of a training run, its default and its unit, once."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastlocal.train.errors import UsageError
+
+Dataset = Literal["synthetic", "cifar100"]
+Method = Literal["sync", "local-sgd", "slowmo", "diloco"]
+PolicyName = Literal["fixed", "post-local", "val-loss", "qsr", "adacomm", "consensus"]
+OptimizerName = Literal["sgd", "adamw"]
+ModelName = Literal["lenet", "resnet18"]
+Schedule = Literal["cosine", "warmup-cosine", "constant"]
+Precision = Literal["fp32", "bf16"]
+
+_NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
+"""Fields that may change when a run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    dataset: Dataset = "synthetic"
+    """Images to train on: made from a seed, or CIFAR-100 from --data-dir."""
+
+    data_dir: Path = Path("data")
+    """Folder that holds cifar-100-python/{train,test,meta}."""
+
+    download: bool = False
+    """Fetch CIFAR-100 into --data-dir first (needs torchvision)."""
+
+    synthetic_images: int = 12_000
+    """Training and validation images of the synthetic set; a sixth as many are added for the test."""
+
+    method: Method = "local-sgd"
+    """What happens between workers: gradients averaged in every step (sync), or parameters once a round."""
+
+    policy: PolicyName = "fixed"
+    """What chooses the local steps of the next round."""
+
+    interval: int = 16
+    """Local steps between two syncs; where the policy starts from."""
+
+    min_interval: int = 4
+    """The val-loss and consensus policies never go below it."""
+
+    max_interval: int = 64
+    """No policy but fixed and post-local goes above it."""
+
+    post_local_steps: int = 0
+    """Steps with a sync each before the post-local policy lets go."""
+
+    qsr_alpha: float | None = None
+    """alpha of the qsr policy: interval (alpha/lr)^2. Default: the one that starts at --interval."""
+
+    consensus_target: float | None = None
+    """The drift that the consensus policy steers to; it has no default."""
+
+    warmup_steps: int = 0
+    """Average gradients instead of parameters for so many steps first."""
+
+    workers: int = 4
+    """Model replicas, K. They share the samples of an epoch."""
+
+    inner_state: Literal["keep", "reset", "average"] = "keep"
+    """What a sync does to the inner optimizer's momentum."""
+
+    slow_lr: float | None = None
+    """Outer step size. Default: 1 for slowmo, 0.7 for diloco."""
+
+    slow_momentum: float | None = None
+    """Outer momentum. Default: 0.5 for slowmo, 0.9 for diloco."""
+
+    optimizer: OptimizerName = "sgd"
+    """The inner optimizer."""
+
+    lr: float | None = None
+    """Peak learning rate. Default: 0.01 times the workers for sgd, 0.001 for adamw."""
+
+    momentum: float = 0.9
+    """Of sgd."""
+
+    weight_decay: float | None = None
+    """Default: 0.001 for sgd, 0.1 for adamw."""
+
+    schedule: Schedule = "cosine"
+    """Of the learning rate, step by step to 0 at the end."""
+
+    lr_warmup_epochs: int = 5
+    """Epochs of linear rise in warmup-cosine."""
+
+    model: ModelName = "lenet"
+    """The network."""
+
+    batch_size: int = 64
+    """Images a worker and step."""
+
+    epochs: int = 150
+    """Passes over the training images, by all workers together."""
+
+    eval_every: int = 1
+    """Epochs between two evaluations; each closes the round under way and evaluates the averaged model."""
+
+    precision: Precision = "fp32"
+    """bf16: automatic mixed precision."""
+
+    device: str = "auto"
+    """auto (CUDA where it is), cpu, cuda, cuda:1 ..."""
+
+    threads: int | None = None
+    """CPU threads of PyTorch. Default: its own choice."""
+
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+
+    out: Path | None = None
+    """Folder of the run. Default: runs/ and a name made of dataset, method, policy, workers and seed."""
+
+    resume: bool = False
+    """Go on from the checkpoint in --out, bit by bit as if the run had not been stopped."""
+
+    checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints within an epoch; each epoch ends with one."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "synthetic_images",
+            "interval",
+            "min_interval",
+            "max_interval",
+            "workers",
+            "batch_size",
+            "epochs",
+            "eval_every",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs", "checkpoint_seconds", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("lr", "qsr_alpha", "consensus_target", "slow_lr"):
+            value = getattr(self, name)
+            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
+        for name in ("momentum", "slow_momentum"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, name, value, "in [0, 1)")
+        decay = self.weight_decay
+        _require(
+            decay is None or (decay >= 0 and math.isfinite(decay)), "weight_decay", decay, "at least 0 and finite"
+        )
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        if self.max_interval < self.min_interval:
+            raise UsageError(
+                f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"
+            )
+        adaptive = self.policy in ("val-loss", "consensus")
+        if adaptive and not self.min_interval <= self.interval <= self.max_interval:
+            raise UsageError(
+                f"--interval must lie between --min-interval {self.min_interval} and --max-interval "
+                f"{self.max_interval} for --policy {self.policy}, got {self.interval}"
+            )
+        if self.policy in ("qsr", "adacomm") and self.interval > self.max_interval:
+            raise UsageError(f"--interval must be at most --max-interval {self.max_interval}, got {self.interval}")
+        if self.policy == "consensus" and self.consensus_target is None:
+            raise UsageError("--policy consensus needs --consensus-target, the drift to steer to")
+        if self.method == "sync" and self.policy != "fixed":
+            raise UsageError(f"--method sync averages in every step: --policy {self.policy} has no use with it")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, the default resolved."""
+        if self.lr is not None:
+            return self.lr
+        return 0.01 * self.workers if self.optimizer == "sgd" else 0.001
+
+    @property
+    def decay(self) -> float:
+        """The weight decay, the default resolved."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 1e-3 if self.optimizer == "sgd" else 0.1
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept, the default resolved."""
+        if self.out is not None:
+            return self.out
+        method = self.method if self.method == "sync" else f"{self.method}-{self.policy}"
+        return Path("runs") / f"{self.dataset}-{self.model}-{method}-k{self.workers}-s{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field."""
+        mine = self.as_dict()
+        names = [field.name for field in fields(self) if field.name not in _NOT_PART_OF_A_RUN]
+        return [
+            f"--{name.replace('_', '-')} {mine[name]} (it was {saved.get(name)})"
+            for name in names
+            if mine[name] != saved.get(name)
+        ]
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} must be {rule}, got {value}")

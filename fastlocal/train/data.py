@@ -1,0 +1,174 @@
+"""The images: CIFAR-100 in its official layout, or a synthetic set of the same shape.
+
+Neither ever stands in for the other.
+"""
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
+
+NUM_CLASSES = 100
+_SPLIT_SEED = 0  # which images validate does not depend on the seed of a run
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes."""
+
+    images: Tensor  # uint8, (n, 3, 32, 32)
+    labels: Tensor  # int64, (n,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "ImageSet":
+        """The images at these positions."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What trains, what chooses, and what is looked at once, at the end."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+    def digest(self) -> str:
+        """SHA-256 over all images and labels: a run is resumed on the images it began with."""
+        sha = hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            sha.update(part.images.numpy().data)
+            sha.update(part.labels.numpy().data)
+        return sha.hexdigest()
+
+
+def load(config: Config) -> Splits:
+    """The images of a run; a fifth of the training images validates.
+
+    Raises:
+        UsageError: a file is missing, damaged or not CIFAR-100, or there are too few images for one step.
+    """
+    if config.dataset == "synthetic":
+        train = synthetic(config.synthetic_images, seed=0)
+        test = synthetic(max(1, config.synthetic_images // 6), seed=1)
+    else:
+        if config.download:
+            _download(config.data_dir)
+        folder = config.data_dir / "cifar-100-python"
+        train, test = read_cifar100(folder / "train"), read_cifar100(folder / "test")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    num_val = len(train) // 5
+    splits = Splits(train.take(order[num_val:]), train.take(order[:num_val]), test)
+    if len(splits.train) < config.workers * config.batch_size or num_val == 0:
+        raise UsageError(
+            f"{config.workers} workers with batches of {config.batch_size} need at least "
+            f"{config.workers * config.batch_size} training images, there are {len(splits.train)}"
+        )
+    return splits
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and plain containers; any other name in the file is refused before it is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.removeprefix("numpy.").removeprefix("_core.").removeprefix("core.") == "multiarray":
+            if name == "_reconstruct":
+                return np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
+        elif module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only NumPy arrays are let in")
+
+
+def read_cifar100(path: Path) -> ImageSet:
+    """Read one file of the official Python version of CIFAR-100.
+
+    Args:
+        path: the file "train" or "test" of cifar-100-python.
+
+    Raises:
+        UsageError: the file is missing, cannot be read, names anything but NumPy arrays, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            entry = _ArrayUnpickler(file, encoding="bytes").load()
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} is missing: unpack the Python version of CIFAR-100 into {path.parent.parent}, or add --download"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise UsageError(f"{path} is damaged or no CIFAR-100 file: {error}; fetch it again") from None
+    data, labels = (entry.get(b"data"), entry.get(b"fine_labels")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise UsageError(f"{path} is no CIFAR-100 file: its entry 'data' is not (n, 3072) uint8; fetch it again")
+    if not isinstance(labels, list) or len(labels) != len(data) or not all(type(label) is int for label in labels):
+        raise UsageError(f"{path} is no CIFAR-100 file: it has not one whole-number label an image; fetch it again")
+    if not labels or min(labels) < 0 or max(labels) >= NUM_CLASSES:
+        raise UsageError(f"{path} is no CIFAR-100 file: labels must lie in 0 … 99; fetch it again")
+    return ImageSet(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels))
+
+
+def synthetic(num_images: int, seed: int) -> ImageSet:
+    """100 classes of 32×32 colour images, learnable and not trivial.
+
+    A class is a smooth random pattern. An image shows its class's pattern shifted by up to four pixels, at a
+    random contrast and brightness, behind another class's pattern and pixel noise.
+
+    Args:
+        num_images: n.
+        seed: images of different seeds show the same classes.
+    """
+    classes = torch.Generator().manual_seed(100)
+    patterns = torch.randn(NUM_CLASSES, 3, 8, 8, generator=classes)
+    patterns = torch.nn.functional.interpolate(patterns, size=(40, 40), mode="bicubic", align_corners=False)
+    patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)
+    windows = patterns.unfold(2, 32, 1).unfold(3, 32, 1)  # (100, 3, 9, 9, 32, 32)
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(num_images, 1, 1, 1, generator=generator)
+
+    def shifted(labels: Tensor) -> Tensor:
+        dy, dx = torch.randint(0, 9, (2, num_images), generator=generator)
+        return windows[labels, :, dy, dx]
+
+    labels = torch.randint(0, NUM_CLASSES, (num_images,), generator=generator)
+    distractors = torch.randint(0, NUM_CLASSES, (num_images,), generator=generator)
+    images = uniform(0.5, 1.2) * shifted(labels) + uniform(0.2, 0.8) * shifted(distractors)
+    images += 0.5 * torch.randn(images.shape, generator=generator) + uniform(-0.5, 0.5)
+    return ImageSet((127.5 + 45 * images).clamp_(0, 255).to(torch.uint8), labels)
+
+
+def _download(data_dir: Path) -> None:
+    try:
+        from torchvision.datasets import CIFAR100  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"--download needs torchvision, which does not import ({error}): pip install 'fastlocal[cifar]'"
+        ) from None
+    try:
+        CIFAR100(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"CIFAR-100 could not be fetched into {data_dir}: {error}") from None

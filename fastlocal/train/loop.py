@@ -1,0 +1,288 @@
+"""The one training loop: it takes a Config and images, and yields a Record an epoch.
+
+Everything random in an epoch is drawn before it begins, from the seed and the epoch's number. So the state of
+a run is its step, the workers and the optimizer, and a resumed run repeats the other one bit by bit.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlocal.train import build, checkpoint
+from fastlocal.train.augment import Augmenter, Normalizer, Plan
+from fastlocal.train.config import Config
+from fastlocal.train.data import ImageSet, Splits
+from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.schedule import learning_rate
+
+_EVAL_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One epoch. Losses are cross-entropies in nats, accuracies are percent, bytes are one worker's."""
+
+    epoch: int  # 1 is the first
+    local_steps: int  # of each worker, so far
+    rounds: int
+    bytes_on_wire: int
+    bytes_synchronous: int
+    interval: int
+    drift: float
+    excluded: int
+    lr: float  # of the last step
+    train_loss: float  # mean over the epoch, as seen while training
+    val_loss: float | None  # of the averaged model; None where the epoch was not evaluated
+    val_accuracy: float | None
+    train_seconds: float  # so far, without evaluation and checkpoints
+    sync_seconds: float
+
+
+class Progress(NamedTuple):
+    """Where a run stands, for whoever displays it."""
+
+    epoch: int
+    epochs: int
+    step: int  # in the epoch
+    steps: int  # an epoch
+    interval: int
+    bytes_on_wire: int
+    bytes_synchronous: int
+
+
+class Training:
+    """A run: build it, resume it if wanted, iterate over `epochs()`, then `test()`.
+
+    Args:
+        config: the run.
+        splits: its images.
+        checkpoint_path: where the state is kept.
+        on_step: called after each local step.
+
+    Raises:
+        UsageError: the device does not exist.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        splits: Splits,
+        checkpoint_path: Path,
+        on_step: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.config = config
+        self.checkpoint_path = checkpoint_path
+        self.on_step = on_step
+        self.device = build.device(config)
+        self.digest = splits.digest()
+        train = _to(splits.train, self.device)
+        self.normalize = Normalizer(train.images)
+        self.val, self.test_set = _to(splits.val, self.device), _to(splits.test, self.device)
+        # Each worker has its own part of the images, the same size for all.
+        per_worker = len(train) // config.workers
+        order = torch.randperm(len(train), generator=_generator(config.seed, 0)).to(self.device)
+        self.data = [
+            Augmenter(train.take(order[k * per_worker : (k + 1) * per_worker]), self.normalize)
+            for k in range(config.workers)
+        ]
+        # A last batch that is not full is left for another epoch's order.
+        self.steps_per_epoch = per_worker // config.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.workers = build.workers(config, self.device)
+        self.optimizer = build.optimizer(config, self.workers, self.total_steps)
+        self.epoch = 0  # completed
+        self.step = 0  # completed, of the epoch under way
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.train_seconds = 0.0
+        self.interval_trace: list[list[int]] = []  # [local step, interval] where it changed
+        self.records: list[Record] = []
+
+    @property
+    def train_samples(self) -> int:
+        """Images that went through training, all workers together."""
+        return self.optimizer.stats.local_steps * self.config.workers * self.config.batch_size
+
+    def epochs(self) -> Iterator[Record]:
+        """Train to the end, from wherever the run stands; one record an epoch.
+
+        Raises:
+            RunError: training diverged, or a checkpoint cannot be written.
+        """
+        while self.epoch < self.config.epochs:
+            self._train_epoch()
+            evaluated = (self.epoch + 1) % self.config.eval_every == 0 or self.epoch + 1 == self.config.epochs
+            train_loss = self.loss_sum.item() / (self.steps_per_epoch * self.config.workers)
+            val_loss = val_accuracy = None
+            if evaluated:
+                self._guarded(self.optimizer.sync)
+                val_loss, val_accuracy = self.evaluate(self.val)
+                self._require_finite(val_loss, "validation")
+                self.optimizer.observe(val_loss=val_loss, train_loss=train_loss)
+            stats = self.optimizer.stats
+            record = Record(
+                epoch=self.epoch + 1,
+                local_steps=stats.local_steps,
+                rounds=stats.rounds,
+                bytes_on_wire=stats.bytes_on_wire,
+                bytes_synchronous=stats.bytes_synchronous,
+                interval=stats.interval,
+                drift=stats.drift,
+                excluded=stats.excluded,
+                lr=self.optimizer.param_groups[0]["lr"],
+                train_loss=train_loss,
+                val_loss=val_loss,
+                val_accuracy=val_accuracy,
+                train_seconds=self.train_seconds,
+                sync_seconds=stats.seconds_in_sync,
+            )
+            self.records.append(record)
+            self.epoch, self.step = self.epoch + 1, 0
+            self.loss_sum.zero_()
+            self.save()
+            yield record
+
+    def _train_epoch(self) -> None:
+        config = self.config
+        generator = _generator(config.seed, self.epoch + 1)
+        plans = [data.plan(generator) for data in self.data]
+        self.workers.train()
+        saved = started = time.perf_counter()
+        while self.step < self.steps_per_epoch:
+            step = self.epoch * self.steps_per_epoch + self.step
+            warmup = config.lr_warmup_epochs * self.steps_per_epoch
+            rate = learning_rate(config.schedule, config.learning_rate, step, self.total_steps, warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._train_step(plans)
+            self.step += 1
+            stats = self.optimizer.stats
+            if not self.interval_trace or self.interval_trace[-1][1] != stats.interval:
+                self.interval_trace.append([stats.local_steps - 1, stats.interval])
+            self.on_step(
+                Progress(
+                    self.epoch + 1,
+                    config.epochs,
+                    self.step,
+                    self.steps_per_epoch,
+                    stats.interval,
+                    stats.bytes_on_wire,
+                    stats.bytes_synchronous,
+                )
+            )
+            now = time.perf_counter()
+            if now - saved > config.checkpoint_seconds and self.step < self.steps_per_epoch:
+                self.train_seconds += now - started
+                self._require_finite(self.loss_sum.item(), "training")
+                self.save()
+                saved = started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.train_seconds += time.perf_counter() - started
+        self._require_finite(self.loss_sum.item(), "training")
+
+    def _train_step(self, plans: list[Plan]) -> None:
+        """One local step of every worker."""
+        self.optimizer.zero_grad()
+        size = self.config.batch_size
+        for model, data, plan in zip(self.workers, self.data, plans, strict=True):
+            images, labels = data.batch(plan, self.step * size, size)
+            loss = nn.functional.cross_entropy(self._forward(model, images), labels)
+            loss.backward()
+            self.loss_sum += loss.detach()
+        self._guarded(self.optimizer.step)
+
+    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return model(images).float()
+
+    @torch.inference_mode()
+    def evaluate(self, images: ImageSet) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy in percent of the averaged model."""
+        model = self.workers.mean().eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start in range(0, len(images), _EVAL_BATCH):
+            labels = images.labels[start : start + _EVAL_BATCH]
+            logits = self._forward(model, self.normalize(images.images[start : start + _EVAL_BATCH]))
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(dim=1) == labels).sum()
+        return loss.item() / len(images), 100 * correct.item() / len(images)
+
+    def test(self) -> tuple[float, float]:
+        """Loss and accuracy on the test images: once, at the end."""
+        return self.evaluate(self.test_set)
+
+    def _guarded(self, sync: Callable[[], Any]) -> None:
+        try:
+            sync()
+        except RuntimeError as error:
+            if "diverged" not in str(error):
+                raise
+            raise RunError(str(error)) from None
+
+    def _require_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the {what} loss is {loss} in epoch {self.epoch + 1}: training has diverged; lower --lr "
+                f"(now {self.config.learning_rate:g}) or raise --lr-warmup-epochs"
+            )
+
+    def save(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            RunError: it cannot be written; the last one is untouched.
+        """
+        checkpoint.save(
+            self.checkpoint_path,
+            {
+                "config": self.config.as_dict(),
+                "images": self.digest,
+                "epoch": self.epoch,
+                "step": self.step,
+                "loss_sum": self.loss_sum,
+                "train_seconds": self.train_seconds,
+                "interval_trace": self.interval_trace,
+                "records": [asdict(record) for record in self.records],
+                "workers": self.workers.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+        )
+
+    def resume(self) -> None:
+        """Take the state back from the checkpoint.
+
+        Raises:
+            UsageError: it is damaged, of other images, or of another run.
+        """
+        state = checkpoint.load(self.checkpoint_path)
+        try:
+            differences = self.config.differences(state["config"])
+            if differences:
+                raise UsageError(f"{self.checkpoint_path} is of another run: {', '.join(differences)}")
+            if state["images"] != self.digest:
+                raise UsageError(f"{self.checkpoint_path} was made with other images than those in --data-dir")
+            self.workers.load_state_dict(state["workers"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.step = state["epoch"], state["step"]
+            self.loss_sum.copy_(state["loss_sum"])
+            self.train_seconds = state["train_seconds"]
+            self.interval_trace = state["interval_trace"]
+            self.records = [Record(**record) for record in state["records"]]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.checkpoint_path} is no checkpoint of this version: {error}") from None
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """A generator for one epoch (0: for the split among the workers) of one seed."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + stream)
+
+
+def _to(images: ImageSet, device: torch.device) -> ImageSet:
+    return ImageSet(images.images.to(device), images.labels.to(device))

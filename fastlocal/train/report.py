@@ -1,0 +1,115 @@
+"""What a run leaves behind: config.json, records.jsonl, summary.json, curves.png. Never sees the model."""
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+import torch
+
+import fastlocal
+from fastlocal.train.checkpoint import write_bytes
+from fastlocal.train.config import Config
+from fastlocal.train.loop import Record
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a figure depends on beside its config."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "fastlocal": fastlocal.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def summarise(
+    config: Config,
+    records: Sequence[Record],
+    *,
+    test_loss: float,
+    test_accuracy: float,
+    train_samples: int,
+    interval_trace: list[list[int]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """One run in figures. Accuracies are percent, bytes are one worker's.
+
+    Args:
+        config: the run.
+        records: all its epochs.
+        test_loss: cross-entropy on the test images.
+        test_accuracy: percent.
+        train_samples: images trained on, all workers together.
+        interval_trace: [local step, interval] wherever the interval changed.
+        device: where it ran.
+    """
+    last = records[-1]
+    synchronous = last.bytes_synchronous
+    accuracies = [record.val_accuracy for record in records if record.val_accuracy is not None]
+    return {
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "best_val_accuracy": max(accuracies),
+        "val_accuracy": accuracies[-1],
+        "train_samples": train_samples,
+        "local_steps": last.local_steps,
+        "rounds": last.rounds,
+        "bytes_on_wire": last.bytes_on_wire,
+        "bytes_synchronous": synchronous,
+        "communication_reduction": 1 - last.bytes_on_wire / synchronous if synchronous else None,
+        "excluded": last.excluded,
+        "sync_seconds": last.sync_seconds,
+        "train_seconds": last.train_seconds,
+        "samples_per_second": train_samples / last.train_seconds,
+        "interval_trace": interval_trace,
+        "folder": str(config.folder),
+        "config": config.as_dict(),
+        "versions": versions(device),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all; RunError if it cannot be written."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Write one JSON object a line; RunError if it cannot be written."""
+    write_bytes(path, "".join(json.dumps(asdict(record)) + "\n" for record in records).encode())
+
+
+def write_curves(path: Path, records: Sequence[Record], interval_trace: list[list[int]]) -> None:
+    """Plot losses and accuracy by epoch, accuracy by bytes, and the interval by step; RunError if it cannot."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, ((losses, accuracy), (pareto, intervals)) = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    epochs = [record.epoch for record in records]
+    evaluated = [record for record in records if record.val_accuracy is not None]
+    losses.plot(epochs, [record.train_loss for record in records], label="training")
+    losses.plot([r.epoch for r in evaluated], [r.val_loss for r in evaluated], label="validation")
+    losses.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    losses.legend()
+    accuracy.plot([r.epoch for r in evaluated], [r.val_accuracy for r in evaluated], marker=".")
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    sent = numpy.array([r.bytes_on_wire for r in evaluated]) / 1e6
+    pareto.plot(sent, [r.val_accuracy for r in evaluated], marker=".")
+    pareto.set(xlabel="MB sent by a worker", ylabel="validation accuracy (%)")
+    steps = [step for step, _ in interval_trace] + [records[-1].local_steps]
+    values = [interval for _, interval in interval_trace]
+    intervals.step(steps, [*values, values[-1]], where="post")
+    intervals.set(xlabel="local step", ylabel="interval (local steps)", ylim=(0, None))
+    for axes in (losses, accuracy, pareto, intervals):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,94 @@
+"""One run, from a Config to a finished folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlocal.train import data, report
+from fastlocal.train.allocator import keep_freed_memory
+from fastlocal.train.config import Config
+from fastlocal.train.display import Display
+from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.loop import Training
+
+
+def run(config: Config, display: Display) -> dict[str, Any]:
+    """Train, test and write the folder; returns the summary. A finished run is not run again when resumed.
+
+    Raises:
+        UsageError: the folder, the data, the device or the checkpoint cannot be used.
+        RunError: training diverged, or a file could not be written on the way.
+    """
+    folder = config.folder
+    finished = _look(folder, config)
+    if finished is not None:
+        display.note(f"{folder} is finished already")
+        return finished
+    keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    splits = data.load(config)
+    training = Training(config, splits, folder / "checkpoint.pt", display.step)
+    _begin(folder, config)
+    if config.resume and training.checkpoint_path.exists():
+        training.resume()
+        display.note(f"going on after epoch {training.epoch}, step {training.step}")
+    display.note(
+        f"{config.dataset}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
+        f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
+        f"{training.device}, {config.precision}, {training.total_steps:,} local steps"
+    )
+    for record in training.epochs():
+        report.write_records(folder / "records.jsonl", training.records)
+        display.epoch(record, config.epochs, training.train_samples)
+    test_loss, test_accuracy = training.test()
+    summary = report.summarise(
+        config,
+        training.records,
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        train_samples=training.train_samples,
+        interval_trace=training.interval_trace,
+        device=training.device,
+    )
+    report.write_records(folder / "records.jsonl", training.records)
+    report.write_curves(folder / "curves.png", training.records, training.interval_trace)
+    report.write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _look(folder: Path, config: Config) -> dict[str, Any] | None:
+    """Refuse a folder that holds another run; returns the summary of a finished one. Writes nothing."""
+    if not (folder / "config.json").exists():
+        return None
+    if not config.resume:
+        raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
+    differences = config.differences(_read(folder / "config.json"))
+    if differences:
+        raise UsageError(f"{folder} holds another run: {', '.join(differences)}")
+    return _read(folder / "summary.json") if (folder / "summary.json").exists() else None
+
+
+def _begin(folder: Path, config: Config) -> None:
+    """Make the folder and write config.json, if they are not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
+    if not (folder / "config.json").exists():
+        try:
+            report.write_json(folder / "config.json", config.as_dict())
+        except RunError as error:
+            raise UsageError(str(error)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} does not hold a JSON object")
+    return value
