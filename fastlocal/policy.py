@@ -173,7 +173,7 @@ class QSR(_Stateless):
 
     def next_interval(self, stats: Stats) -> int:
         """From the learning rate at the beginning of the round."""
-        if stats.lr <= 0 or (self.alpha / stats.lr) ** 2 >= self.maximum:
+        if stats.lr <= 0 or self.alpha / stats.lr >= math.sqrt(self.maximum):
             return self.maximum
         return max(self.base, math.floor((self.alpha / stats.lr) ** 2))
 

@@ -203,7 +203,7 @@ def test_wrong_arguments_are_named_with_value_and_rule():
     with pytest.raises(ValueError, match="rows must be floating-point, got torch.int64"):
         ops.finite_rows(rows.long())
     with pytest.raises(ValueError, match="impl must be one of auto, triton, blocked, reference, got 'cuda'"):
-        ops.finite_rows(rows, impl="cuda")  # pyright: ignore[reportArgumentType]
+        ops.finite_rows(rows, impl="cuda")
 
 
 def test_asking_for_a_kernel_that_cannot_run_is_an_error():

@@ -1,0 +1,169 @@
+"""Flat rows: values, strides and storage of parameters, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastlocal import LocalSGD, Workers
+from fastlocal.flat import ALIGNMENT, Rows
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5, 3), nn.Linear(3, 1, bias=False))
+
+
+def test_values_and_forward_are_those_of_the_model():
+    model = make_model()
+    x = torch.randn(2, 3, 3, 3)
+    expected, before = model(x), [p.detach().clone() for p in model.parameters()]
+    team = Workers(model, 3)
+    assert team[0] is model
+    for worker in team:
+        assert torch.equal(worker(x), expected)
+        for parameter, old in zip(worker.parameters(), before, strict=True):
+            assert torch.equal(parameter, old)
+
+
+def test_parameters_are_aligned_views_of_one_row_a_worker():
+    team = Workers(make_model(), 2)
+    (block,) = team.rows.blocks
+    assert block.rows.shape == (2, sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in team[0].parameters()))
+    with torch.no_grad():
+        block.rows[1] = 7.0
+    assert all((p == 7).all() for p in team[1].parameters())
+    assert not any((p == 7).any() for p in team[0].parameters())
+    for parameter in team.parameters():
+        assert parameter.data_ptr() % 64 == block.rows.data_ptr() % 64
+
+
+@pytest.mark.parametrize(
+    "make_strided", [lambda t: t.to(memory_format=torch.channels_last), lambda t: t.transpose(0, 1)]
+)
+def test_dense_strides_are_kept(make_strided):
+    model = nn.Conv2d(4, 6, 3)
+    with torch.no_grad():
+        model.weight.data = make_strided(model.weight.data)
+    before, stride = model.weight.detach().clone(), model.weight.stride()
+    team = Workers(model, 2)
+    for worker in team:
+        assert worker.weight.stride() == stride
+        assert torch.equal(worker.weight, before)
+
+
+def test_each_dtype_has_a_block_of_its_own():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    team = Workers(model, 2)
+    assert {block.rows.dtype: len(block.slots) for block in team.rows.blocks} == {torch.float32: 4, torch.bfloat16: 2}
+    assert team.rows.num_bytes == 12 * 4 + 6 * 2
+
+
+def test_tied_weights_stay_tied_and_are_stored_once():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    team = Workers(model, 2)
+    assert team[1][0].weight is team[1][1].weight
+    assert team.rows.num_bytes == 36
+    assert len(list(team.parameters())) == 2
+
+
+def test_frozen_parameters_are_not_moved_and_unfreezing_one_later_is_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    team = Workers(model, 2)
+    assert [slot.name for slot in team.rows.blocks[0].slots] == ["1.weight", "1.bias"]
+    team.rows.check()
+    team[1][0].weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'0.weight' of worker 1 became trainable"):
+        team.rows.check()
+
+
+def test_a_parameter_that_left_its_row_is_found_at_the_next_sync():
+    team = Workers(make_model(), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1)
+    team[1][0].weight.data = team[1][0].weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"'0.weight' of worker 1 no longer lies in its row"):
+        optimizer.step()
+
+
+def test_parameters_without_elements_are_accepted():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty = nn.Parameter(torch.empty(0, 3))
+            self.one = nn.Parameter(torch.tensor(2.0))
+
+    team = Workers(Odd(), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.5), team, 1)
+    team[0].one.grad, team[1].one.grad = torch.tensor(1.0), torch.tensor(3.0)
+    optimizer.step()
+    assert [worker.one.item() for worker in team] == [1.0, 1.0]
+    assert team[1].empty.shape == (0, 3)
+
+
+def test_mean_is_a_model_of_its_own_with_averaged_parameters_and_buffers():
+    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 2)
+    with torch.no_grad():
+        for worker, value in zip(team, (1.0, 4.0), strict=True):
+            for parameter in worker.parameters():
+                parameter.fill_(value)
+            worker[1].running_var.fill_(value)
+            worker[1].num_batches_tracked.fill_(int(value))
+    mean = team.mean()
+    assert all((p == 2.5).all() for p in mean.parameters())
+    assert mean[1].running_var.tolist() == [2.5, 2.5]
+    assert mean[1].num_batches_tracked.item() == 4
+    with torch.no_grad():
+        mean[0].weight.fill_(9.0)
+    assert team[0][0].weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_copy_has_rows_of_its_own():
+    team = Workers(make_model(), 2)
+    twin = copy.deepcopy(team)
+    with torch.no_grad():
+        twin.rows.blocks[0].rows.fill_(5.0)
+    assert all((p == 5).all() for p in twin.parameters())
+    assert not any((p == 5).any() for p in team.parameters())
+
+
+def test_state_dict_loads_into_the_same_storage():
+    team, other = Workers(make_model(), 2), Workers(make_model(), 2)
+    with torch.no_grad():
+        team.rows.blocks[0].rows.normal_()
+    pointers = [p.data_ptr() for p in other.parameters()]
+    other.load_state_dict(team.state_dict())
+    assert [p.data_ptr() for p in other.parameters()] == pointers
+    for ours, theirs in zip(other.parameters(), team.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="the state has 2 workers, there are 3"):
+        Workers(make_model(), 3).load_state_dict(team.state_dict())
+
+
+def test_training_mode_and_names_reach_every_worker():
+    team = Workers(nn.Sequential(nn.Linear(2, 2)), 2)
+    assert [name for name, _ in team.eval().named_parameters()] == [
+        "0.0.weight",
+        "0.0.bias",
+        "1.0.weight",
+        "1.0.bias",
+    ]
+    assert not any(worker.training for worker in team)
+    assert all(worker.training for worker in team.train())
+
+
+def test_models_that_cannot_be_averaged_are_refused_by_name():
+    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
+        Workers(make_model(), 0)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        Workers(nn.ReLU(), 2)
+    with pytest.raises(ValueError, match="parameter 'weight' is complex"):
+        Workers(nn.Linear(2, 2, dtype=torch.complex64), 2)
+    with pytest.raises(ValueError, match="parameter 'weight' is uninitialised"):
+        Workers(nn.LazyLinear(2), 1)
+    with pytest.raises(ValueError, match=r"parameter 'weight' is \(2, 3\) .* in worker 1, but \(2, 2\)"):
+        Rows([nn.Linear(2, 2), nn.Linear(3, 2)])
+    with pytest.raises(ValueError, match="'bias' is in one only"):
+        Rows([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])

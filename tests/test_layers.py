@@ -1,0 +1,121 @@
+"""The structure: who may import whom, the kernels link, and the size of the public API."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastlocal
+
+ROOT = Path(__file__).parent.parent
+# module (or package) of fastlocal -> what of fastlocal it may import; "kernels" only inside functions
+ARROWS = {
+    "reference": set(),
+    "kernels": {"kernels"},
+    "ops": {"reference", "ops", "kernels"},
+    "policy": set(),
+    "comm": set(),
+    "flat": set(),
+    "inner": set(),
+    "outer": {"ops"},
+    "local": {"flat", "inner", "outer", "policy", "comm", "ops", "local"},
+    "train": {"", "policy", "train"},
+    "__init__": {"flat", "local", "policy"},
+    "__main__": {"train"},
+}
+TRAIN_ARROWS = {
+    "errors": set(),
+    "config": {"errors"},
+    "schedule": {"config"},
+    "data": {"config", "errors"},
+    "augment": {"data"},
+    "model": {"config", "data"},
+    "checkpoint": {"errors"},
+    "allocator": set(),
+    "build": {"config", "errors", "model"},
+    "loop": {"build", "checkpoint", "augment", "config", "data", "errors", "schedule"},
+    "display": {"loop"},
+    "report": {"checkpoint", "config", "loop"},
+    "run": {"report", "data", "allocator", "config", "display", "errors", "loop"},
+    "cli": {"config", "display", "errors", "run"},
+    "__init__": set(),
+}
+
+
+def sources():
+    for path in sorted([*(ROOT / "fastlocal").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
+        if "kernels" not in path.relative_to(ROOT).parts[1:]:  # the link shows them a second time
+            yield path
+
+
+def imports(path, inside_functions=True):
+    """Modules that a file imports, as dotted names."""
+    tree = ast.parse(path.read_text())
+    nested = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if id(node) in nested and not inside_functions:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def place(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "fastlocal" else "kernels"
+
+
+def target_of(name):
+    """Which part of fastlocal a dotted name lies in: "flat" for fastlocal.flat.Rows, "" for the public names."""
+    rest = name.split(".")[1:]
+    known = rest and ((ROOT / "fastlocal" / rest[0]).is_dir() or (ROOT / "fastlocal" / f"{rest[0]}.py").exists())
+    return rest[0] if known else ""
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    own = place(path)
+    names = set(imports(path))
+    for name in names:
+        if name.startswith("torch.distributed"):
+            assert own == "comm", f"{path} imports {name}: only comm may"
+        if not name.startswith("fastlocal.") or any(other.startswith(f"{name}.") for other in names):
+            continue  # `from a import b` yields a and a.b: the longer one tells
+        assert target_of(name) in ARROWS[own], f"{path} imports {name}"
+        if own == target_of(name) == "train":
+            assert name.split(".")[2] in TRAIN_ARROWS[path.stem], f"{path} imports {name}"
+    if own == "ops":
+        assert not any(".kernels." in name for name in imports(path, inside_functions=False))
+    if own == "kernels":
+        assert {name.partition(".")[0] for name in names} <= {"torch", "triton", "fastlocal"}
+    if own == "policy":
+        assert not any(name.startswith("torch") for name in names)
+
+
+def test_every_module_has_its_place_in_the_arrows():
+    assert {place(path) for path in sources()} == set(ARROWS)
+    train = {path.stem for path in (ROOT / "fastlocal" / "train").glob("*.py")}
+    assert train == set(TRAIN_ARROWS)
+
+
+def test_kernels_is_a_link_to_a_folder_that_hides_no_other_package():
+    link = ROOT / "fastlocal" / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_public_names_are_few_and_documented():
+    public = [name for name in vars(fastlocal) if not name.startswith("_")]
+    classes = [name for name in public if isinstance(getattr(fastlocal, name), type)]
+    assert len(classes) <= 20
+    for name in classes:
+        assert getattr(fastlocal, name).__doc__, name

@@ -1,0 +1,389 @@
+"""The wrappers' rules: rounds, counting, non-finite workers, buffers, inner state, checkpoints, copies."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fastlocal import DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+
+
+def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).to(
+        memory_format=torch.channels_last
+    )
+    team = Workers(model, workers)
+    if optimizer == "sgd":
+        inner = torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
+    else:
+        inner = torch.optim.AdamW(team.parameters(), lr=0.01)
+    return kind(inner, team, interval, **options), team
+
+
+def run(optimizer, team, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        for model in team:
+            model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def parameters_of(team):
+    return torch.cat([p.detach().flatten() for p in team.parameters()])
+
+
+def poison(model, value=torch.nan):
+    with torch.no_grad():
+        next(model.parameters())[1, 2, 0, 1] = value
+
+
+def test_a_round_ends_after_interval_steps_and_all_workers_are_equal_then():
+    optimizer, team = make(interval=3)
+    for step in range(1, 8):
+        run(optimizer, team, 1, first=step)
+        equal = all(torch.equal(a, b) for a, b in zip(team[0].parameters(), team[2].parameters(), strict=True))
+        assert equal == (step % 3 == 0)
+        assert optimizer.stats.rounds == step // 3
+    optimizer.sync()
+    assert optimizer.stats.rounds == 3
+    optimizer.sync()  # nothing to close
+    assert optimizer.stats.rounds == 3
+
+
+def test_bytes_are_those_of_a_ring_all_reduce():
+    optimizer, team = make(LocalSGD, workers=3, interval=4, buffers="keep")
+    run(optimizer, team, 8)
+    payload = sum(p.numel() * 4 for p in team[0].parameters())
+    assert optimizer.stats.bytes_on_wire == 2 * (2 * 2 * payload // 3)
+    assert optimizer.stats.bytes_synchronous == 8 * (2 * 2 * payload // 3)
+
+
+def test_averaged_buffers_and_state_are_counted_as_bytes():
+    plain, team = make(LocalSGD, interval=1, buffers="keep")
+    run(plain, team, 1)
+    more, team = make(LocalSGD, interval=1, buffers="average", inner_state="average")
+    run(more, team, 1)
+    buffers = sum(b.nbytes for b in team[0].buffers())
+    momentum = sum(p.nbytes for p in team[0].parameters())
+    assert more.stats.bytes_on_wire == 4 * (momentum * 2 + buffers) // 3
+    assert plain.stats.bytes_on_wire == 4 * momentum // 3
+
+
+def test_one_worker_sends_nothing():
+    optimizer, team = make(workers=1)
+    run(optimizer, team, 5)
+    assert optimizer.stats.bytes_on_wire == 0
+    assert optimizer.stats.drift == 0.0
+
+
+def test_drift_is_the_mean_distance_from_the_mean():
+    optimizer, team = make(LocalSGD, workers=3, interval=100, inner_state="keep")
+    run(optimizer, team, 5)
+    rows = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in team]).double()
+    expected = (rows - rows.mean(0)).norm(dim=1).mean().item()
+    optimizer.sync()
+    assert optimizer.stats.drift == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_worker_with_one_bad_value_is_left_out_whole_and_healed(kind, bad):
+    optimizer, team = make(kind, workers=3, interval=100)
+    run(optimizer, team, 4)
+    good = [torch.cat([p.detach().flatten() for p in model.parameters()]).double() for model in (team[0], team[2])]
+    poison(team[1], bad)
+    optimizer.sync()
+    assert optimizer.stats.excluded == 1
+    assert parameters_of(team).isfinite().all()
+    if kind is LocalSGD:
+        healed = torch.cat([p.detach().flatten() for p in team[1].parameters()]).double()
+        torch.testing.assert_close(healed, (good[0] + good[1]) / 2, rtol=1e-6, atol=1e-7)
+    # Its momentum starts anew; the others keep theirs.
+    first = next(team[1].parameters())
+    assert not optimizer.state[first]["momentum_buffer"].any()
+    assert optimizer.state[next(team[0].parameters())]["momentum_buffer"].any()
+    run(optimizer, team, 4, first=9)
+    assert parameters_of(team).isfinite().all()
+
+
+def test_without_a_finite_worker_sync_raises_and_writes_nothing():
+    optimizer, team = make(workers=2, interval=100)
+    run(optimizer, team, 2)
+    for model in team:
+        poison(model)
+    before = parameters_of(team)
+    with pytest.raises(RuntimeError, match="after 2 local steps no worker's parameters are finite"):
+        optimizer.sync()
+    assert torch.equal(parameters_of(team).nan_to_num(7), before.nan_to_num(7))
+
+
+def test_parameters_keep_storage_and_memory_format_over_a_sync():
+    optimizer, team = make(interval=2)
+    before = [(p.data_ptr(), p.stride()) for p in team.parameters()]
+    assert team[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    run(optimizer, team, 5)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [(p.data_ptr(), p.stride()) for p in team.parameters()] == before
+
+
+@pytest.mark.parametrize("choice", ["average", "broadcast", "keep"])
+def test_buffers_are_merged_as_chosen(choice):
+    optimizer, team = make(LocalSGD, workers=2, interval=100, buffers=choice)
+    run(optimizer, team, 2)
+    team[1][1].num_batches_tracked.fill_(9)
+    means = [model[1].running_mean.clone() for model in team]
+    optimizer.sync()
+    merged = [model[1].running_mean for model in team]
+    if choice == "average":
+        assert torch.equal(merged[0], (means[0] + means[1]) / 2)
+        assert torch.equal(merged[1], merged[0])
+        assert [model[1].num_batches_tracked.item() for model in team] == [9, 9]
+    elif choice == "broadcast":
+        assert torch.equal(merged[0], means[0])
+        assert torch.equal(merged[1], means[0])
+    else:
+        assert torch.equal(merged[0], means[0])
+        assert torch.equal(merged[1], means[1])
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_inner_state_is_averaged_or_reset_as_chosen(optimizer_name):
+    key = "momentum_buffer" if optimizer_name == "sgd" else "exp_avg"
+    for choice in ("keep", "average", "reset"):
+        optimizer, team = make(LocalSGD, workers=2, interval=100, optimizer=optimizer_name, inner_state=choice)
+        run(optimizer, team, 3)
+        first, second = (optimizer.state[next(model.parameters())] for model in team)
+        before = first[key].clone(), second[key].clone()
+        optimizer.sync()
+        if choice == "average":
+            assert torch.equal(first[key], (before[0] + before[1]) / 2)
+            assert torch.equal(second[key], first[key])
+        elif choice == "reset":
+            assert not first[key].any()
+            if optimizer_name == "adamw":
+                assert first["step"].item() == 0
+        else:
+            assert torch.equal(first[key], before[0])
+            assert torch.equal(second[key], before[1])
+
+
+def test_a_parameter_without_gradient_is_averaged_all_the_same():
+    optimizer, team = make(LocalSGD, workers=2, interval=100)
+    run(optimizer, team, 1)
+    with torch.no_grad():
+        team[0][4].bias.fill_(1.0)
+        team[1][4].bias.fill_(3.0)
+    optimizer.zero_grad()
+    team[0][4].bias.grad = None
+    optimizer.sync()
+    assert team[0][4].bias.tolist() == [2.0] * 5
+
+
+def test_warmup_averages_gradients_that_only_some_workers_have():
+    team = Workers(nn.Linear(2, 1, bias=False), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 5, warmup_steps=1)
+    before = team[0].weight.detach().clone()
+    team[0].weight.grad = torch.tensor([[2.0, 4.0]])
+    optimizer.step()
+    for model in team:
+        torch.testing.assert_close(model.weight.detach(), before - torch.tensor([[1.0, 2.0]]))
+
+
+def test_a_policy_of_ones_own_chooses_the_interval_once_a_round():
+    class Growing:
+        calls = 0
+
+        def next_interval(self, stats):
+            self.calls += 1
+            return stats.rounds + 1
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state_dict):
+            self.calls = state_dict["calls"]
+
+    policy = Growing()
+    optimizer, team = make(interval=policy)
+    run(optimizer, team, 6)
+    assert optimizer.stats.rounds == 3  # 1 + 2 + 3 steps
+    assert policy.calls == 3
+
+
+def test_a_policy_that_answers_nonsense_is_named():
+    class Broken(FixedInterval):
+        def next_interval(self, stats):
+            return 0
+
+    optimizer, team = make(interval=Broken(1))
+    with pytest.raises(ValueError, match="the interval from Broken must be at least 1, got 0"):
+        run(optimizer, team, 1)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_observing_a_loss_that_is_not_finite_is_an_error(loss):
+    optimizer, _ = make(interval=ValidationLoss(16, total_epochs=3))
+    with pytest.raises(ValueError, match="val_loss must be finite, got"):
+        optimizer.observe(val_loss=loss)
+    assert optimizer.stats.val_loss is None
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("steps", [0, 2, 3, 7, 8])
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_resume_is_bit_exact_at_every_phase_of_a_round(kind, steps, optimizer_name):
+    straight, straight_team = make(kind, optimizer=optimizer_name)
+    run(straight, straight_team, 12)
+
+    first, first_team = make(kind, optimizer=optimizer_name)
+    run(first, first_team, steps)
+    file = io.BytesIO()
+    torch.save({"workers": first_team.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    second, second_team = make(kind, optimizer=optimizer_name, seed=5)
+    second_team.load_state_dict(saved["workers"])
+    second.load_state_dict(saved["optimizer"])
+    run(second, second_team, 12 - steps, first=steps)
+    assert torch.equal(parameters_of(second_team), parameters_of(straight_team))
+    ours, theirs = vars(second.stats), vars(straight.stats)
+    ours["seconds_in_sync"] = theirs["seconds_in_sync"]
+    assert ours == theirs
+
+
+def test_loading_does_not_change_the_callers_dict_and_keeps_schedulers_alive():
+    optimizer, team = make()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    run(optimizer, team, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert saved.keys() == kept.keys()
+    assert saved["fastlocal"].keys() == kept["fastlocal"].keys()
+    assert saved["fastlocal"]["stats"] == kept["fastlocal"]["stats"]
+    scheduler.step()
+    assert optimizer.inner.param_groups[0]["lr"] == 0.025
+    assert optimizer.param_groups is optimizer.inner.param_groups
+
+
+def test_loading_the_inner_optimizer_directly_does_not_split_the_groups():
+    optimizer, _ = make()
+    optimizer.inner.load_state_dict(optimizer.inner.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.125
+    assert optimizer.inner.param_groups[0]["lr"] == 0.125
+
+
+def test_a_state_of_something_else_is_refused_by_name():
+    optimizer, _ = make(SlowMo)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="of the method 'SlowMo', this optimizer has 'DiLoCo'"):
+        make(DiLoCo)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="of the number of workers 3, this optimizer has 2"):
+        make(SlowMo, workers=2)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="of the policy 'FixedInterval', this optimizer has 'ValidationLoss'"):
+        make(SlowMo, interval=ValidationLoss(16, total_epochs=2))[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="has no entry 'fastlocal'"):
+        optimizer.load_state_dict(optimizer.inner.state_dict())
+    other = Workers(nn.Linear(3, 3), 3)
+    with pytest.raises(ValueError, match="the state is of another model"):
+        SlowMo(torch.optim.SGD(other.parameters(), lr=0.1), other, 4).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_like_the_original_and_apart_from_it(kind, duplicate):
+    optimizer, team = make(kind)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    run(optimizer, team, 6)
+    scheduler.step()
+    twin = duplicate(optimizer)
+    run(optimizer, team, 6, first=6)
+    run(twin, twin.rows.modules, 6, first=6)
+    mine = torch.cat([p.detach().flatten() for model in twin.rows.modules for p in model.parameters()])
+    assert torch.equal(mine, parameters_of(team))
+    assert twin.rows.modules[0] is not team[0]
+
+
+def test_hooks_run_around_step_and_state_dict():
+    optimizer, team = make()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: seen.append("load"))
+    run(optimizer, team, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post", "save", "load"]
+
+
+def test_a_group_added_later_is_trained_and_one_of_foreign_parameters_is_refused():
+    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 2)
+    optimizer = LocalSGD(torch.optim.SGD([p for m in team for p in m[0].parameters()], lr=0.1), team, 2)
+    optimizer.add_param_group({"params": [p for m in team for p in m[1].parameters()], "lr": 0.5})
+    before = team[1][1].weight.detach().clone()
+    for _ in range(2):
+        for model in team:
+            model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, team[1][1].weight)
+    with pytest.raises(ValueError, match=r"a parameter of shape \(4,\) that is no trainable parameter of model"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4))]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_wrong_arguments_are_named_with_value_and_rule():
+    team = Workers(nn.Linear(2, 2), 2)
+
+    def sgd():
+        return torch.optim.SGD(team.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        LocalSGD(sgd(), team, 0)
+    with pytest.raises(TypeError, match="interval must be an int, got 2.5"):
+        LocalSGD(sgd(), team, 2.5)
+    with pytest.raises(ValueError, match="inner_state must be one of keep, reset, average, got 'drop'"):
+        LocalSGD(sgd(), team, 2, inner_state="drop")
+    with pytest.raises(ValueError, match="buffers must be one of average, keep, broadcast, got 'sum'"):
+        LocalSGD(sgd(), team, 2, buffers="sum")
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        LocalSGD(sgd(), team, 2, warmup_steps=-1)
+    with pytest.raises(ValueError, match="slow_lr must be positive, got 0"):
+        SlowMo(sgd(), team, 2, slow_lr=0)
+    with pytest.raises(ValueError, match=r"slow_momentum must be in \[0, 1\), got 1.0"):
+        DiLoCo(sgd(), team, 2, slow_momentum=1.0)
+    with pytest.raises(TypeError, match="inner must be a torch.optim optimizer that is not wrapped yet"):
+        LocalSGD(LocalSGD(sgd(), team, 2), team, 2)
+    with pytest.raises(ValueError, match="that is no trainable parameter of model"):
+        LocalSGD(torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1), team, 2)
+    with pytest.raises(ValueError, match=r"in the groups \[0, None\] for the workers 0 to 1"):
+        LocalSGD(torch.optim.SGD(team[0].parameters(), lr=0.1), team, 2)
+
+
+def test_training_in_one_process_does_not_touch_the_process_group_and_several_processes_are_refused():
+    code = """
+import torch, torch.distributed as dist, fastlocal
+team = fastlocal.Workers(torch.nn.Linear(2, 2), 2)
+def wrap(): return fastlocal.LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 2)
+wrap()
+assert not dist.is_initialized()
+class Two(dist.Store): pass
+store = dist.HashStore()
+dist.init_process_group("fake", rank=0, world_size=2, store=store)
+wrap()
+"""
+    code = "from torch.testing._internal.distributed.fake_pg import FakeStore\n" + code.replace(
+        "dist.HashStore", "FakeStore"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 1
+    assert "2 processes are running: use fastlocal.Workers in one process" in done.stderr
