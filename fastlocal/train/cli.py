@@ -12,7 +12,7 @@ from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.run import run
 
-app = App(name="fastlocal", help=fastlocal.__doc__, version=fastlocal.__version__)
+app = App(name="fastlocal", help=fastlocal.__doc__, version=fastlocal.__version__, result_action="return_value")
 
 
 @app.command

@@ -4,6 +4,7 @@ Neither ever stands in for the other.
 """
 
 import hashlib
+import importlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,14 @@ from fastlocal.train.errors import UsageError
 
 NUM_CLASSES = 100
 _SPLIT_SEED = 0  # which images validate does not depend on the seed of a run
+
+_ARRAY_NAMES = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
+"""What a pickled array is made of."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,10 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Builds NumPy arrays and plain containers; any other name in the file is refused before it is imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.removeprefix("numpy.").removeprefix("_core.").removeprefix("core.") == "multiarray":
-            if name == "_reconstruct":
-                return np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
-        elif module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+        # NumPy 2 moved numpy.core to numpy._core; files name either.
+        module = module.replace("numpy.core.", "numpy._core.")
+        if (module, name) in _ARRAY_NAMES:
+            return getattr(importlib.import_module(module), name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only NumPy arrays are let in")
 
 

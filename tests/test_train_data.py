@@ -1,0 +1,189 @@
+"""The images: the official layout, what is refused, and the synthetic set."""
+
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from fastlocal.train.augment import PADDING, Augmenter, Normalizer
+from fastlocal.train.config import Config
+from fastlocal.train.data import ImageSet, load, read_cifar100, synthetic
+from fastlocal.train.errors import UsageError
+
+
+def entry_of(count):
+    """A tiny part of the set, every pixel and label known."""
+    pixels = (np.arange(count * 3072) % 251).astype(np.uint8).reshape(count, 3072)
+    return {b"data": pixels, b"fine_labels": [i % 100 for i in range(count)], b"filenames": [b"a.png"] * count}
+
+
+def write_cifar(folder, num_train=500, num_test=100, protocol=4):
+    folder = folder / "cifar-100-python"
+    folder.mkdir(parents=True)
+    for name, count in (("train", num_train), ("test", num_test)):
+        (folder / name).write_bytes(pickle.dumps(entry_of(count), protocol=protocol))
+    return folder
+
+
+def as_python_2(entry):
+    """The same entry as Python 2 and an old NumPy pickled it, as in the official archive."""
+
+    def string(value):
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    def integer(value):
+        return b"J" + struct.pack("<i", value)
+
+    data = entry[b"data"]
+    dtype = b"cnumpy\ndtype\n" + string(b"u1") + integer(0) + integer(1) + b"\x87R"
+    dtype += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"\x87R"
+    )
+    shape = integer(data.shape[0]) + integer(data.shape[1]) + b"\x86"
+    array += b"(" + integer(1) + shape + dtype + b"\x89" + string(data.tobytes()) + b"tb"
+    labels = b"](" + b"".join(integer(label) for label in entry[b"fine_labels"]) + b"e"
+    names = b"](" + b"".join(string(name) for name in entry[b"filenames"]) + b"e"
+    items = string(b"data") + array + string(b"fine_labels") + labels + string(b"filenames") + names
+    return b"\x80\x02}(" + items + b"u."
+
+
+@pytest.mark.parametrize(
+    "write", [as_python_2, lambda e: pickle.dumps(e, protocol=4), lambda e: pickle.dumps(e, protocol=5)]
+)
+def test_the_official_layout_is_read_pixel_by_pixel(tmp_path, write):
+    (tmp_path / "train").write_bytes(write(entry_of(150)))
+    images = read_cifar100(tmp_path / "train")
+    assert images.images.shape == (150, 3, 32, 32)
+    assert images.images[7, 2, 3, 4].item() == (7 * 3072 + 2 * 1024 + 3 * 32 + 4) % 251
+    assert images.labels[123].item() == 23
+
+
+def test_a_fifth_of_the_training_images_validates_whatever_the_seed(tmp_path):
+    write_cifar(tmp_path)
+    config = Config(dataset="cifar100", data_dir=tmp_path, batch_size=8)
+    splits = load(config)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (400, 100, 100)
+    other = load(Config(dataset="cifar100", data_dir=tmp_path, batch_size=8, seed=3))
+    assert other.digest() == splits.digest()
+    # Each image has pixels of its own: none is in two parts.
+    keys = [bytes(image.numpy()) for part in (splits.train, splits.val) for image in part.images]
+    assert len(set(keys)) == len(
+        {bytes(image.numpy()) for image in read_cifar100(tmp_path / "cifar-100-python/train").images}
+    )
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({b"data": Evil()}), "it names posix.system, and only NumPy arrays are let in"),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 100]}),
+            "labels must lie in 0 … 99",
+        ),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}),
+            "one whole-number label an image",
+        ),
+        (pickle.dumps({b"data": np.zeros((2, 3072)), b"fine_labels": [1, 2]}), r"is not \(n, 3072\) uint8"),
+        (pickle.dumps({b"labels": []}), r"is not \(n, 3072\) uint8"),
+        (pickle.dumps([1, 2]), r"is not \(n, 3072\) uint8"),
+        (b"", "damaged or no CIFAR-100 file"),
+        (b"<html>not found</html>", "damaged or no CIFAR-100 file"),
+    ],
+)
+def test_what_is_no_cifar_file_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "train"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_cifar100(path)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("keep", [10, 1000, -1])
+def test_a_file_cut_short_is_refused(tmp_path, keep):
+    path = write_cifar(tmp_path) / "train"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UsageError, match="damaged or no CIFAR-100 file"):
+        read_cifar100(path)
+
+
+def test_a_missing_file_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match=r"cifar-100-python/train is missing: unpack .* or add --download"):
+        load(Config(dataset="cifar100", data_dir=tmp_path))
+
+
+def test_too_few_images_for_one_step_are_an_error():
+    with pytest.raises(
+        UsageError, match="4 workers with batches of 64 need at least 256 training images, there are 80"
+    ):
+        load(Config(synthetic_images=100))
+
+
+def test_synthetic_images_depend_on_the_seed_alone():
+    first, again, other = synthetic(300, seed=0), synthetic(300, seed=0), synthetic(300, seed=1)
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.images, other.images)
+    assert first.images.dtype == torch.uint8
+    assert first.images.shape == (300, 3, 32, 32)
+    assert len(first.labels.unique()) > 90
+
+
+def test_synthetic_classes_can_be_told_apart_but_not_by_their_mean_image():
+    train, test = synthetic(20_000, seed=0), synthetic(1000, seed=1)
+    means = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(100)]).flatten(1)
+    images = test.images.float().flatten(1)
+    images = (images - images.mean(1, keepdim=True)) / images.std(1, keepdim=True)
+    means = (means - means.mean(1, keepdim=True)) / means.std(1, keepdim=True)
+    accuracy = (images @ means.T).argmax(1).eq(test.labels).float().mean().item()
+    assert 0.05 < accuracy < 0.8  # chance is 0.01
+
+
+def test_normalised_training_images_have_mean_zero_and_variance_one():
+    images = synthetic(500, seed=0).images
+    normal = Normalizer(images)(images).double()
+    torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normal.var((0, 2, 3), correction=0), torch.ones(3).double(), rtol=1e-5, atol=0)
+    assert Normalizer(images)(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_augmentation_equals_a_loop_over_images():
+    data = synthetic(60, seed=0)
+    normalize = Normalizer(data.images)
+    augmenter = Augmenter(data, normalize)
+    plan = augmenter.plan(torch.Generator().manual_seed(1))
+    images, labels = augmenter.batch(plan, 20, 30)
+    assert sorted(plan.order.tolist()) == list(range(60))
+    for position in range(30):
+        where = 20 + position
+        source = int(plan.order[where])
+        padded = torch.zeros(3, 32 + 2 * PADDING, 32 + 2 * PADDING, dtype=torch.uint8)
+        padded[:, PADDING:-PADDING, PADDING:-PADDING] = data.images[source]
+        top, left = int(plan.dy[where]), int(plan.dx[where])
+        expected = padded[:, top : top + 32, left : left + 32]
+        if plan.flip[where]:
+            expected = expected.flip(-1)
+        assert torch.equal(images[position], normalize(expected[None])[0])
+        assert labels[position] == data.labels[source]
+
+
+def test_shifts_and_flips_cover_their_range_evenly():
+    data = ImageSet(torch.zeros(9000, 3, 32, 32, dtype=torch.uint8), torch.zeros(9000, dtype=torch.int64))
+    plan = Augmenter(data, lambda images: images).plan(torch.Generator().manual_seed(0))
+    for shift in (plan.dy, plan.dx):
+        counts = shift.bincount()
+        assert len(counts) == 2 * PADDING + 1
+        # 1000 expected of 9000, standard deviation 30
+        assert 850 < counts.min() <= counts.max() < 1150
+    assert 0.47 < plan.flip.float().mean() < 0.53

@@ -1,0 +1,118 @@
+"""Config, schedule, networks and checkpoints."""
+
+import math
+import resource
+
+import pytest
+import torch
+
+from fastlocal.train import checkpoint
+from fastlocal.train.config import Config
+from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.model import build
+from fastlocal.train.schedule import learning_rate
+
+
+def test_cosine_falls_from_the_peak_towards_zero():
+    rates = [learning_rate("cosine", 0.2, step, 8, 0) for step in range(8)]
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    assert rates[0] == 0.2
+
+
+def test_warmup_rises_linearly_reaches_the_peak_and_then_falls():
+    rates = [learning_rate("warmup-cosine", 0.3, step, 12, 2) for step in range(12)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert rates[3:] == pytest.approx([0.15 * (1 + math.cos(math.pi * step / 10)) for step in range(1, 10)])
+
+
+def test_a_warmup_longer_than_the_run_still_has_positive_rates():
+    rates = [learning_rate("warmup-cosine", 0.3, step, 4, 100) for step in range(4)]
+    assert all(rate > 0 for rate in rates)
+    assert max(rates) == rates[-1] == 0.3
+
+
+def test_constant_is_constant():
+    assert {learning_rate("constant", 0.1, step, 5, 2) for step in range(5)} == {0.1}
+
+
+@pytest.mark.parametrize(("name", "count"), [("lenet", 815_332), ("resnet18", 11_220_132)])
+def test_networks_have_the_known_number_of_parameters_and_100_outputs(name, count):
+    model = build(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_relu_after_pooling_equals_relu_before_it():
+    x = torch.randn(4, 8, 10, 10)
+    pool, relu = torch.nn.MaxPool2d(2), torch.nn.ReLU()
+    assert torch.equal(relu(pool(x)), pool(relu(x)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"interval": 0}, "--interval must be at least 1, got 0"),
+        ({"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"lr": math.nan}, "--lr must be positive and finite, got nan"),
+        ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay must be at least 0 and finite, got -0.1"),
+        ({"threads": 0}, "--threads must be at least 1, got 0"),
+        ({"min_interval": 8, "max_interval": 4}, "--max-interval must be at least --min-interval 8, got 4"),
+        ({"policy": "val-loss", "interval": 2}, "--interval must lie between --min-interval 4"),
+        ({"policy": "qsr", "interval": 100}, "--interval must be at most --max-interval 64, got 100"),
+        ({"policy": "consensus"}, "--policy consensus needs --consensus-target"),
+        ({"method": "sync", "policy": "qsr"}, "--method sync averages in every step"),
+    ],
+)
+def test_a_flag_out_of_range_is_named_with_value_and_rule(values, message):
+    with pytest.raises(UsageError, match=message):
+        Config(**values)
+
+
+def test_only_what_makes_another_run_counts_as_a_difference():
+    saved = Config(lr=0.1, workers=2).as_dict()
+    assert Config(lr=0.1, workers=2, resume=True, device="cpu", checkpoint_seconds=3).differences(saved) == []
+    assert Config(lr=0.2, workers=2).differences(saved) == ["--lr 0.2 (it was 0.1)"]
+
+
+def test_a_checkpoint_comes_back_and_torch_reads_it_too(tmp_path):
+    path, state = tmp_path / "c.pt", {"a": torch.arange(5.0), "b": [1, "x", None]}
+    checkpoint.save(path, state)
+    for loaded in (checkpoint.load(path), torch.load(path, weights_only=True)):
+        assert torch.equal(loaded["a"], state["a"])
+        assert loaded["b"] == state["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("position", [0, 200, 900, -40, -1])
+def test_one_flipped_bit_anywhere_is_found(tmp_path, position):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"a": torch.arange(100.0)})
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"c.pt is damaged .* delete it to begin the run again"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"y" * 5000])
+def test_a_file_that_is_no_checkpoint_is_found(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"a": torch.zeros(3)})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk that fills up while the file is written
+    try:
+        with pytest.raises(RunError, match=r"c.pt cannot be written: File too large; free some space"):
+            checkpoint.save(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.pt"]

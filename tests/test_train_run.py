@@ -1,0 +1,277 @@
+"""Whole runs: what they write, exact resume, kill -9, and errors as one line with an exit code."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlocal.train import data
+from fastlocal.train.cli import main
+from fastlocal.train.config import Config
+from fastlocal.train.loop import Training
+
+SMALL = ["--batch-size", "16", "--workers", "2", "--interval", "4"]
+THREE_EPOCHS = [*SMALL, "--synthetic-images", "400", "--epochs", "3"]
+ONE_EPOCH = [*SMALL, "--synthetic-images", "400", "--epochs", "1"]
+TIMES = ("train_seconds", "sync_seconds")  # what may differ between two equal runs
+
+
+def small(tmp_path, **values):
+    return Config(
+        **(
+            {"synthetic_images": 400, "batch_size": 16, "workers": 2, "epochs": 3, "interval": 4, "out": tmp_path}
+            | values
+        )
+    )
+
+
+def outcome(training):
+    """All parameters, and the records without what the clock says."""
+    rows = torch.cat([parameter.detach().flatten() for parameter in training.workers.parameters()])
+    return rows, [{k: v for k, v in vars(record).items() if k not in TIMES} for record in training.records]
+
+
+class Stopped(Exception):
+    pass
+
+
+class SaveAndStop:
+    """Saves a training at one of its steps and ends it there."""
+
+    def __init__(self, step):
+        self.step = step
+        self.training = None
+
+    def __call__(self, progress):
+        if (progress.epoch - 1) * progress.steps + progress.step == self.step:
+            self.training.save()
+            raise Stopped
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "slowmo", "policy": "val-loss"},
+        {"method": "diloco", "optimizer": "adamw", "lr": 1e-3},
+        {"method": "local-sgd", "policy": "consensus", "consensus_target": 0.5, "precision": "bf16"},
+        {"method": "local-sgd", "policy": "adacomm", "warmup_steps": 7, "inner_state": "average"},
+        {"method": "sync", "schedule": "warmup-cosine", "lr_warmup_epochs": 1},
+        {"method": "local-sgd", "policy": "qsr", "eval_every": 2, "schedule": "constant"},
+    ],
+    ids=lambda values: "-".join(map(str, values.values())),
+)
+def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, values):
+    config = small(tmp_path, checkpoint_seconds=1e9, **values)
+    splits = data.load(config)
+    straight = Training(config, splits, tmp_path / "straight.pt")
+    list(straight.epochs())
+    assert straight.optimizer.stats.local_steps == 30
+    for stop in (1, 13, 20, 25):
+        path = tmp_path / f"{stop}.pt"
+
+        stopper = SaveAndStop(stop)
+        first = stopper.training = Training(config, splits, path, stopper)
+        with pytest.raises(Stopped):
+            list(first.epochs())
+        second = Training(config, splits, path)
+        second.resume()
+        list(second.epochs())
+        assert torch.equal(outcome(second)[0], outcome(straight)[0])
+        assert outcome(second)[1] == outcome(straight)[1]
+        assert second.interval_trace == straight.interval_trace
+        assert second.test() == straight.test()
+
+
+def test_workers_have_parts_of_their_own_and_see_each_image_once_an_epoch(tmp_path):
+    config = small(tmp_path, synthetic_images=400)
+    training = Training(config, data.load(config), tmp_path / "c.pt")
+    parts = [{bytes(image.numpy()) for image in worker.windows[:, :, 4, 4]} for worker in training.data]
+    assert [len(part) for part in parts] == [160, 160]
+    assert not parts[0] & parts[1]
+    assert training.steps_per_epoch == 10
+
+
+def test_synchronous_training_sends_what_it_is_compared_with(tmp_path):
+    config = small(tmp_path, method="sync", epochs=1)
+    training = Training(config, data.load(config), tmp_path / "c.pt")
+    list(training.epochs())
+    stats = training.optimizer.stats
+    assert stats.bytes_on_wire == stats.bytes_synchronous == 10 * 815_332 * 4
+    rows = training.workers.rows.blocks[0].rows
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_a_resnet_trains_and_its_averaged_batchnorm_evaluates(tmp_path):
+    config = small(tmp_path, model="resnet18", synthetic_images=40, batch_size=8, epochs=1, interval=1, lr=0.001)
+    training = Training(config, data.load(config), tmp_path / "c.pt")
+    (record,) = training.epochs()
+    assert record.rounds == 2
+    assert record.val_loss is not None
+    assert 0 < record.val_loss < 20
+    counts = [
+        module.num_batches_tracked.item()
+        for module in training.workers.mean().modules()
+        if hasattr(module, "num_batches_tracked")
+    ]
+    assert counts == [2] * 20
+
+
+def test_a_run_writes_what_it_promises(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *THREE_EPOCHS, "--policy", "val-loss", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "records.jsonl",
+        "checkpoint.pt",
+        "curves.png",
+        "summary.json",
+    }
+    summary = json.loads((out / "summary.json").read_text())
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert summary["local_steps"] == 30
+    assert summary["train_samples"] == 30 * 2 * 16
+    assert summary["bytes_synchronous"] == 30 * 815_332 * 4
+    assert summary["bytes_on_wire"] == summary["rounds"] * 815_332 * 4
+    assert summary["communication_reduction"] == pytest.approx(1 - summary["rounds"] / 30)
+    assert summary["best_val_accuracy"] == max(record["val_accuracy"] for record in records)
+    assert summary["interval_trace"][0] == [0, 4]
+    assert summary["config"]["policy"] == "val-loss"
+    assert summary["versions"]["torch"] == torch.__version__
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "test accuracy" in shown
+    assert "synchronous training sends" in shown
+    # Resuming a finished run shows it again and trains no more.
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["train", *THREE_EPOCHS, "--policy", "val-loss", "--out", str(out), "--resume"]) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fastlocal",
+        "train",
+        *SMALL,
+        *("--synthetic-images", "400", "--epochs", "6", "--method", "slowmo", "--threads", "1"),
+    ]
+    command += ["--checkpoint-seconds", "0", "--resume", "--out"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    kills, rng = 0, random.Random(0)
+    while kills < 3:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        seen = (tmp_path / "killed" / "checkpoint.pt").stat().st_mtime_ns if kills else 0
+        while process.poll() is None:  # until it made progress, then a little longer
+            path = tmp_path / "killed" / "checkpoint.pt"
+            if path.exists() and path.stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        kills += 1
+    for name in ("killed", "straight"):
+        done = subprocess.run(
+            [*command, str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    killed, straight = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("killed", "straight")
+    )
+    for ours, theirs in zip(killed["workers"]["workers"], straight["workers"]["workers"], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    records = []
+    for name in ("killed", "straight"):
+        lines = (tmp_path / name / "records.jsonl").read_text().splitlines()
+        records.append([{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines])
+    assert records[0] == records[1]
+    assert len(records[0]) == 6
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "straight")]
+    assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
+
+
+def fails(capsys, arguments, code=2):
+    """Run the command line; returns its one line of error."""
+    assert main(["train", *arguments]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--interval must be at least 1, got 0" in fails(capsys, ["--interval", "0"])
+    assert 'unable to convert "x"' in fails(capsys, ["--lr", "x"])
+    assert "--bogus" in fails(capsys, ["--bogus", "3"])
+    assert "--device nonsense cannot be used" in fails(capsys, ["--device", "nonsense"])
+    assert "data/cifar-100-python/train is missing" in fails(capsys, ["--dataset", "cifar100"])
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"broken")
+    assert "is damaged or no CIFAR-100 file" in fails(capsys, ["--dataset", "cifar100", "--data-dir", "."])
+    (tmp_path / "file").touch()
+    assert "--out file/run cannot be made: Not a directory" in fails(capsys, [*ONE_EPOCH, "--out", "file/run"])
+    assert "--out /proc/run cannot be made" in fails(capsys, [*ONE_EPOCH, "--out", "/proc/run"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-100-python", "file"]
+
+
+def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", *ONE_EPOCH, *out]) == 0
+    capsys.readouterr()
+    assert "holds a run already: add --resume" in fails(capsys, [*ONE_EPOCH, *out])
+    assert "--lr 0.5 (it was None)" in fails(capsys, [*ONE_EPOCH, *out, "--lr", "0.5", "--resume"])
+    (tmp_path / "run" / "summary.json").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    content = bytearray(checkpoint.read_bytes())
+    content[5000] ^= 4
+    checkpoint.write_bytes(content)
+    assert "is damaged (its SHA-256 does not match)" in fails(capsys, [*ONE_EPOCH, *out, "--resume"])
+    other = ["--out", str(tmp_path / "other")]
+    assert main(["train", *SMALL, *other, "--epochs", "1", "--synthetic-images", "60", "--model", "resnet18"]) == 0
+    capsys.readouterr()
+    checkpoint.write_bytes((tmp_path / "other" / "checkpoint.pt").read_bytes())
+    line = fails(capsys, [*ONE_EPOCH, *out, "--resume"])
+    assert "is of another run: " in line
+    assert "--model lenet (it was resnet18)" in line
+
+
+def test_training_that_diverges_ends_with_exit_code_1_and_says_so(tmp_path, capsys):
+    line = fails(capsys, [*ONE_EPOCH, "--lr", "1e6", "--out", str(tmp_path / "run")], code=1)
+    assert "diverged" in line
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    code = (
+        "import resource, sys; from fastlocal.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); sys.exit(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", code, "train", *ONE_EPOCH, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "checkpoint.pt cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['cyclopts'] = None; from fastlocal.__main__ import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'fastlocal[train]'" in done.stderr
