@@ -20,7 +20,7 @@ from fastlocal.train.loop import Record
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a figure depends on beside its config."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "fastlocal": fastlocal.__version__,
         "torch": torch.__version__,
@@ -28,6 +28,16 @@ def versions(device: torch.device) -> dict[str, str]:
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} processors" if names else platform.machine()
 
 
 def summarise(
