@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
@@ -10,3 +11,11 @@ if not torch.cuda.is_available():
 
 # The tensors here are small: a second thread costs more than it brings, the more so on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests with the marker `gpu` are skipped, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -128,6 +128,14 @@ def test_finite_rows_finds_one_bad_value(impl, bad, column):
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_finite_rows_is_not_misled_by_a_sum_that_overflows_or_cancels(impl):
+    rows = torch.zeros(3, 2000, device=DEVICE)
+    rows[0] = 3e38
+    rows[1, :2] = torch.tensor([torch.inf, -torch.inf])
+    assert ops.finite_rows(rows, impl=impl).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
 def test_a_row_of_weight_zero_is_left_out_even_if_it_is_nan(impl):
     rows, anchor, slow, _, parts = make(3, 3000, torch.float32)
     good = rows[[0, 2]].double().mean(0)
