@@ -52,7 +52,7 @@ def _sum_of_squares(flat: Tensor) -> float:
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """‖G‖ of all gradients together."""
-    flats = [_flat(g) for g in grads]
+    flats = [_flat(_stage(g, g)[0]) for g in grads]
     if torch.compiler.is_compiling() or any(flat is None for flat in flats):
         return reference.grad_norm(grads)
     total = sum(_sum_of_squares(flat[0]) for flat in flats if flat is not None)
