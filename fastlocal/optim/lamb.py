@@ -115,8 +115,10 @@ class LAMB(TrustRatioOptimizer):
             every_grad = [grad for _, _, grads in groups for grad in grads]
             first, *others = (self._impl(group) for group, _, _ in groups)
             same = all(impl == first for impl in others)
-            norm = ops.grad_norm(every_grad, impl=first if same else "auto", tables=self._tables)
-        for group, params, grads in groups:
+            norm = ops.grad_norm(
+                every_grad, impl=first if same else "auto", tables=self._tables.setdefault("norm", {})
+            )
+        for index, (group, params, grads) in enumerate(groups):
             states = [self._init_state(p) for p in params]
             ops.lamb_(
                 params,
@@ -129,7 +131,7 @@ class LAMB(TrustRatioOptimizer):
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),
-                tables=self._tables,
+                tables=self._tables.setdefault(index, {}),
             )
 
     def _init_state(self, param: Tensor) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class LARS(TrustRatioOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        for group, params, grads in groups:
+        for index, (group, params, grads) in enumerate(groups):
             buffers: list[Tensor | None] = [None] * len(params)
             steps: list[Tensor | None] = [None] * len(params)
             if group["momentum"] != 0:
@@ -128,7 +128,7 @@ class LARS(TrustRatioOptimizer):
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),
-                tables=self._tables,
+                tables=self._tables.setdefault(index, {}),
             )
 
     def _init_state(self, param: Tensor, counted: bool) -> dict[str, Any]:
