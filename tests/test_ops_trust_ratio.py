@@ -1,6 +1,8 @@
 """The portable implementation and the door itself, against the float64 reference."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,33 +12,33 @@ from fastlocal.ops.trust_ratio_portable import _CHUNK
 from fastlocal.reference import trust_ratio as reference
 from fastlocal.reference.trust_ratio import LambOptions, LarsOptions
 
-LAMB = {
-    "lr": 0.1,
-    "betas": (0.9, 0.99),
-    "eps": 1e-6,
-    "weight_decay": 0.03,
-    "bias_correction": True,
-    "grad_averaging": True,
-    "max_grad_norm": None,
-    "trust_clip": None,
-    "decay": "update",
-    "adapt": "all",
-    "maximize": False,
-}
-LARS = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "dampening": 0.0,
-    "weight_decay": 0.03,
-    "nesterov": False,
-    "trust_coefficient": 1e-3,
-    "eps": 1e-8,
-    "trust_clip": False,
-    "norm": "sum",
-    "momentum_form": "torch",
-    "adapt": "all",
-    "maximize": False,
-}
+LAMB = LambOptions(
+    lr=0.1,
+    betas=(0.9, 0.99),
+    eps=1e-6,
+    weight_decay=0.03,
+    bias_correction=True,
+    grad_averaging=True,
+    max_grad_norm=None,
+    trust_clip=None,
+    decay="update",
+    adapt="all",
+    maximize=False,
+)
+LARS = LarsOptions(
+    lr=0.1,
+    momentum=0.9,
+    dampening=0.0,
+    weight_decay=0.03,
+    nesterov=False,
+    trust_coefficient=1e-3,
+    eps=1e-8,
+    trust_clip=False,
+    norm="sum",
+    momentum_form="torch",
+    adapt="all",
+    maximize=False,
+)
 SHAPES = [(33, 17), (1,), (0,), (5,), (), (2, 3, 4, 5)]
 
 
@@ -49,23 +51,22 @@ def tensors(seed, dtype=torch.float32, shapes=SHAPES):
 
 def lamb_three_steps(dtype, impl, options, shapes=SHAPES, seed=0):
     params = [p.to(dtype) for p in tensors(seed, shapes=shapes)]
-    state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
     steps = [torch.zeros(()) for _ in params]
     for seed in (1, 2, 3):
         grads = [0.01 * g.to(dtype) for g in tensors(seed, shapes=shapes)]
         norm = ops.grad_norm(grads, impl=impl)
-        ops.lamb_(params, grads, *state, steps, LambOptions(**options), norm=norm, impl=impl)
-    return params + state[0] + state[1]
+        ops.lamb_(params, grads, first, second, steps, options, norm=norm, impl=impl)
+    return params + first + second
 
 
 def lars_three_steps(dtype, impl, options, shapes=SHAPES):
     params = [p.to(dtype) for p in tensors(0, shapes=shapes)]
-    chosen = LarsOptions(**options)
-    buffers = [torch.zeros_like(p) if chosen.momentum else None for p in params]
-    steps = [torch.zeros(()) if chosen.momentum and chosen.dampening else None for p in params]
+    buffers = [torch.zeros_like(p) if options.momentum else None for p in params]
+    steps = [torch.zeros(()) if options.momentum and options.dampening else None for p in params]
     for seed in (1, 2, 3):
         grads = [0.01 * g.to(dtype) for g in tensors(seed, shapes=shapes)]
-        ops.lars_(params, grads, buffers, steps, chosen, impl=impl)
+        ops.lars_(params, grads, buffers, steps, options, impl=impl)
     return params + [b for b in buffers if b is not None]
 
 
@@ -76,7 +77,7 @@ def assert_within(actual, expected, tolerance):
         torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=0.1 * tolerance * largest)
 
 
-LAMB_CHANGES = [
+LAMB_CHANGES: list[dict[str, Any]] = [
     {"weight_decay": w, "decay": d, "maximize": m}
     for w, d, m in itertools.product([0.0, 0.03], ["update", "l2", "decoupled"], [False, True])
 ] + [
@@ -90,7 +91,7 @@ LAMB_CHANGES = [
     {"max_grad_norm": 100.0},
     {"lr": torch.tensor(0.1, dtype=torch.float64)},
 ]
-LARS_CHANGES = [
+LARS_CHANGES: list[dict[str, Any]] = [
     {"momentum": m, "weight_decay": w, "maximize": x}
     for m, w, x in itertools.product([0.0, 0.9], [0.0, 0.03], [False, True])
 ] + [
@@ -110,16 +111,16 @@ LARS_CHANGES = [
 
 @pytest.mark.parametrize("change", LAMB_CHANGES, ids=str)
 def test_portable_lamb_is_the_reference_to_float32_precision(change):
-    exact = lamb_three_steps(torch.float64, "reference", LAMB | change)
-    assert_within(lamb_three_steps(torch.float32, "foreach", LAMB | change), exact, 3e-6)
-    assert_within(lamb_three_steps(torch.float64, "foreach", LAMB | change), exact, 1e-14)
+    exact = lamb_three_steps(torch.float64, "reference", replace(LAMB, **change))
+    assert_within(lamb_three_steps(torch.float32, "foreach", replace(LAMB, **change)), exact, 3e-6)
+    assert_within(lamb_three_steps(torch.float64, "foreach", replace(LAMB, **change)), exact, 1e-14)
 
 
 @pytest.mark.parametrize("change", LARS_CHANGES, ids=str)
 def test_portable_lars_is_the_reference_to_float32_precision(change):
-    exact = lars_three_steps(torch.float64, "reference", LARS | change)
-    assert_within(lars_three_steps(torch.float32, "foreach", LARS | change), exact, 3e-6)
-    assert_within(lars_three_steps(torch.float64, "foreach", LARS | change), exact, 1e-14)
+    exact = lars_three_steps(torch.float64, "reference", replace(LARS, **change))
+    assert_within(lars_three_steps(torch.float32, "foreach", replace(LARS, **change)), exact, 3e-6)
+    assert_within(lars_three_steps(torch.float64, "foreach", replace(LARS, **change)), exact, 1e-14)
 
 
 @pytest.mark.parametrize("size", [_CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3])
@@ -152,17 +153,17 @@ def test_the_gradient_multiplier_is_one_over_scale_and_clip():
 
 def test_the_door_names_what_is_wrong():
     p, g = [torch.zeros(2)], [torch.ones(2)]
-    options = LambOptions(**LAMB)
+    options = LAMB
     with pytest.raises(ValueError, match=r"grads must hold one entry a parameter, 1, got 0"):
         ops.lamb_(p, [], p, p, [torch.zeros(())], options)
     with pytest.raises(ValueError, match=r"norm must be given where max_grad_norm is set"):
-        ops.lamb_(p, g, p, p, [torch.zeros(())], LambOptions(**LAMB | {"max_grad_norm": 1.0}))
+        ops.lamb_(p, g, p, p, [torch.zeros(())], replace(LAMB, max_grad_norm=1.0))
     with pytest.raises(ValueError, match=r"impl must be"):
         ops.lamb_(p, g, p, p, [torch.zeros(())], options, impl="cuda")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"momentum_buffers must hold a tensor a parameter"):
-        ops.lars_(p, g, [None], [None], LarsOptions(**LARS))
+        ops.lars_(p, g, [None], [None], LARS)
     with pytest.raises(ValueError, match=r"steps must hold None for every parameter"):
-        ops.lars_(p, g, p, [torch.zeros(())], LarsOptions(**LARS))
+        ops.lars_(p, g, p, [torch.zeros(())], LARS)
     with pytest.raises(ValueError, match=r"grads must hold at least one tensor"):
         ops.grad_norm([])
 
@@ -171,4 +172,4 @@ def test_the_door_names_what_is_wrong():
 def test_triton_refuses_dtypes_it_does_not_step(dtype):
     p, g = [torch.zeros(2, dtype=dtype)], [torch.ones(2, dtype=dtype)]
     with pytest.raises(RuntimeError, match=r"steps float32, bfloat16 and float16 tensors, got torch.float64"):
-        ops.lamb_(p, g, p, p, [torch.zeros(())], LambOptions(**LAMB), impl="triton")
+        ops.lamb_(p, g, p, p, [torch.zeros(())], LAMB, impl="triton")

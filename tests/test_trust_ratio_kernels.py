@@ -1,6 +1,8 @@
 """The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from test_ops_trust_ratio import LARS as LARS_OPTIONS
 from fastlocal import LAMB, LARS
 from fastlocal.kernels.trust_ratio_common import CHUNK
 from fastlocal.ops import trust_ratio as ops
-from fastlocal.reference.trust_ratio import LambOptions, LarsOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Below, at and above a chunk, nothing, one element, a zero tensor (index 3), a number, a tail of three.
@@ -27,23 +28,26 @@ def tensors(seed, dtype):
     return made
 
 
-def options_of(kind, base, change):
-    return kind(**{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in (base | change).items()})
+def in_float32(change):
+    """The change with tensors as float32, the dtype of the hyper-parameters on the device."""
+    return {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
 
 
 def lamb_steps(impl, device, dtype, state_dtype, options, seeds=(1, 2, 3), scale=None, found_inf=None):
     params = [p.to(device, state_dtype if state_dtype == torch.float64 else dtype) for p in tensors(0, dtype)]
-    state = [[torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2)]
+    first, second = ([torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2))
     steps = [torch.zeros((), device=device) for _ in params]
-    tables = {}
+    tables: dict = {}
     for seed in seeds:
         grads = [(g * 0.01).to(device, params[0].dtype) for g in tensors(seed, dtype)]
         kept = [g.clone() for g in grads]
         norm = ops.grad_norm(grads, impl=impl, tables=tables.setdefault("norm", {}))
-        scaling = {"grad_scale": scale, "found_inf": found_inf}
-        ops.lamb_(params, grads, *state, steps, options, norm=norm, **scaling, impl=impl, tables=tables)
+        scaling: dict[str, Any] = {"grad_scale": scale, "found_inf": found_inf}
+        ops.lamb_(
+            params, grads, first, second, steps, options, norm=norm, **scaling, impl=impl, tables=tables
+        )
         assert all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True))
-    return params, [*state[0], *state[1], *steps]
+    return params, [*first, *second, *steps]
 
 
 def lars_steps(impl, device, dtype, state_dtype, options, seeds=(1, 2, 3), scale=None, found_inf=None):
@@ -51,7 +55,7 @@ def lars_steps(impl, device, dtype, state_dtype, options, seeds=(1, 2, 3), scale
     buffers = [torch.zeros_like(p, dtype=state_dtype) if options.momentum else None for p in params]
     counted = options.momentum and options.dampening
     steps = [torch.zeros((), device=device) if counted else None for _ in params]
-    tables = {}
+    tables: dict = {}
     for seed in seeds:
         grads = [(g * 0.01).to(device, params[0].dtype) for g in tensors(seed, dtype)]
         kept = [g.clone() for g in grads]
@@ -80,7 +84,7 @@ def assert_within(actual, expected, tolerance):
 
 @pytest.mark.parametrize("change", LAMB_CHANGES, ids=str)
 def test_lamb_kernels_match_the_float64_reference(change):
-    options = options_of(LambOptions, LAMB_OPTIONS, change)
+    options = replace(LAMB_OPTIONS, **in_float32(change))
     params, state = lamb_steps("triton", DEVICE, torch.float32, torch.float32, options)
     exact, exact_state = lamb_steps("reference", "cpu", torch.float32, torch.float64, options)
     assert_within(params, exact, TOLERANCE[torch.float32])
@@ -89,7 +93,7 @@ def test_lamb_kernels_match_the_float64_reference(change):
 
 @pytest.mark.parametrize("change", LARS_CHANGES, ids=str)
 def test_lars_kernels_match_the_float64_reference(change):
-    options = options_of(LarsOptions, LARS_OPTIONS, change)
+    options = replace(LARS_OPTIONS, **in_float32(change))
     params, state = lars_steps("triton", DEVICE, torch.float32, torch.float32, options)
     exact, exact_state = lars_steps("reference", "cpu", torch.float32, torch.float64, options)
     assert_within(params, exact, TOLERANCE[torch.float32])
@@ -99,8 +103,8 @@ def test_lars_kernels_match_the_float64_reference(change):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_step_low_precision_weights_as_the_reference_does(dtype):
     # One step from equal weights: the results may differ by one rounding of the weight, and rarely do.
-    for run, kind, base in ((lamb_steps, LambOptions, LAMB_OPTIONS), (lars_steps, LarsOptions, LARS_OPTIONS)):
-        options = kind(**base | {"lr": 0.5})
+    for run, options in ((lamb_steps, LAMB_OPTIONS), (lars_steps, LARS_OPTIONS)):
+        options = replace(options, lr=0.5)
         params, state = run("triton", DEVICE, dtype, torch.float32, options, seeds=(1,))
         expected, expected_state = run("reference", "cpu", dtype, torch.float32, options, seeds=(1,))
         assert_within(state, expected_state, 1e-6)
@@ -113,8 +117,7 @@ def test_kernels_step_low_precision_weights_as_the_reference_does(dtype):
 
 
 def test_a_step_repeated_gives_the_same_bits():
-    for run, kind, base in ((lamb_steps, LambOptions, LAMB_OPTIONS), (lars_steps, LarsOptions, LARS_OPTIONS)):
-        options = kind(**base)
+    for run, options in ((lamb_steps, LAMB_OPTIONS), (lars_steps, LARS_OPTIONS)):
         first, second = (run("triton", DEVICE, torch.float32, torch.float32, options) for _ in range(2))
         for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
             assert torch.equal(a, b)
@@ -122,14 +125,14 @@ def test_a_step_repeated_gives_the_same_bits():
 
 def test_the_loss_scale_is_undone_on_the_device():
     scale = torch.tensor(8.0, device=DEVICE)
-    options = LambOptions(**LAMB_OPTIONS | {"max_grad_norm": 0.05})
+    options = replace(LAMB_OPTIONS, **{"max_grad_norm": 0.05})
     scaled, _ = lamb_steps("triton", DEVICE, torch.float32, torch.float32, options, scale=scale)
     exact, _ = lamb_steps(
         "reference", "cpu", torch.float32, torch.float64, options, scale=scale.cpu().double()
     )
     assert_within(scaled, exact, 2e-6)
     for change in ({}, {"norm": "joint"}):
-        lars = LarsOptions(**LARS_OPTIONS | change)
+        lars = replace(LARS_OPTIONS, **change)
         scaled, _ = lars_steps("triton", DEVICE, torch.float32, torch.float32, lars, scale=scale)
         exact, _ = lars_steps(
             "reference", "cpu", torch.float32, torch.float64, lars, scale=scale.cpu().double()
@@ -139,12 +142,10 @@ def test_the_loss_scale_is_undone_on_the_device():
 
 def test_a_found_inf_changes_nothing_not_even_the_count():
     found = torch.ones((), device=DEVICE)
-    params, state = lamb_steps(
-        "triton", DEVICE, torch.float32, torch.float32, LambOptions(**LAMB_OPTIONS), found_inf=found
-    )
+    params, state = lamb_steps("triton", DEVICE, torch.float32, torch.float32, LAMB_OPTIONS, found_inf=found)
     assert all(torch.equal(p.cpu(), e) for p, e in zip(params, tensors(0, torch.float32), strict=True))
     assert all(not s.any() for s in state)
-    lars = LarsOptions(**LARS_OPTIONS | {"dampening": 0.5})
+    lars = replace(LARS_OPTIONS, **{"dampening": 0.5})
     params, state = lars_steps("triton", DEVICE, torch.float32, torch.float32, lars, found_inf=found)
     assert all(torch.equal(p.cpu(), e) for p, e in zip(params, tensors(0, torch.float32), strict=True))
     assert all(not s.any() for s in state)
@@ -158,9 +159,9 @@ def test_a_bias_correction_keeps_its_digits_at_the_first_step():
     # 1 − 0.999 in float32 is off by 1e-5. With g = 1: m̂ = 1 and √v̂ = 1 exactly, u = 1/(1 + ε).
     params = [torch.ones(4, device=DEVICE)]
     grads = [torch.ones(4, device=DEVICE)]
-    state = [[torch.zeros(4, device=DEVICE)] for _ in range(2)]
-    options = LambOptions(**LAMB_OPTIONS | {"betas": (0.9, 0.9999), "weight_decay": 0.0, "adapt": "decayed"})
-    ops.lamb_(params, grads, *state, [torch.zeros((), device=DEVICE)], options, impl="triton")
+    first, second = ([torch.zeros(4, device=DEVICE)] for _ in range(2))
+    options = replace(LAMB_OPTIONS, **{"betas": (0.9, 0.9999), "weight_decay": 0.0, "adapt": "decayed"})
+    ops.lamb_(params, grads, first, second, [torch.zeros((), device=DEVICE)], options, impl="triton")
     assert params[0][0].item() == pytest.approx(1 - 0.1 / (1 + 1e-6), abs=1.2e-7)
 
 
@@ -239,7 +240,7 @@ def test_fused_steps_take_mixed_dtypes_in_one_group(optimizer):
         for d in (torch.float32, torch.bfloat16, torch.float16)
     ]
     exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
-    extra = {"max_grad_norm": 1.0} if optimizer is LAMB else {}
+    extra: dict[str, Any] = {"max_grad_norm": 1.0} if optimizer is LAMB else {}
     fused = optimizer(params, lr=0.1, weight_decay=0.1, fused=True, **extra)
     plain = optimizer(exact, lr=0.1, weight_decay=0.1, foreach=False, **extra)
     for p, e in zip(params, exact, strict=True):

@@ -114,8 +114,9 @@ def _step_(
         if chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
-            step = kernels.lamb_ if kind == "lamb_" else kernels.lars_
-            step(*part, options, norm, grad_scale, found_inf, {} if tables is None else tables)
+            getattr(kernels, kind)(
+                *part, options, norm, grad_scale, found_inf, {} if tables is None else tables
+            )
         else:
             if found_inf is not None and found_inf.item():
                 continue

@@ -113,11 +113,10 @@ class LAMB(TrustRatioOptimizer):
         norm = None
         if any(group["max_grad_norm"] is not None for group, _, _ in groups):
             every_grad = [grad for _, _, grads in groups for grad in grads]
-            first, *others = (self._impl(group) for group, _, _ in groups)
-            same = all(impl == first for impl in others)
-            norm = ops.grad_norm(
-                every_grad, impl=first if same else "auto", tables=self._tables.setdefault("norm", {})
-            )
+            impl: ops.Implementation = self._impl(groups[0][0])
+            if any(self._impl(group) != impl for group, _, _ in groups):
+                impl = "auto"
+            norm = ops.grad_norm(every_grad, impl=impl, tables=self._tables.setdefault("norm", {}))
         for index, (group, params, grads) in enumerate(groups):
             states = [self._init_state(p) for p in params]
             ops.lamb_(
