@@ -1,7 +1,7 @@
-"""Compiles the LAMB and LARS kernels for GPUs this machine need not have, and prints what the machine code does.
+"""Compiles the LAMB and LARS kernels for GPUs this machine need not have; prints what the machine code does.
 
-Run by test_trust_ratio_machine_code.py in a process of its own, since Triton's interpreter cannot be switched off once
-Triton is imported. One JSON line a kernel.
+Run by test_trust_ratio_machine_code.py in a process of its own, since Triton's interpreter cannot be
+switched off once Triton is imported. One JSON line a kernel.
 """
 
 import json

@@ -160,7 +160,9 @@ def test_lamb_matches_pytorch_optimizer(decoupled):
     # ε, on weights of norm below 10, and with that factor in our learning rate, nothing is left to differ.
     # Its decoupled decay uses the learning rate without the factor, so ours gets it in the decay. lr = 0 and
     # a gradient of 0 (0/0) are left out, as is its foreach path, which equals its loop.
-    theirs = pytest.importorskip("pytorch_optimizer").Lamb
+    theirs = pytest.importorskip(
+        "pytorch_optimizer", reason="pytorch-optimizer, of the test extra, is not installed"
+    ).Lamb
     weights, grads = problem(zeros=False)
     weights = [0.5 * w for w in weights]
     lrs = [0.02 * (lr or 0.07) for lr in LRS]
@@ -266,7 +268,9 @@ def test_lars_matches_timm(theirs, ours):
 def test_lars_matches_pytorch_optimizer(nesterov):
     # It neither adapts nor decays vectors, and gives a tensor with a zero gradient the ratio η/λ where ours
     # is 1.
-    theirs = pytest.importorskip("pytorch_optimizer").LARS
+    theirs = pytest.importorskip(
+        "pytorch_optimizer", reason="pytorch-optimizer, of the test extra, is not installed"
+    ).LARS
     weights, grads = problem()
     for step in grads:
         step[ZERO_GRAD][:] = 0.5

@@ -5,7 +5,7 @@ Every step works in place on lists of tensors, returns None, and leaves the grad
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -85,17 +85,6 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _each(step: Callable[..., None]) -> Callable[..., None]:
-    """A step of one tensor as a step of lists of tensors."""
-
-    def steps(*arguments: Any) -> None:
-        *lists, options, multiplier = arguments
-        for tensors in zip(*lists, strict=True):
-            step(*tensors, options, multiplier)
-
-    return steps
-
-
 def _step_(
     kind: Literal["lamb_", "lars_"],
     lists: tuple[Sequence[Tensor | None], ...],
@@ -124,8 +113,12 @@ def _step_(
             if counters:
                 torch._foreach_add_(counters, 1.0)  # pyright: ignore[reportPrivateImportUsage]
             multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
-            step = getattr(portable, kind) if chosen == "foreach" else _each(getattr(reference, kind))
-            step(*part, options, multiplier)
+            if chosen == "foreach":
+                getattr(portable, kind)(*part, options, multiplier, {} if tables is None else tables)
+            else:
+                step = getattr(reference, kind)
+                for tensors in zip(*part, strict=True):
+                    step(*tensors, options, multiplier)
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             written = (t for values in (part[0], *part[2:]) for t in values if t is not None)
@@ -183,7 +176,7 @@ def lamb_(
         grad_scale: what the loss was multiplied by (GradScaler); None if nothing.
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
-        tables: where the Triton implementation keeps its device tables between calls.
+        tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
     """
     _check(params, grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     if options.max_grad_norm is not None and norm is None and params:
@@ -216,7 +209,7 @@ def lars_(
         grad_scale: what the loss was multiplied by (GradScaler); None if nothing.
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
-        tables: where the Triton implementation keeps its device tables between calls.
+        tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
     """
     _check(params, grads, momentum_buffers=momentum_buffers, steps=steps)
     for name, needed, values in (

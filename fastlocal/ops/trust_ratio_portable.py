@@ -67,10 +67,14 @@ def lamb_(
     steps: Sequence[Tensor],
     options: LambOptions,
     multiplier: float | Tensor,
+    scratch: dict,
 ) -> None:
-    """One LAMB step of every tensor; `steps` already counts it."""
+    """One LAMB step of every tensor; `steps` already counts it.
+
+    scratch: keeps room for the longest tensor's update from step to step.
+    """
     compiling = torch.compiler.is_compiling()
-    cpu = None if compiling else _LambOnCpu(params, options, multiplier)
+    cpu = None if compiling else _LambOnCpu(params, options, multiplier, scratch)
     for param, grad, exp_avg, exp_avg_sq, step in zip(
         params, grads, exp_avgs, exp_avg_sqs, steps, strict=True
     ):
@@ -85,7 +89,9 @@ class _LambOnCpu:
     and updates both moments in the same pass over memory.
     """
 
-    def __init__(self, params: Sequence[Tensor], options: LambOptions, multiplier: float | Tensor):
+    def __init__(
+        self, params: Sequence[Tensor], options: LambOptions, multiplier: float | Tensor, scratch: dict
+    ):
         self.options = options
         self.usable = options.grad_averaging and any(p.is_cpu for p in params)
         if not self.usable:
@@ -93,7 +99,11 @@ class _LambOnCpu:
         self.multiplier, self.lr = float(multiplier), float(options.lr)
         self.uncorrected = torch.tensor(_NO_CORRECTION)
         largest = max(p.numel() for p in params if p.is_cpu)
-        self.update = torch.empty(largest, dtype=torch.float32)
+        # Fresh memory would cost a page fault every 4 KiB, at every step.
+        if "update" not in scratch or scratch["update"].numel() < largest:
+            scratch["update"] = torch.empty(largest, dtype=torch.float32)
+            scratch["gradient"] = torch.empty(min(largest, _CHUNK), dtype=torch.float32)
+        self.update, self.gradient = scratch["update"], scratch["gradient"]
 
     def step_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
         """Steps one tensor, or returns False where this way cannot."""
@@ -145,10 +155,12 @@ class _LambOnCpu:
             u.copy_(w)
         else:
             u.zero_()
+        own = self.gradient[: g.numel()]
         if self.multiplier != 1:
-            g = g * self.multiplier
+            g = torch.mul(g, self.multiplier, out=own)
         if options.decay == "l2" and options.weight_decay != 0:
-            g = torch.add(g, w, alpha=-options.weight_decay if options.maximize else options.weight_decay)
+            sign = -1.0 if options.maximize else 1.0
+            g = torch.add(g, w, alpha=sign * options.weight_decay, out=own)
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [u],
             [g],
@@ -173,8 +185,9 @@ def lars_(
     steps: Sequence[Tensor | None],
     options: LarsOptions,
     multiplier: float | Tensor,
+    scratch: dict,
 ) -> None:
-    """One LARS step of every tensor; `steps` already counts it."""
+    """One LARS step of every tensor; `steps` already counts it. Needs no scratch."""
     on_cpu = not torch.compiler.is_compiling() and not options.nesterov
     for param, grad, buffer, step in zip(params, grads, momentum_buffers, steps, strict=True):
         if (
