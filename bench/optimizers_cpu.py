@@ -150,9 +150,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet50")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="intra-op threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contender")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/optimizers_cpu.jsonl")
+    results = ROOT / "bench/results/optimizers_cpu.jsonl"
+    parser.add_argument("--out", type=Path, default=results)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shapes = SHAPES[arguments.model]()

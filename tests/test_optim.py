@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.tensor
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fastlocal import LAMB, LARS
 
@@ -556,6 +558,24 @@ def test_lars_reads_the_names_that_timm_gives_its_options():
         group |= {"trust_coeff": 0.02, "always_adapt": True}
     opt.load_state_dict(saved)
     assert (opt.param_groups[0]["trust_coefficient"], opt.param_groups[0]["adapt"]) == (0.02, "all")
+
+
+@BOTH
+def test_distributed_checkpointing_saves_and_restores_by_name_and_moves_no_weight(optimizer):
+    model, again = nn.Linear(4, 3), nn.Linear(4, 3)
+    again.load_state_dict(model.state_dict())
+    opt, fresh = optimizer(model.parameters(), lr=0.1), optimizer(again.parameters(), lr=0.1)
+    before = clone(model.parameters())
+    initial = get_optimizer_state_dict(model, opt)  # takes a step with lr = 0 to have state to describe
+    assert_equal(model.parameters(), before)
+    train(opt, list(model.parameters()), [1, 2])
+    again.load_state_dict(model.state_dict())
+    saved = get_optimizer_state_dict(model, opt)
+    assert set(initial["state"]) == set(saved["state"]) == {"weight", "bias"}
+    set_optimizer_state_dict(again, fresh, saved)
+    train(opt, list(model.parameters()), [3])
+    train(fresh, list(again.parameters()), [3])
+    assert_equal(again.parameters(), model.parameters())
 
 
 # --- gradient scaling, compilation
