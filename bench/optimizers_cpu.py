@@ -172,10 +172,8 @@ def main() -> None:
         "copy_8_bytes_a_parameter_ms": copy_milliseconds(num_parameters),
         "rows": {},
     }
-    print(
-        f"{arguments.model}: {len(shapes)} tensors, {num_parameters:,} parameters, {arguments.threads} threads"
-    )
-    print(f"copy of as many float32: {record['copy_8_bytes_a_parameter_ms']} ms")
+    print(f"{arguments.model}: {len(shapes)} tensors, {num_parameters:,} parameters")
+    print(f"{arguments.threads} threads; copy of as many float32: {record['copy_8_bytes_a_parameter_ms']} ms")
     for algorithm, makers in contenders().items():
         record["rows"][algorithm] = measure(makers, shapes, arguments.rounds)
         for name, row in record["rows"][algorithm].items():
