@@ -60,7 +60,7 @@ def grad_norm(grads: Sequence[Tensor], cache: dict) -> Tensor:
     """‖G‖ of all gradients together, a 0-dimensional float32 tensor. Reads each gradient once."""
     device = grads[0].device
     with _on(device):
-        found = buckets(cache, "norm", [grads], (), (None, None))
+        found = buckets(cache, "norm", [grads], ())
         if "sums" not in cache or cache["sums"].numel() != len(grads):
             cache["sums"] = torch.empty(len(grads), dtype=torch.float32, device=device)
             cache["norm_out"] = torch.empty((), dtype=torch.float32, device=device)
@@ -106,8 +106,7 @@ def lamb_(
     with _on(device):
         lr = _on_device(cache, "lr", options.lr, device)
         rows = (params, grads, exp_avgs, exp_avg_sqs)
-        adapts = [options.adapts(p) for p in params]
-        for bucket in buckets(cache, "lamb", rows, (0, 2, 3), (flags, adapts), steps):
+        for bucket in buckets(cache, "lamb", rows, (0, 2, 3), (flags, options.adapts), steps):
             _copy(bucket.copies_in)
             _lamb_bucket(bucket, lr, options, _float32(norm), _float32(grad_scale), _float32(found_inf))
             _copy(bucket.copies_out)
@@ -216,8 +215,7 @@ def lars_(
     with _on(device):
         lr = _on_device(cache, "lr", options.lr, device)
         rows = (params, grads, buffers) if buffers else (params, grads)
-        adapts = [options.adapts(p) for p in params]
-        for bucket in buckets(cache, "lars", rows, (0, 2), (flags, adapts), counted or None):
+        for bucket in buckets(cache, "lars", rows, (0, 2), (flags, options.adapts), counted or None):
             _copy(bucket.copies_in)
             _lars_bucket(bucket, lr, options, bool(counted), _float32(grad_scale), _float32(found_inf))
             _copy(bucket.copies_out)

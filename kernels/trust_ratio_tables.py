@@ -5,7 +5,7 @@ A step only reads the addresses of its tensors and compares them with those of t
 grouped in buckets of one dtype and alignment, each of which is one launch a kernel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +53,7 @@ def buckets(
     name: str,
     rows: Sequence[Sequence[Tensor]],
     written: Sequence[int],
-    adapts: tuple[object, Sequence[bool] | None],
+    adapts: tuple[object, Callable[[Tensor], bool]] | None = None,
     steps: Sequence[Tensor] | None = None,
 ) -> list[Bucket]:
     """The buckets of these tensors, from the cache while no address has changed.
@@ -63,19 +63,20 @@ def buckets(
         name: what they are for.
         rows: rows[r][t] is tensor t's weight, gradient, moment, ...: all of one shape.
         written: the rows that the kernels write.
-        adapts: a key that changes when the flags do, and the flags, one a tensor.
+        adapts: which weights have a trust ratio, and a key that changes when the answers do.
         steps: one scalar a tensor, the table's last row.
     """
     every = [t for row in rows for t in row]
     key: list[object] = [t.data_ptr() for t in every]
     # A new gradient may lie where the last one did and be laid out otherwise.
-    key += [t.stride() for row in rows[:2] for t in row if not t.is_contiguous()]
-    key += [adapts[0], len(every)]
+    key += [t.stride() for t in rows[min(1, len(rows) - 1)] if not t.is_contiguous()]
+    key += [None if adapts is None else adapts[0], len(every)]
     if steps is not None:
         key += [s.data_ptr() for s in steps]
     tables = cache.get(name)
     if tables is None or tables.key != key:
-        tables = cache[name] = _Tables(key, _build(rows, written, adapts[1], steps))
+        flags = [True if adapts is None else adapts[1](t) for t in rows[0]]
+        tables = cache[name] = _Tables(key, _build(rows, written, flags, steps))
     return tables.buckets
 
 
@@ -90,7 +91,7 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 def _build(
     rows: Sequence[Sequence[Tensor]],
     written: Sequence[int],
-    adapts: Sequence[bool] | None,
+    adapts: Sequence[bool],
     steps: Sequence[Tensor] | None,
 ) -> list[Bucket]:
     members: dict[tuple, list[tuple[list[Tensor], int]]] = {}
@@ -122,7 +123,7 @@ def _bucket(
     kind: tuple,
     members: list[tuple[list[Tensor], int]],
     copies: tuple[list, list],
-    adapts: Sequence[bool] | None,
+    adapts: Sequence[bool],
     steps: Sequence[Tensor] | None,
 ) -> Bucket:
     device = members[0][0][0].device
@@ -135,7 +136,7 @@ def _bucket(
     first_chunk = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     owner = torch.repeat_interleave(torch.arange(len(members)), counts)
     within = torch.arange(len(owner)) - first_chunk[owner]
-    flags = [True if adapts is None else adapts[index] for _, index in members]
+    flags = [adapts[index] for _, index in members]
     return Bucket(
         dtypes=kind[0],
         aligned=kind[1],

@@ -121,8 +121,7 @@ def _step_(
                     step(*tensors, options, multiplier)
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
-            written = (t for values in (part[0], *part[2:]) for t in values if t is not None)
-            torch.autograd.graph.increment_version(written)
+            torch.autograd.graph.increment_version(part[0])
 
 
 @torch.no_grad()
