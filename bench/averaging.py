@@ -22,7 +22,7 @@ from fastlocal.ops import averaging as ops
 
 SIZES = {"lenet": 815_344, "resnet18": 11_220_160, "124M": 124_000_000}
 WORKERS = (1, 2, 4, 8, 16)
-COEFFICIENTS = {"direct": 0.0, "momentum": 1.0, "decay": 0.5, "gain": 1.0}
+DECAY = 0.5
 
 
 class Buffers:
@@ -44,7 +44,7 @@ def plain_average(b: Buffers) -> None:
 def plain_slowmo(b: Buffers) -> None:
     """The outer step in the fewest PyTorch operations we know."""
     delta = b.anchor - b.rows.mean(dim=0)
-    b.slow.mul_(COEFFICIENTS["decay"]).add_(delta)
+    b.slow.mul_(DECAY).add_(delta)
     b.anchor.sub_(b.slow)
     b.rows.copy_(b.anchor.expand_as(b.rows))
 
@@ -56,7 +56,9 @@ def operations(k: int) -> dict[str, tuple[Callable[[Buffers], object], int]]:
         "average_": (lambda b: ops.average_(b.rows, b.weights, b.parts), 8 * k),
         "plain average": (plain_average, 8 * k),
         "outer_step_": (
-            lambda b: ops.outer_step_(b.rows, b.anchor, b.slow, b.weights, b.parts, **COEFFICIENTS),
+            lambda b: ops.outer_step_(
+                b.rows, b.anchor, b.slow, b.weights, b.parts, direct=0.0, momentum=1.0, decay=DECAY, gain=1.0
+            ),
             8 * k + 16,
         ),
         "plain slowmo": (plain_slowmo, 8 * k + 16),

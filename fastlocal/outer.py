@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlocal.ops import averaging as ops
-from fastlocal.ops.averaging import Implementation
+from fastlocal.ops.implementation import Implementation
 
 Form = Literal["lr-scaled", "nesterov"]
 """SlowMo's momentum, scaled by the inner learning rate, or DiLoCo's Nesterov momentum, which is not."""

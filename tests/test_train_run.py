@@ -62,8 +62,8 @@ class SaveAndStop:
         {"method": "diloco", "optimizer": "adamw", "lr": 1e-3},
         {"method": "local-sgd", "policy": "consensus", "consensus_target": 0.5, "precision": "bf16"},
         {"method": "local-sgd", "policy": "adacomm", "warmup_steps": 7, "inner_state": "average"},
-        {"method": "sync", "schedule": "warmup-cosine", "lr_warmup_epochs": 1},
-        {"method": "local-sgd", "policy": "qsr", "eval_every": 2, "schedule": "constant"},
+        {"method": "sync", "schedule": "warmup-cosine", "lr_warmup_epochs": 1, "optimizer": "lamb"},
+        {"method": "local-sgd", "policy": "qsr", "eval_every": 2, "schedule": "constant", "optimizer": "lars"},
     ],
     ids=lambda values: "-".join(map(str, values.values())),
 )

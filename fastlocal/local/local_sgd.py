@@ -17,7 +17,8 @@ from fastlocal import comm
 from fastlocal.flat import Block, Rows, Workers
 from fastlocal.inner import InnerState, average_gradients_, average_state_, reset_state_, state_num_bytes
 from fastlocal.local.wrapper import Wrapper
-from fastlocal.ops.averaging import Implementation, check_implementation, finite_rows
+from fastlocal.ops.averaging import finite_rows
+from fastlocal.ops.implementation import Implementation, check_implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import FixedInterval, Policy, Stats, require_interval
 

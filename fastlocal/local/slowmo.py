@@ -6,7 +6,7 @@ from torch import nn
 from fastlocal.flat import Block, Workers
 from fastlocal.inner import InnerState
 from fastlocal.local.local_sgd import Buffers, LocalSGD
-from fastlocal.ops.averaging import Implementation
+from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, Form, SlowMomentum
 from fastlocal.policy import Policy
 

@@ -1,35 +1,14 @@
-"""Averaging workers' rows and stepping from the anchor: checks, then one implementation.
-
-Implementations:
-    "triton": the fused kernels, on CUDA tensors (or on CPU tensors in Triton's interpreter).
-    "blocked": the reference, run on blocks of columns that stay in a CPU's cache.
-    "reference": the readable definition.
-    "auto": "triton" on CUDA for the dtypes it has, "blocked" elsewhere.
-"""
-
-from typing import Literal, get_args
+"""Averaging workers' rows and stepping from the anchor: checks, then one implementation."""
 
 import torch
 from torch import Tensor
 
+from fastlocal.ops import averaging_portable as portable
+from fastlocal.ops.implementation import Implementation, choose
 from fastlocal.reference import averaging as reference
 
-Implementation = Literal["auto", "triton", "blocked", "reference"]
-"""How an operation is carried out; every one but "auto" runs as asked or raises."""
-
 PART = 1024
-"""Columns behind one column of `drift_parts`: the block of the kernels, checked against theirs in a test."""
-
-_CACHED_COLUMNS = 32 * PART
-"""A block of "blocked": 128 KiB a float32 row, so that a few rows, anchor and slow momentum stay in L2."""
-
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_implementation(impl: str) -> None:
-    """Raise ValueError unless `impl` is the name of an implementation."""
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Implementation))}, got {impl!r}")
+"""Columns behind one column of `drift_parts`: the block of the kernels, which a test compares it with."""
 
 
 def num_drift_parts(columns: int) -> int:
@@ -51,15 +30,13 @@ def finite_rows(rows: Tensor, *, impl: Implementation = "auto") -> Tensor:
     _check_rows(rows)
     if rows.numel() == 0:
         return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-    match _choose(impl, rows):
+    match choose(impl, rows.device, rows.dtype):
         case "triton":
             from fastlocal.kernels.average import finite_rows as kernel
 
             return kernel(rows)
-        case "blocked":
-            # A sum that is finite has no NaN and no infinity in it: one pass, and the exact test only in doubt.
-            sums = rows.sum(dim=1, dtype=reference.accumulate_dtype(rows.dtype))
-            return torch.ones_like(sums, dtype=torch.bool) if sums.isfinite().all() else reference.finite_rows(rows)
+        case "portable":
+            return portable.finite_rows(rows)
         case _:
             return reference.finite_rows(rows)
 
@@ -83,14 +60,13 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implem
     if rows.shape[1] == 0:
         drift_parts.zero_()
         return
-    match _choose(impl, rows):
+    match choose(impl, rows.device, rows.dtype):
         case "triton":
             from fastlocal.kernels.average import average_ as kernel
 
             kernel(rows, weights, drift_parts)
-        case "blocked":
-            for columns, parts in _blocks(rows.shape[1]):
-                reference.average_(rows[:, columns], weights, drift_parts[:, parts])
+        case "portable":
+            portable.average_(rows, weights, drift_parts)
         case _:
             reference.average_(rows, weights, drift_parts)
 
@@ -141,53 +117,15 @@ def outer_step_(
     if rows.shape[1] == 0:
         drift_parts.zero_()
         return
-    match _choose(impl, rows):
+    match choose(impl, rows.device, rows.dtype):
         case "triton":
             from fastlocal.kernels.slowmo import outer_step_ as kernel
 
             kernel(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
-        case "blocked":
-            for columns, parts in _blocks(rows.shape[1]):
-                reference.outer_step_(
-                    rows[:, columns],
-                    anchor[columns],
-                    slow_momentum[columns],
-                    weights,
-                    drift_parts[:, parts],
-                    **coefficients,
-                )
+        case "portable":
+            portable.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
         case _:
             reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
-
-
-def _blocks(columns: int):
-    """Slices of the columns that fit a CPU's cache, each with its slice of drift_parts."""
-    for start in range(0, columns, _CACHED_COLUMNS):
-        stop = min(start + _CACHED_COLUMNS, columns)
-        yield slice(start, stop), slice(start // PART, num_drift_parts(stop))
-
-
-def _choose(impl: Implementation, rows: Tensor) -> Implementation:
-    check_implementation(impl)
-    if impl == "auto":
-        return "triton" if rows.is_cuda and rows.dtype in _TRITON_DTYPES else "blocked"
-    if impl == "triton":
-        if rows.dtype not in _TRITON_DTYPES:
-            raise RuntimeError(f"impl='triton' has no kernel for {rows.dtype} rows: use impl='reference'")
-        if not rows.is_cuda and not _interpreting():
-            raise RuntimeError(
-                f"impl='triton' needs rows on a CUDA device, they are on {rows.device}: use impl='auto', or set "
-                "TRITON_INTERPRET=1 before Python starts to interpret the kernels on a CPU"
-            )
-    return impl
-
-
-def _interpreting() -> bool:
-    try:
-        from triton import knobs
-    except ModuleNotFoundError:  # Triton is a dependency on Linux alone
-        return False
-    return knobs.runtime.interpret
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal import LAMB, LARS, DiLoCo, LocalSGD, SlowMo, Workers
 from fastlocal.policy import (
     QSR,
     AdaComm,
@@ -51,16 +51,7 @@ def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
         over: the workers to train.
         total_steps: local steps of the whole run.
     """
-    if config.optimizer == "sgd":
-        inner: torch.optim.Optimizer = torch.optim.SGD(
-            over.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.decay,
-            fused=True,
-        )
-    else:
-        inner = torch.optim.AdamW(over.parameters(), lr=config.learning_rate, weight_decay=config.decay, fused=True)
+    inner = _inner(config, over)
     match config.method:
         case "sync":
             return LocalSGD(inner, over, 1, warmup_steps=total_steps)
@@ -85,6 +76,20 @@ def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
             )
+
+
+def _inner(config: Config, over: Workers) -> torch.optim.Optimizer:
+    """The optimizer of the local steps. Every tensor has the decay and so, with lars and lamb, a trust ratio."""
+    lr, decay = config.learning_rate, config.decay
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(over.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(over.parameters(), lr=lr, weight_decay=decay, fused=True)
+        case "lars":
+            return LARS(over.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay)
+        case "lamb":
+            return LAMB(over.parameters(), lr=lr, weight_decay=decay)
 
 
 def policy(config: Config) -> Policy:

@@ -10,7 +10,7 @@ from fastlocal.train.errors import UsageError
 Dataset = Literal["synthetic", "cifar100"]
 Method = Literal["sync", "local-sgd", "slowmo", "diloco"]
 PolicyName = Literal["fixed", "post-local", "val-loss", "qsr", "adacomm", "consensus"]
-OptimizerName = Literal["sgd", "adamw"]
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
@@ -78,13 +78,13 @@ class Config:
     """The inner optimizer."""
 
     lr: float | None = None
-    """Peak learning rate. Default: 0.01 times the workers for sgd, 0.001 for adamw."""
+    """Peak learning rate. Default: 0.01 times the workers for sgd, 0.001 for adamw, 8 for lars, 0.01 for lamb."""
 
     momentum: float = 0.9
-    """Of sgd."""
+    """Of sgd and lars."""
 
     weight_decay: float | None = None
-    """Default: 0.001 for sgd, 0.1 for adamw."""
+    """Default: 0.001 for sgd and lars, 0.1 for adamw, 0.01 for lamb."""
 
     schedule: Schedule = "cosine"
     """Of the learning rate, step by step to 0 at the end."""
@@ -172,14 +172,14 @@ class Config:
         """The peak learning rate, the default resolved."""
         if self.lr is not None:
             return self.lr
-        return 0.01 * self.workers if self.optimizer == "sgd" else 0.001
+        return {"sgd": 0.01 * self.workers, "adamw": 0.001, "lars": 8.0, "lamb": 0.01}[self.optimizer]
 
     @property
     def decay(self) -> float:
         """The weight decay, the default resolved."""
         if self.weight_decay is not None:
             return self.weight_decay
-        return 1e-3 if self.optimizer == "sgd" else 0.1
+        return {"sgd": 1e-3, "adamw": 0.1, "lars": 1e-3, "lamb": 0.01}[self.optimizer]
 
     @property
     def folder(self) -> Path:

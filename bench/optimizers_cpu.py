@@ -1,0 +1,183 @@
+"""How long a LAMB and a LARS step take on this CPU, beside timm, pytorch_optimizer and torch's fused steps.
+
+    python bench/optimizers_cpu.py [--model resnet50] [--threads 2] [--rounds 15]
+
+Every contender steps its own copy of the model's tensors once a round, in turn, in one process, so that a
+noisy neighbour hits all of them; ratios are taken within a round. timm and pytorch_optimizer are measured
+where installed. Appends one JSON line to bench/results/optimizers_cpu.jsonl and prints a table.
+"""
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from shapes import SHAPES
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastlocal import LAMB, LARS  # noqa: E402 - a checkout nobody installed must be measurable
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def timm_optimizers() -> tuple[Any, Any] | None:
+    """timm's Lamb and Lars without timm's own imports, which need torchvision; None if not installed."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    root = Path(spec.submodule_search_locations[0])
+    for package, path in (("timm", root), ("timm.optim", root / "optim")):
+        stub = ModuleType(package)
+        stub.__path__ = [str(path)]
+        sys.modules[package] = stub
+    return importlib.import_module("timm.optim.lamb").Lamb, importlib.import_module("timm.optim.lars").Lars
+
+
+def contenders() -> dict[str, dict[str, Make]]:
+    """By algorithm, by name, the constructors; equal options, ours first."""
+    lamb: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01)}
+    clip: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01, max_grad_norm=1.0)}
+    lars: dict[str, Make] = {"fastlocal": lambda p: LARS(p, lr=0.1, weight_decay=1e-4)}
+    timm = timm_optimizers()
+    if timm is not None:
+        timm_lamb, timm_lars = timm
+        lamb["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=None)
+        clip["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=1.0)
+        lars["timm"] = lambda p: timm_lars(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        peer = importlib.import_module("pytorch_optimizer")
+        lamb["pytorch_optimizer"] = lambda p: peer.Lamb(p, weight_decay=0.01, weight_decouple=False)
+        clip["pytorch_optimizer"] = lambda p: peer.Lamb(p, weight_decay=0.01, weight_decouple=False, pre_norm=True)
+        lars["pytorch_optimizer"] = lambda p: peer.LARS(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    lamb["torch AdamW fused"] = lambda p: torch.optim.AdamW(p, fused=True)
+    lars["torch SGD fused"] = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)
+    return {"LAMB": lamb, "LAMB, clipped": clip, "LARS": lars}
+
+
+def make_params(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    """Weights of a trained network's size, with gradients that stay the same."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(0.05 * torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = 0.01 * torch.randn_like(p)
+    return params
+
+
+def measure(makers: dict[str, Make], shapes: list[tuple[int, ...]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a step of each contender, and how many of ours fit into it."""
+    optimizers = {name: make(make_params(shapes)) for name, make in makers.items()}
+    milliseconds: dict[str, list[float]] = {name: [] for name in optimizers}
+    first = {}
+    for number in range(rounds + 2):
+        for name, optimizer in optimizers.items():
+            start = time.perf_counter()
+            optimizer.step()
+            elapsed = (time.perf_counter() - start) * 1e3
+            if number == 0:
+                first[name] = elapsed
+            if number >= 2:
+                milliseconds[name].append(elapsed)
+    rows = {}
+    for name, times in milliseconds.items():
+        ratios = [t / ours for t, ours in zip(times, milliseconds["fastlocal"], strict=True)]
+        low, high = statistics.quantiles(times, n=5)[0], statistics.quantiles(times, n=5)[-1]
+        rows[name] = {
+            "first_step_ms": round(first[name], 2),
+            "median_ms": round(statistics.median(times), 3),
+            "p20_ms": round(low, 3),
+            "p80_ms": round(high, 3),
+            "median_ratio": round(statistics.median(ratios), 2),
+        }
+    return rows
+
+
+def copy_milliseconds(num_parameters: int) -> float:
+    """One copy of as many float32 numbers: 8 bytes a parameter."""
+    source, target = torch.rand(num_parameters), torch.empty(num_parameters)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(times), 3)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in ("torch", "timm", "pytorch_optimizer"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="resnet50")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contender")
+    results = ROOT / "bench/results/optimizers_cpu.jsonl"
+    parser.add_argument("--out", type=Path, default=results)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shapes = SHAPES[arguments.model]()
+    num_parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": cpu_name(),
+        "threads": arguments.threads,
+        "versions": versions(),
+        "model": arguments.model,
+        "tensors": len(shapes),
+        "parameters": num_parameters,
+        "dtype": "float32",
+        "rounds": arguments.rounds,
+        "copy_8_bytes_a_parameter_ms": copy_milliseconds(num_parameters),
+        "rows": {},
+    }
+    print(f"{arguments.model}: {len(shapes)} tensors, {num_parameters:,} parameters")
+    print(f"{arguments.threads} threads; copy of as many float32: {record['copy_8_bytes_a_parameter_ms']} ms")
+    for algorithm, makers in contenders().items():
+        record["rows"][algorithm] = measure(makers, shapes, arguments.rounds)
+        for name, row in record["rows"][algorithm].items():
+            spread = f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
+            ratio = f"{row['median_ratio']:.2f}x ours, first step {row['first_step_ms']:.1f} ms"
+            print(f"{algorithm:14} {name:18} {row['median_ms']:9.2f} ms {spread:20} {ratio}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What LARS and LAMB share as `torch.optim` optimizers: groups, state, checkpoints, the conventions.
+
+No arithmetic here: every step goes through `fastlocal.ops`. Options live in the parameter groups, since
+attributes of the optimizer are lost by deepcopy and pickle.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastlocal.ops.implementation import Implementation
+
+Group = dict[str, Any]
+
+
+class TrustRatioOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` with state in at least float32 and a step that is one call of an op."""
+
+    # GradScaler then leaves unscaling and skipping to the step, through grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, defaults: Group):
+        self._tables: dict = {}
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tables = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # added by the base class; these steps never are
+                    group.setdefault(name, value)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds parameters with options of their own, checked like the constructor's."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__} steps real floating-point parameters, got {param.dtype}")
+            if hasattr(param, "device_mesh"):
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__} does not support DTensor parameters yet")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: recomputes the loss under enabled gradients; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_capture()
+        groups = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                groups.append((group, params, [p.grad for p in params]))
+        if groups:
+            self._step_groups(groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+    def _check_capture(self) -> None:
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
+            raise RuntimeError("a step inside a CUDA graph capture needs capturable=True in every group")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class, or of a torch.optim, timm or apex optimizer with the same
+        moments.
+
+        Options that the checkpoint does not know keep their present values. State stays in at least float32,
+        which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
+        """
+        seen: dict[str, Any] = {}
+
+        def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            current = self.param_groups
+            groups = [dict(g) for g in given["param_groups"]]
+            state = {key: dict(v) if isinstance(v, dict) else v for key, v in given["state"].items()}
+            for mine, group in zip(current, groups, strict=False):  # the base class reports a wrong number
+                self._translate_group(group)
+                if "step" in group:  # apex and timm count in the group
+                    count = torch.as_tensor(group.pop("step"), dtype=torch.float32)
+                    for key in group["params"]:
+                        if key in state:
+                            state[key].setdefault("step", count)
+                for name, value in mine.items():
+                    if name not in ("params", "param_names"):
+                        group.setdefault(name, value)
+            seen.update(state=state, param_groups=groups)
+            return {**given, "state": state, "param_groups": groups}
+
+        def restore(_: Optimizer) -> None:
+            keys = chain.from_iterable(g["params"] for g in seen["param_groups"])
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            for key, param in zip(keys, params, strict=True):
+                if key in seen["state"]:
+                    self.state[param].update(self._own(param, seen["state"][key]))
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(translate),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _own(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """Copies of the saved state this class uses, in its own dtype, device and memory layout."""
+        owned = {}
+        for name, value in saved.items():
+            if name == "step":
+                owned[name] = self._new_step(param, float(value))
+            elif name in self._moments and value is not None:
+                if value.shape != param.shape:
+                    shapes = f"{tuple(param.shape)}, got {tuple(value.shape)}"
+                    raise ValueError(f"{name} must have its parameter's shape {shapes}")
+                owned[name] = self._new_moment(param).copy_(value)
+        return owned
+
+    @staticmethod
+    def _new_moment(param: Tensor) -> Tensor:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    @staticmethod
+    def _new_step(param: Tensor, count: float = 0.0) -> Tensor:
+        return torch.tensor(count, dtype=torch.float32, device=param.device)
+
+    @staticmethod
+    def _impl(group: Group) -> Implementation:
+        if group["fused"]:
+            return "triton"
+        if group["foreach"] is None:
+            return "auto" if group["fused"] is None else "portable"
+        return "portable" if group["foreach"] else "reference"
+
+    # What a checkpoint may hold besides "step", each shaped like its parameter.
+    _moments: tuple[str, ...] = ()
+
+    @abstractmethod
+    def _check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of its range."""
+
+    def _translate_group(self, group: Group) -> None:
+        """Renames another library's options in a loaded group, in place."""
+
+    @abstractmethod
+    def _step_groups(
+        self,
+        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Steps (group, params, grads) triples."""
+
+
+def scalar_lr(group: Group) -> float | Tensor:
+    """The learning rate; a 1-element tensor as a 0-dimensional one, which broadcasts with every shape."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr
+
+
+def check_shared(group: Group) -> None:
+    """Checks the options that both optimizers have."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    check_choice(group, "adapt", "decayed", "all", "matrices")
+    if group["foreach"] and group["fused"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_choice(group: Group, name: str, *allowed: object) -> None:
+    """Raises ValueError unless the option is one of those allowed."""
+    value = group[name]
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

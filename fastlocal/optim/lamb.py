@@ -1,0 +1,159 @@
+"""LAMB as a `torch.optim` optimizer."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fastlocal.ops import trust_ratio as ops
+from fastlocal.ops.implementation import Implementation
+from fastlocal.ops.trust_ratio import Adapt, LambOptions
+from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+
+
+class LAMB(TrustRatioOptimizer):
+    """Adam whose step is scaled, tensor by tensor, by the norm of the weights over the norm of their update.
+
+    A step of one tensor: m and v as in Adam; u = m̂/(√v̂ + eps) + weight_decay·p; p ← p − lr·(‖p‖/‖u‖)·u,
+    where a ratio with a zero norm in it is 1.
+
+    Args:
+        params: parameters, or parameter groups.
+        lr: learning rate, a float or a 1-element tensor.
+        betas: decay rates of the first and second moment.
+        eps: added to √v̂.
+        weight_decay: λ.
+        bias_correction: True divides the moments by 1 − β^t; "step" leaves them and scales the step by
+            √(1 − β2^t)/(1 − β1^t), which the trust ratio then does not see; False does neither.
+        grad_averaging: False adds the whole gradient to the first moment instead of (1 − β1) of it.
+        max_grad_norm: divides this group's gradients by max(1, ‖G‖/max_grad_norm), ‖G‖ being the norm over
+            every group's gradients; None does not.
+        trust_clip: (low, high) bounds of the trust ratio; None for none.
+        decay: "update" adds λp to the update, "l2" to the gradient; "decoupled" shrinks p by 1 − lr·λ first.
+        adapt: which tensors get a trust ratio: "decayed" those in groups with weight_decay ≠ 0, "matrices"
+            those of two and more dimensions, or "all".
+        maximize: ascends.
+        foreach: True is the portable implementation, False the single-tensor reference.
+        fused: True is the Triton kernel, for float32, bfloat16 and float16 parameters on CUDA. With neither
+            `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
+        capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
+            later.
+
+    References:
+        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv:1904.00962.
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool | Literal["step"] = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = None,
+        trust_clip: tuple[float, float] | None = None,
+        decay: Literal["update", "l2", "decoupled"] = "update",
+        adapt: Adapt = "decayed",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "max_grad_norm": max_grad_norm,
+            "trust_clip": trust_clip,
+            "decay": decay,
+            "adapt": adapt,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        check_shared(group)
+        for i, beta in enumerate(group["betas"]):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        norm, clip = group["max_grad_norm"], group["trust_clip"]
+        if norm is not None and not norm > 0.0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {norm}")
+        if clip is not None and not 0.0 <= clip[0] <= clip[1]:
+            raise ValueError(f"trust_clip must be (low, high) with 0 <= low <= high, got {clip}")
+        check_choice(group, "bias_correction", True, False, "step")
+        check_choice(group, "decay", "update", "l2", "decoupled")
+
+    def _translate_group(self, group: Group) -> None:
+        if group.get("bias_correction") in (0, 1):  # apex keeps integers
+            group["bias_correction"] = bool(group["bias_correction"])
+        if isinstance(group.get("trust_clip"), bool):  # timm bounds the ratio by 1
+            group["trust_clip"] = (0.0, 1.0) if group["trust_clip"] else None
+        if "decoupled_decay" in group:
+            group["decay"] = "decoupled" if group.pop("decoupled_decay") else "update"
+        if "always_adapt" in group:
+            group["adapt"] = "all" if group.pop("always_adapt") else "decayed"
+
+    def _step_groups(
+        self,
+        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        norm = None
+        if any(group["max_grad_norm"] is not None for group, _, _ in groups):
+            every_grad = [grad for _, _, grads in groups for grad in grads]
+            impl: Implementation = self._impl(groups[0][0])
+            if any(self._impl(group) != impl for group, _, _ in groups):
+                impl = "auto"
+            norm = ops.grad_norm(every_grad, impl=impl, tables=self._tables.setdefault("norm", {}))
+        for index, (group, params, grads) in enumerate(groups):
+            states = [self._init_state(p) for p in params]
+            ops.lamb_(
+                params,
+                grads,
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [s["step"] for s in states],
+                _options(group),
+                norm=norm,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                impl=self._impl(group),
+                tables=self._tables.setdefault(index, {}),
+            )
+
+    def _init_state(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if len(state) < 3:
+            state.setdefault("step", self._new_step(param))
+            state.setdefault("exp_avg", self._new_moment(param))
+            state.setdefault("exp_avg_sq", self._new_moment(param))
+        return state
+
+
+def _options(group: Group) -> LambOptions:
+    return LambOptions(
+        lr=scalar_lr(group),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        bias_correction=group["bias_correction"],
+        grad_averaging=group["grad_averaging"],
+        max_grad_norm=group["max_grad_norm"],
+        trust_clip=group["trust_clip"],
+        decay=group["decay"],
+        adapt=group["adapt"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,158 @@
+"""LARS as a `torch.optim` optimizer."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fastlocal.ops import trust_ratio as ops
+from fastlocal.ops.trust_ratio import Adapt, LarsOptions
+from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+
+
+class LARS(TrustRatioOptimizer):
+    """SGD with momentum whose gradient is scaled, tensor by tensor, by the norm of the weights over its own.
+
+    A step of one tensor: d = g + weight_decay·p; r = trust_coefficient·‖p‖/(‖g‖ + weight_decay·‖p‖ + eps), or
+    1 where a norm is zero; buffer ← momentum·buffer + (1 − dampening)·r·d; p ← p − lr·buffer.
+
+    Args:
+        params: parameters, or parameter groups.
+        lr: learning rate, a float or a 1-element tensor.
+        momentum: μ.
+        dampening: of every gradient but a tensor's first, as in torch.optim.SGD.
+        weight_decay: λ. Tensors in groups without it take plain SGD steps, unless `adapt` says otherwise.
+        nesterov: steps by r·d + μ·buffer.
+        trust_coefficient: η.
+        eps: added to the ratio's denominator.
+        trust_clip: LARC: bounds lr·r by lr.
+        norm: "sum" divides by ‖g‖ + λ‖p‖, "joint" by ‖g + λp‖.
+        momentum_form: "torch" applies the learning rate to the buffer, as torch.optim.SGD does;
+            "lr_in_buffer" puts it inside, as the paper does, so that a changed rate leaves the past as it
+            was.
+        adapt: which tensors get a trust ratio: "decayed" those in groups with weight_decay ≠ 0, "matrices"
+            those of two and more dimensions, or "all".
+        maximize: ascends.
+        foreach: True is the portable implementation, False the single-tensor reference.
+        fused: True is the Triton kernel, for float32, bfloat16 and float16 parameters on CUDA. With neither
+            `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
+        capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
+            later.
+
+    References:
+        You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv:1708.03888.
+    """
+
+    _moments = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        norm: Literal["sum", "joint"] = "sum",
+        momentum_form: Literal["torch", "lr_in_buffer"] = "torch",
+        adapt: Adapt = "decayed",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "norm": norm,
+            "momentum_form": momentum_form,
+            "adapt": adapt,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        check_shared(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if not 0.0 <= dampening <= 1.0:
+            raise ValueError(f"dampening must be in [0, 1], got {dampening}")
+        if not group["trust_coefficient"] > 0.0:
+            raise ValueError(f"trust_coefficient must be positive, got {group['trust_coefficient']}")
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        check_choice(group, "norm", "sum", "joint")
+        check_choice(group, "momentum_form", "torch", "lr_in_buffer")
+
+    def _translate_group(self, group: Group) -> None:
+        if "trust_coeff" in group:  # timm's spelling
+            group["trust_coefficient"] = group.pop("trust_coeff")
+        if "always_adapt" in group:
+            group["adapt"] = "all" if group.pop("always_adapt") else "decayed"
+
+    def _step_groups(
+        self,
+        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        for index, (group, params, grads) in enumerate(groups):
+            buffers: list[Tensor | None] = [None] * len(params)
+            steps: list[Tensor | None] = [None] * len(params)
+            if group["momentum"] != 0:
+                counted = group["dampening"] != 0
+                states = [self._init_state(p, counted) for p in params]
+                buffers = [s["momentum_buffer"] for s in states]
+                if counted:
+                    steps = [s["step"] for s in states]
+            ops.lars_(
+                params,
+                grads,
+                buffers,
+                steps,
+                _options(group),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                impl=self._impl(group),
+                tables=self._tables.setdefault(index, {}),
+            )
+
+    def _init_state(self, param: Tensor, counted: bool) -> dict[str, Any]:
+        state = self.state[param]
+        if counted and "step" not in state:
+            # A buffer without a count comes from torch.optim.SGD or from before dampening was set.
+            state["step"] = self._new_step(param, 1.0 if "momentum_buffer" in state else 0.0)
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = self._new_moment(param)
+        return state
+
+
+def _options(group: Group) -> LarsOptions:
+    return LarsOptions(
+        lr=scalar_lr(group),
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        trust_coefficient=group["trust_coefficient"],
+        eps=group["eps"],
+        trust_clip=group["trust_clip"],
+        norm=group["norm"],
+        momentum_form=group["momentum_form"],
+        adapt=group["adapt"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,258 @@
+"""LARS in two phases: 28 bytes a float32 parameter, gradients untouched, no temporary.
+
+    phase 1: Σw², and Σg² or Σ(g + λw)²                                  reads g, w:                    8
+    bytes
+    ratio:   r = η‖w‖/(‖g‖ + λ‖w‖ + ε) of each tensor
+    phase 2: b ← μb + (1 − dampening)·r·(g + λw), w ← w − lr·b           reads g, b, w; writes b, w:   20
+    bytes
+
+Tensors without a trust ratio take no part in phase 1: 20 bytes. Coefficients are computed on the device, as
+for LAMB.
+"""
+
+import triton
+import triton.language as tl
+
+from fastlocal.kernels.rounding import round_to
+from fastlocal.kernels.trust_ratio_common import (
+    gradient_multiplier,
+    load_block,
+    store_block,
+    sum_partials,
+    tensor_pointer,
+)
+
+# Columns of the coefficient table.
+MULTIPLIER = tl.constexpr(0)  # of the gradient, with the sign of `maximize`
+SCALE = tl.constexpr(1)  # of d = g + λw: the trust ratio
+KEPT = tl.constexpr(2)  # 1 − dampening, or 1 at a tensor's first step
+STEP_SIZE = tl.constexpr(3)  # of what is subtracted from w
+COLUMNS = 4
+_COLUMNS = tl.constexpr(COLUMNS)
+
+# Rows of the pointer table; those after G may be missing.
+P = tl.constexpr(0)
+G = tl.constexpr(1)
+B = tl.constexpr(2)
+STEP = tl.constexpr(3)
+
+
+@triton.jit
+def prepare_kernel(
+    pointers,  # (2, 3 or 4, num_tensors) int64
+    partials,  # (num_chunks, 2) float32
+    first_chunk,  # (num_tensors + 1,) int32
+    adapts,  # (num_tensors,) int32
+    coefficients,  # (num_tensors, COLUMNS) float32, written
+    num_tensors,
+    lr,  # () float32
+    grad_scale,  # () float32
+    found_inf,  # () float32
+    weight_decay,
+    trust_coefficient,
+    eps,
+    kept,  # 1 − dampening
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr,
+    COUNTED: tl.constexpr,  # dampening, which the first step does without
+    JOINT: tl.constexpr,
+    CLIP: tl.constexpr,
+    LR_IN_BUFFER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Between the phases, one program a tensor: the trust ratio, and the count of steps."""
+    tensor = tl.program_id(0)
+    rate = tl.load(lr)
+    multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
+    share = kept
+    if HAS_FOUND:
+        if tl.load(found_inf) != 0:
+            return
+    if COUNTED:
+        step = tensor_pointer(pointers, STEP, num_tensors, tensor, tl.float32, False)
+        count = tl.load(step) + 1.0
+        tl.store(step, count)
+        share = tl.where(count == 1.0, 1.0, kept)
+
+    scale = 1.0
+    if tl.load(adapts + tensor) != 0:
+        first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
+        weight_norm = tl.sqrt(sum_partials(partials, 0, 2, first, last, BLOCK))
+        norm = tl.sqrt(sum_partials(partials, 1, 2, first, last, BLOCK))
+        if JOINT:
+            denominator = norm + eps
+        else:
+            norm = norm * multiplier
+            denominator = norm + weight_decay * weight_norm + eps
+        if (weight_norm > 0) & (norm > 0):
+            scale = trust_coefficient * weight_norm / denominator
+        if CLIP:
+            scale = tl.where(scale >= rate, 1.0, scale / tl.where(scale >= rate, 1.0, rate))
+
+    step_size = rate
+    if LR_IN_BUFFER:
+        scale *= rate
+        step_size = 1.0
+    if MAXIMIZE:
+        multiplier = -multiplier
+    row = coefficients + tensor * _COLUMNS
+    tl.store(row + MULTIPLIER, multiplier)
+    tl.store(row + SCALE, scale)
+    tl.store(row + KEPT, share)
+    tl.store(row + STEP_SIZE, step_size)
+
+
+@triton.jit
+def _norms_block(
+    p,
+    g,
+    start,
+    size,
+    multiplier,
+    weight_decay,
+    ww,
+    gg,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    JOINT: tl.constexpr,
+):
+    offsets = start + tl.arange(0, BLOCK)
+    w = load_block(p, offsets, size, MASKED)
+    gradient = load_block(g, offsets, size, MASKED)
+    if JOINT:
+        gradient = gradient * multiplier + weight_decay * w
+    return ww + w * w, gg + gradient * gradient
+
+
+@triton.jit
+def norms_kernel(
+    pointers,  # (rows, num_tensors) int64
+    sizes,  # (num_tensors,) int64, elements
+    chunks,  # (num_chunks, 2) int32
+    adapts,  # (num_tensors,) int32
+    partials,  # (num_chunks, 2) float32, written: Σw², Σg² or Σ(g + λw)²
+    num_tensors,
+    grad_scale,  # () float32
+    found_inf,  # () float32
+    weight_decay,
+    HAS_FOUND: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    JOINT: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Phase 1. Reads 8 bytes a float32 parameter."""
+    if HAS_FOUND:
+        if tl.load(found_inf) != 0:
+            return
+    program = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * program)
+    if tl.load(adapts + tensor) == 0:
+        return
+    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    size = tl.load(sizes + tensor)
+    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
+    g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
+    multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
+    if MAXIMIZE:
+        multiplier = -multiplier
+    ww = tl.zeros([BLOCK], dtype=tl.float32)
+    gg = tl.zeros([BLOCK], dtype=tl.float32)
+    if size - base >= CHUNK:
+        for i in range(0, CHUNK, BLOCK):
+            ww, gg = _norms_block(
+                p, g, base + i, size, multiplier, weight_decay, ww, gg, False, BLOCK, JOINT
+            )  # fmt: skip
+    else:
+        for i in range(0, (size - base).to(tl.int32), BLOCK):
+            ww, gg = _norms_block(
+                p, g, base + i, size, multiplier, weight_decay, ww, gg, True, BLOCK, JOINT
+            )  # fmt: skip
+    tl.store(partials + program * 2, tl.sum(ww))
+    tl.store(partials + program * 2 + 1, tl.sum(gg))
+
+
+@triton.jit
+def _weights_block(
+    p,
+    g,
+    b,
+    start,
+    size,
+    multiplier,
+    scale,
+    share,
+    step_size,
+    momentum,
+    weight_decay,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
+    offsets = start + tl.arange(0, BLOCK)
+    w = load_block(p, offsets, size, MASKED)
+    d = (load_block(g, offsets, size, MASKED) * multiplier + weight_decay * w) * scale
+    if HAS_BUFFER:
+        buffer = momentum * load_block(b, offsets, size, MASKED) + share * d
+        store_block(b, offsets, buffer, size, MASKED)
+        if NESTEROV:
+            d += momentum * buffer
+        else:
+            d = buffer
+    store_block(p, offsets, round_to(w - step_size * d, P_DTYPE), size, MASKED)
+
+
+@triton.jit
+def weights_kernel(
+    pointers,  # (rows, num_tensors) int64
+    sizes,  # (num_tensors,) int64, elements
+    chunks,  # (num_chunks, 2) int32
+    coefficients,  # (num_tensors, COLUMNS) float32
+    num_tensors,
+    found_inf,  # () float32
+    momentum,
+    weight_decay,
+    HAS_FOUND: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Phase 2, last chunk first: what phase 1 touched last is still in L2. Reads 12 bytes and writes 8."""
+    if HAS_FOUND:
+        if tl.load(found_inf) != 0:
+            return
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tensor = tl.load(chunks + 2 * program)
+    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    size = tl.load(sizes + tensor)
+    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
+    g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
+    b = p
+    if HAS_BUFFER:
+        b = tensor_pointer(pointers, B, num_tensors, tensor, tl.float32, ALIGNED)
+    row = coefficients + tensor * _COLUMNS
+    multiplier, scale = tl.load(row + MULTIPLIER), tl.load(row + SCALE)
+    share, step_size = tl.load(row + KEPT), tl.load(row + STEP_SIZE)
+    if size - base >= CHUNK:
+        for i in range(0, CHUNK, BLOCK):
+            _weights_block(
+                p, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
+                False, BLOCK, P_DTYPE, HAS_BUFFER, NESTEROV,
+            )  # fmt: skip
+    else:
+        for i in range(0, (size - base).to(tl.int32), BLOCK):
+            _weights_block(
+                p, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
+                True, BLOCK, P_DTYPE, HAS_BUFFER, NESTEROV,
+            )  # fmt: skip

@@ -1,0 +1,300 @@
+"""Launches the LAMB and LARS kernels: every argument that may change lives on the device, and nothing is read
+back.
+
+The options are `fastlocal.reference.trust_ratio.LambOptions` and `LarsOptions`, taken by attribute: kernels
+import nothing from the rest of the library. No kernel is autotuned, since they write what they read.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlocal.kernels import lamb, lars
+from fastlocal.kernels.trust_ratio_common import (
+    BLOCK,
+    CHUNK,
+    NUM_WARPS,
+    norm_kernel,
+    square_kernel,
+    tensor_sum_kernel,
+)
+from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A float32 scalar on the device; a host value is written only when it has changed."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value if value.dtype == torch.float32 else value.to(torch.float32)
+    value = float(value)
+    kept = cache.get(name)
+    if kept is None:
+        kept = cache[name] = (torch.full((), value, dtype=torch.float32, device=device), [value])
+    elif kept[1][0] != value:
+        kept[0].fill_(value)
+        kept[1][0] = value
+    return kept[0]
+
+
+def _float32(value: Tensor | None) -> Tensor | None:
+    return value if value is None or value.dtype == torch.float32 else value.to(torch.float32)
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def grad_norm(grads: Sequence[Tensor], cache: dict) -> Tensor:
+    """‖G‖ of all gradients together, a 0-dimensional float32 tensor. Reads each gradient once."""
+    device = grads[0].device
+    with _on(device):
+        found = buckets(cache, "norm", [grads], ())
+        if "sums" not in cache or cache["sums"].numel() != len(grads):
+            cache["sums"] = torch.empty(len(grads), dtype=torch.float32, device=device)
+            cache["norm_out"] = torch.empty((), dtype=torch.float32, device=device)
+        sums, start = cache["sums"], 0
+        for bucket in found:
+            _copy(bucket.copies_in)
+            partials = bucket.float_scratch("squares", bucket.num_chunks)
+            if bucket.num_chunks:
+                square_kernel[(bucket.num_chunks,)](
+                    bucket.pointers,
+                    bucket.sizes,
+                    bucket.chunks,
+                    partials,
+                    bucket.num_tensors,
+                    DTYPE=DTYPES[bucket.dtypes[0]],
+                    ALIGNED=bucket.aligned,
+                    CHUNK=CHUNK,
+                    BLOCK=BLOCK,
+                    num_warps=NUM_WARPS,
+                )
+            part = sums[start : start + bucket.num_tensors]
+            tensor_sum_kernel[(bucket.num_tensors,)](partials, bucket.first_chunk, part, BLOCK=BLOCK)
+            start += bucket.num_tensors
+        norm_kernel[(1,)](sums, len(grads), cache["norm_out"], BLOCK=BLOCK)
+    return cache["norm_out"]
+
+
+def lamb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    options: Any,
+    norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    cache: dict,
+) -> None:
+    """One LAMB step of every tensor, and one more in each of `steps`."""
+    device = params[0].device
+    flags = (options.adapt, options.weight_decay != 0)
+    with _on(device):
+        lr = _on_device(cache, "lr", options.lr, device)
+        rows = (params, grads, exp_avgs, exp_avg_sqs)
+        for bucket in buckets(cache, "lamb", rows, (0, 2, 3), (flags, options.adapts), steps):
+            _copy(bucket.copies_in)
+            _lamb_bucket(bucket, lr, options, _float32(norm), _float32(grad_scale), _float32(found_inf))
+            _copy(bucket.copies_out)
+
+
+def _lamb_bucket(
+    bucket: Bucket,
+    lr: Tensor,
+    options: Any,
+    norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    beta1, beta2 = options.betas
+    correction = {True: "moments", False: "none", "step": "step"}[options.bias_correction]
+    update_decay = options.weight_decay if options.decay == "update" else 0.0
+    l2_decay = options.weight_decay if options.decay == "l2" else 0.0
+    found = lr if found_inf is None else found_inf  # some pointer, which is not read
+    coefficients = bucket.float_scratch("coefficients", bucket.num_tensors, lamb.COLUMNS)
+    partials = bucket.float_scratch("partials", bucket.num_chunks, 2)
+    tables = (bucket.pointers, bucket.sizes, bucket.chunks, coefficients)
+    common = {"ALIGNED": bucket.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    p_dtype, g_dtype = (DTYPES[dtype] for dtype in bucket.dtypes)
+
+    lamb.prepare_kernel[((bucket.num_tensors + 127) // 128,)](
+        bucket.pointers,
+        coefficients,
+        bucket.num_tensors,
+        lr,
+        lr if norm is None else norm,
+        lr if grad_scale is None else grad_scale,
+        found,
+        _log(beta1),
+        _log(beta2),
+        float(options.weight_decay),
+        float(options.max_grad_norm or 1.0),
+        HAS_NORM=norm is not None and options.max_grad_norm is not None,
+        HAS_SCALE=grad_scale is not None,
+        HAS_FOUND=found_inf is not None,
+        CORRECTION=correction,
+        DECOUPLED=options.decay == "decoupled",
+        MAXIMIZE=options.maximize,
+        BLOCK=128,
+    )
+    if not bucket.num_chunks:
+        return
+    grid = (bucket.num_chunks,)
+    lamb.moments_kernel[grid](
+        *tables,
+        partials,
+        bucket.num_tensors,
+        found,
+        beta1,
+        beta2,
+        1 - beta1 if options.grad_averaging else 1.0,
+        1 - beta2,
+        float(options.eps),
+        float(l2_decay),
+        float(update_decay),
+        HAS_FOUND=found_inf is not None,
+        P_DTYPE=p_dtype,
+        G_DTYPE=g_dtype,
+        **common,
+    )
+    low, high = options.trust_clip or (0.0, math.inf)
+    lamb.ratio_kernel[(bucket.num_tensors,)](
+        partials,
+        bucket.first_chunk,
+        bucket.adapts,
+        coefficients,
+        found,
+        float(low),
+        float(high),
+        HAS_FOUND=found_inf is not None,
+        HAS_CLIP=options.trust_clip is not None,
+        BLOCK=BLOCK,
+    )
+    lamb.weights_kernel[grid](
+        *tables,
+        bucket.num_tensors,
+        found,
+        float(options.eps),
+        float(update_decay),
+        HAS_FOUND=found_inf is not None,
+        P_DTYPE=p_dtype,
+        **common,
+    )
+
+
+def lars_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None],
+    options: Any,
+    norm: None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    cache: dict,
+) -> None:
+    """One LARS step of every tensor, and one more in each of `steps`. LARS does not clip: `norm` is None."""
+    device = params[0].device
+    flags = (options.adapt, options.weight_decay != 0)
+    counted = [s for s in steps if s is not None]
+    buffers = [b for b in momentum_buffers if b is not None]
+    with _on(device):
+        lr = _on_device(cache, "lr", options.lr, device)
+        rows = (params, grads, buffers) if buffers else (params, grads)
+        for bucket in buckets(cache, "lars", rows, (0, 2), (flags, options.adapts), counted or None):
+            _copy(bucket.copies_in)
+            _lars_bucket(bucket, lr, options, bool(counted), _float32(grad_scale), _float32(found_inf))
+            _copy(bucket.copies_out)
+
+
+def _lars_bucket(
+    bucket: Bucket,
+    lr: Tensor,
+    options: Any,
+    counted: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    found = lr if found_inf is None else found_inf  # some pointer, which is not read
+    scale = lr if grad_scale is None else grad_scale
+    coefficients = bucket.float_scratch("coefficients", bucket.num_tensors, lars.COLUMNS)
+    partials = bucket.float_scratch("partials", bucket.num_chunks, 2)
+    common = {
+        "P_DTYPE": DTYPES[bucket.dtypes[0]],
+        "G_DTYPE": DTYPES[bucket.dtypes[1]],
+        "ALIGNED": bucket.aligned,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+    }
+    adapted = options.adapt != "decayed" or options.weight_decay != 0
+    if bucket.num_chunks and adapted:
+        lars.norms_kernel[(bucket.num_chunks,)](
+            bucket.pointers,
+            bucket.sizes,
+            bucket.chunks,
+            bucket.adapts,
+            partials,
+            bucket.num_tensors,
+            scale,
+            found,
+            float(options.weight_decay),
+            HAS_FOUND=found_inf is not None,
+            HAS_SCALE=grad_scale is not None,
+            JOINT=options.norm == "joint",
+            MAXIMIZE=options.maximize,
+            **common,
+        )
+    lars.prepare_kernel[(bucket.num_tensors,)](
+        bucket.pointers,
+        partials,
+        bucket.first_chunk,
+        bucket.adapts,
+        coefficients,
+        bucket.num_tensors,
+        lr,
+        scale,
+        found,
+        float(options.weight_decay),
+        float(options.trust_coefficient),
+        float(options.eps),
+        1.0 - options.dampening,
+        HAS_SCALE=grad_scale is not None,
+        HAS_FOUND=found_inf is not None,
+        COUNTED=counted,
+        JOINT=options.norm == "joint",
+        CLIP=options.trust_clip,
+        LR_IN_BUFFER=options.momentum_form == "lr_in_buffer",
+        MAXIMIZE=options.maximize,
+        BLOCK=BLOCK,
+    )
+    if not bucket.num_chunks:
+        return
+    lars.weights_kernel[(bucket.num_chunks,)](
+        bucket.pointers,
+        bucket.sizes,
+        bucket.chunks,
+        coefficients,
+        bucket.num_tensors,
+        found,
+        float(options.momentum),
+        float(options.weight_decay),
+        HAS_FOUND=found_inf is not None,
+        HAS_BUFFER=options.momentum != 0,
+        NESTEROV=options.nesterov,
+        **common,
+    )

@@ -1,0 +1,101 @@
+"""Compiles the LAMB and LARS kernels for GPUs this machine need not have; prints what the machine code does.
+
+Run by test_trust_ratio_machine_code.py in a process of its own, since Triton's interpreter cannot be
+switched off once Triton is imported. One JSON line a kernel.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlocal.kernels import lamb, lars, trust_ratio_common
+from fastlocal.kernels.trust_ratio_common import BLOCK, CHUNK, NUM_WARPS
+
+TYPES = {
+    "pointers": "*i64",
+    "sizes": "*i64",
+    "chunks": "*i32",
+    "first_chunk": "*i32",
+    "adapts": "*i32",
+    "num_tensors": "i32",
+    "coefficients": "*fp32",
+    "partials": "*fp32",
+    "found_inf": "*fp32",
+    "grad_scale": "*fp32",
+}
+LAMB = {"HAS_FOUND": True}
+LARS_NORMS = {"HAS_FOUND": True, "HAS_SCALE": True, "JOINT": False, "MAXIMIZE": False}
+LARS_WEIGHTS = {"HAS_FOUND": True, "HAS_BUFFER": True, "NESTEROV": False}
+KERNELS = {
+    "lamb moments": (lamb.moments_kernel, LAMB, True),
+    "lamb weights": (lamb.weights_kernel, LAMB, False),
+    "lars norms": (lars.norms_kernel, LARS_NORMS, True),
+    "lars weights": (lars.weights_kernel, LARS_WEIGHTS, True),
+}
+
+
+def compiled(kernel, constexprs, capability):
+    signature = {name: "constexpr" if name in constexprs else TYPES.get(name, "fp32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": NUM_WARPS})
+
+
+def cuobjdump(flag, cubin):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def report(name, kernel, constexprs, capability):
+    binary = compiled(kernel, constexprs, capability)
+    code = cuobjdump("-sass", binary.asm["cubin"])
+    usage = cuobjdump("--dump-resource-usage", binary.asm["cubin"])
+    print(
+        json.dumps(
+            {
+                "kernel": name,
+                "capability": capability,
+                "ptx loads of 16 bytes": len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"])),
+                "ptx stores of 16 bytes": len(re.findall(r"st\.global\S*\.v4\.b32", binary.asm["ptx"])),
+                "loads of 16 bytes": len(re.findall(r"LDG\.E\S*\.128", code)),
+                "stores of 16 bytes": len(re.findall(r"STG\.E\S*\.128", code)),
+                "loads of 8 bytes": len(re.findall(r"LDG\.E\S*\.64", code)),
+                "stores of 8 bytes": len(re.findall(r"STG\.E\S*\.64", code)),
+                "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+                "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
+                "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]),
+            }
+        )
+    )
+
+
+def main(capability):
+    layout = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    for name, (kernel, constexprs, reads_gradient) in KERNELS.items():
+        for suffix, dtype in (("", tl.float32), (" bf16", tl.bfloat16)):
+            dtypes = {"P_DTYPE": dtype} | ({"G_DTYPE": dtype} if reads_gradient else {})
+            report(name + suffix, kernel, constexprs | layout | dtypes, capability)
+        unaligned = layout | {"ALIGNED": False, "P_DTYPE": tl.float32}
+        report(
+            name + " unaligned",
+            kernel,
+            constexprs | unaligned | ({"G_DTYPE": tl.float32} if reads_gradient else {}),
+            capability,
+        )
+    square = {"DTYPE": tl.float32} | layout
+    report("square", trust_ratio_common.square_kernel, square, capability)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,175 @@
+"""The portable implementation and the door itself, against the float64 reference."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastlocal.ops import trust_ratio as ops
+from fastlocal.ops.trust_ratio_portable import _CHUNK
+from fastlocal.reference import trust_ratio as reference
+from fastlocal.reference.trust_ratio import LambOptions, LarsOptions
+
+LAMB = LambOptions(
+    lr=0.1,
+    betas=(0.9, 0.99),
+    eps=1e-6,
+    weight_decay=0.03,
+    bias_correction=True,
+    grad_averaging=True,
+    max_grad_norm=None,
+    trust_clip=None,
+    decay="update",
+    adapt="all",
+    maximize=False,
+)
+LARS = LarsOptions(
+    lr=0.1,
+    momentum=0.9,
+    dampening=0.0,
+    weight_decay=0.03,
+    nesterov=False,
+    trust_coefficient=1e-3,
+    eps=1e-8,
+    trust_clip=False,
+    norm="sum",
+    momentum_form="torch",
+    adapt="all",
+    maximize=False,
+)
+SHAPES = [(33, 17), (1,), (0,), (5,), (), (2, 3, 4, 5)]
+
+
+def tensors(seed, dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    made[3].zero_()  # a zero norm
+    return made
+
+
+def lamb_three_steps(dtype, impl, options, shapes=SHAPES, seed=0):
+    params = [p.to(dtype) for p in tensors(seed, shapes=shapes)]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    steps = [torch.zeros(()) for _ in params]
+    for seed in (1, 2, 3):
+        grads = [0.01 * g.to(dtype) for g in tensors(seed, shapes=shapes)]
+        norm = ops.grad_norm(grads, impl=impl)
+        ops.lamb_(params, grads, first, second, steps, options, norm=norm, impl=impl)
+    return params + first + second
+
+
+def lars_three_steps(dtype, impl, options, shapes=SHAPES):
+    params = [p.to(dtype) for p in tensors(0, shapes=shapes)]
+    buffers = [torch.zeros_like(p) if options.momentum else None for p in params]
+    steps = [torch.zeros(()) if options.momentum and options.dampening else None for p in params]
+    for seed in (1, 2, 3):
+        grads = [0.01 * g.to(dtype) for g in tensors(seed, shapes=shapes)]
+        ops.lars_(params, grads, buffers, steps, options, impl=impl)
+    return params + [b for b in buffers if b is not None]
+
+
+def assert_within(actual, expected, tolerance):
+    """Within `tolerance` relatively, and a tenth of it of the tensor's largest value where digits cancel."""
+    for a, e in zip(actual, expected, strict=True):
+        largest = e.abs().max().item() if e.numel() else 0.0
+        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=0.1 * tolerance * largest)
+
+
+LAMB_CHANGES: list[dict[str, Any]] = [
+    {"weight_decay": w, "decay": d, "maximize": m}
+    for w, d, m in itertools.product([0.0, 0.03], ["update", "l2", "decoupled"], [False, True])
+] + [
+    {"bias_correction": "step"},
+    {"bias_correction": False},
+    {"grad_averaging": False},
+    {"trust_clip": (0.5, 2.0)},
+    {"adapt": "matrices"},
+    {"adapt": "decayed"},
+    {"max_grad_norm": 0.1},
+    {"max_grad_norm": 100.0},
+    {"lr": torch.tensor(0.1, dtype=torch.float64)},
+]
+LARS_CHANGES: list[dict[str, Any]] = [
+    {"momentum": m, "weight_decay": w, "maximize": x}
+    for m, w, x in itertools.product([0.0, 0.9], [0.0, 0.03], [False, True])
+] + [
+    {"dampening": 0.5},
+    {"nesterov": True},
+    {"trust_coefficient": 1e-7},
+    {"trust_coefficient": 1e-7, "momentum": 0.0},
+    {"trust_coefficient": 2.0, "trust_clip": True},
+    {"trust_coefficient": 1e-3, "trust_clip": True},
+    {"norm": "joint"},
+    {"norm": "joint", "maximize": True},
+    {"momentum_form": "lr_in_buffer"},
+    {"adapt": "matrices"},
+    {"adapt": "decayed"},
+]
+
+
+@pytest.mark.parametrize("change", LAMB_CHANGES, ids=str)
+def test_portable_lamb_is_the_reference_to_float32_precision(change):
+    exact = lamb_three_steps(torch.float64, "reference", replace(LAMB, **change))
+    assert_within(lamb_three_steps(torch.float32, "portable", replace(LAMB, **change)), exact, 3e-6)
+    assert_within(lamb_three_steps(torch.float64, "portable", replace(LAMB, **change)), exact, 1e-14)
+
+
+@pytest.mark.parametrize("change", LARS_CHANGES, ids=str)
+def test_portable_lars_is_the_reference_to_float32_precision(change):
+    exact = lars_three_steps(torch.float64, "reference", replace(LARS, **change))
+    assert_within(lars_three_steps(torch.float32, "portable", replace(LARS, **change)), exact, 3e-6)
+    assert_within(lars_three_steps(torch.float64, "portable", replace(LARS, **change)), exact, 1e-14)
+
+
+@pytest.mark.parametrize("size", [_CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3])
+def test_tensors_longer_than_a_chunk_have_one_norm(size):
+    shapes = [(size,), *SHAPES[1:]]
+    exact = lamb_three_steps(torch.float64, "reference", LAMB, shapes)
+    assert_within(lamb_three_steps(torch.float32, "portable", LAMB, shapes), exact, 5e-6)
+    exact = lars_three_steps(torch.float64, "reference", LARS, shapes)
+    assert_within(lars_three_steps(torch.float32, "portable", LARS, shapes), exact, 5e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_of_all_gradients_is_that_of_their_concatenation(impl, dtype):
+    grads = tensors(0, dtype, [(2 * _CHUNK + 3,), *SHAPES[1:]])
+    expected = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]))
+    actual = ops.grad_norm(grads, impl=impl)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4 if impl == "reference" else 1e-5, atol=0)
+
+
+def test_the_gradient_multiplier_is_one_over_scale_and_clip():
+    # ‖G‖/s = 6/2 = 3, c = max(1, 3/1.5) = 2, so each gradient is multiplied by 1/(2·2).
+    norm, scale = torch.tensor(6.0), torch.tensor(2.0)
+    assert float(reference.grad_multiplier(norm, 1.5, scale)) == 0.25
+    assert float(reference.grad_multiplier(norm, 10.0, scale)) == 0.5
+    assert float(reference.grad_multiplier(norm, None, scale)) == 0.5
+    assert float(reference.grad_multiplier(norm, 1.5, None)) == 0.25
+    assert reference.grad_multiplier(None, None, None) == 1.0
+
+
+def test_the_door_names_what_is_wrong():
+    p, g = [torch.zeros(2)], [torch.ones(2)]
+    options = LAMB
+    with pytest.raises(ValueError, match=r"grads must hold one entry a parameter, 1, got 0"):
+        ops.lamb_(p, [], p, p, [torch.zeros(())], options)
+    with pytest.raises(ValueError, match=r"norm must be given where max_grad_norm is set"):
+        ops.lamb_(p, g, p, p, [torch.zeros(())], replace(LAMB, max_grad_norm=1.0))
+    with pytest.raises(ValueError, match=r"impl must be"):
+        ops.lamb_(p, g, p, p, [torch.zeros(())], options, impl="cuda")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"momentum_buffers must hold a tensor a parameter"):
+        ops.lars_(p, g, [None], [None], LARS)
+    with pytest.raises(ValueError, match=r"steps must hold None for every parameter"):
+        ops.lars_(p, g, p, [torch.zeros(())], LARS)
+    with pytest.raises(ValueError, match=r"grads must hold at least one tensor"):
+        ops.grad_norm([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_triton_refuses_dtypes_it_does_not_step(dtype):
+    p, g = [torch.zeros(2, dtype=dtype)], [torch.ones(2, dtype=dtype)]
+    with pytest.raises(RuntimeError, match="kernels for float32, bfloat16 and float16, got torch.float64"):
+        ops.lamb_(p, g, p, p, [torch.zeros(())], LAMB, impl="triton")

@@ -1,0 +1,249 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
+from test_ops_trust_ratio import LAMB_CHANGES, LARS_CHANGES
+from test_ops_trust_ratio import LARS as LARS_OPTIONS
+
+from fastlocal import LAMB, LARS
+from fastlocal.kernels.trust_ratio_common import CHUNK
+from fastlocal.ops import trust_ratio as ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Below, at and above a chunk, nothing, one element, a zero tensor (index 3), a number, a tail of three.
+SHAPES = [(CHUNK + 3,), (1,), (0,), (5,), (), (2, 3, 4, 5)]
+# What three steps' roundings of the weights may add up to, relative to the largest weight.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
+
+
+def tensors(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+    made[3].zero_()
+    return made
+
+
+def in_float32(change):
+    """The change with tensors as float32, the dtype of the hyper-parameters on the device."""
+    return {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+
+
+def lamb_steps(impl, device, dtype, state_dtype, options, seeds=(1, 2, 3), scale=None, found_inf=None):
+    params = [p.to(device, state_dtype if state_dtype == torch.float64 else dtype) for p in tensors(0, dtype)]
+    first, second = ([torch.zeros_like(p, dtype=state_dtype) for p in params] for _ in range(2))
+    steps = [torch.zeros((), device=device) for _ in params]
+    tables: dict = {}
+    for seed in seeds:
+        grads = [(g * 0.01).to(device, params[0].dtype) for g in tensors(seed, dtype)]
+        kept = [g.clone() for g in grads]
+        norm = ops.grad_norm(grads, impl=impl, tables=tables.setdefault("norm", {}))
+        scaling: dict[str, Any] = {"grad_scale": scale, "found_inf": found_inf}
+        ops.lamb_(params, grads, first, second, steps, options, norm=norm, **scaling, impl=impl, tables=tables)
+        assert all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True))
+    return params, [*first, *second, *steps]
+
+
+def lars_steps(impl, device, dtype, state_dtype, options, seeds=(1, 2, 3), scale=None, found_inf=None):
+    params = [p.to(device, state_dtype if state_dtype == torch.float64 else dtype) for p in tensors(0, dtype)]
+    buffers = [torch.zeros_like(p, dtype=state_dtype) if options.momentum else None for p in params]
+    counted = options.momentum and options.dampening
+    steps = [torch.zeros((), device=device) if counted else None for _ in params]
+    tables: dict = {}
+    for seed in seeds:
+        grads = [(g * 0.01).to(device, params[0].dtype) for g in tensors(seed, dtype)]
+        kept = [g.clone() for g in grads]
+        ops.lars_(
+            params,
+            grads,
+            buffers,
+            steps,
+            options,
+            grad_scale=scale,
+            found_inf=found_inf,
+            impl=impl,
+            tables=tables,
+        )
+        assert all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True))
+    return params, [t for t in (*buffers, *steps) if t is not None]
+
+
+def assert_within(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        largest = e.abs().max().item() if e.numel() else 0.0
+        torch.testing.assert_close(a.cpu().double(), e.double(), rtol=10 * tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("change", LAMB_CHANGES, ids=str)
+def test_lamb_kernels_match_the_float64_reference(change):
+    options = replace(LAMB_OPTIONS, **in_float32(change))
+    params, state = lamb_steps("triton", DEVICE, torch.float32, torch.float32, options)
+    exact, exact_state = lamb_steps("reference", "cpu", torch.float32, torch.float64, options)
+    assert_within(params, exact, TOLERANCE[torch.float32])
+    assert_within(state, exact_state, 2e-6)
+
+
+@pytest.mark.parametrize("change", LARS_CHANGES, ids=str)
+def test_lars_kernels_match_the_float64_reference(change):
+    options = replace(LARS_OPTIONS, **in_float32(change))
+    params, state = lars_steps("triton", DEVICE, torch.float32, torch.float32, options)
+    exact, exact_state = lars_steps("reference", "cpu", torch.float32, torch.float64, options)
+    assert_within(params, exact, TOLERANCE[torch.float32])
+    assert_within(state, exact_state, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_step_low_precision_weights_as_the_reference_does(dtype):
+    # One step from equal weights: the results may differ by one rounding of the weight, and rarely do.
+    for run, options in ((lamb_steps, LAMB_OPTIONS), (lars_steps, LARS_OPTIONS)):
+        options = replace(options, lr=0.5)
+        params, state = run("triton", DEVICE, dtype, torch.float32, options, seeds=(1,))
+        expected, expected_state = run("reference", "cpu", dtype, torch.float32, options, seeds=(1,))
+        assert_within(state, expected_state, 1e-6)
+        for p, e in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.cpu(), e, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        same = [(p.cpu() == e).double().mean() for p, e in zip(params, expected, strict=True) if p.numel() > 100]
+        assert min(same) > 0.99
+
+
+def test_a_step_repeated_gives_the_same_bits():
+    for run, options in ((lamb_steps, LAMB_OPTIONS), (lars_steps, LARS_OPTIONS)):
+        first, second = (run("triton", DEVICE, torch.float32, torch.float32, options) for _ in range(2))
+        for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_loss_scale_is_undone_on_the_device():
+    scale = torch.tensor(8.0, device=DEVICE)
+    options = replace(LAMB_OPTIONS, **{"max_grad_norm": 0.05})
+    scaled, _ = lamb_steps("triton", DEVICE, torch.float32, torch.float32, options, scale=scale)
+    exact, _ = lamb_steps("reference", "cpu", torch.float32, torch.float64, options, scale=scale.cpu().double())
+    assert_within(scaled, exact, 2e-6)
+    for change in ({}, {"norm": "joint"}):
+        lars = replace(LARS_OPTIONS, **change)
+        scaled, _ = lars_steps("triton", DEVICE, torch.float32, torch.float32, lars, scale=scale)
+        exact, _ = lars_steps("reference", "cpu", torch.float32, torch.float64, lars, scale=scale.cpu().double())
+        assert_within(scaled, exact, 2e-6)
+
+
+def test_a_found_inf_changes_nothing_not_even_the_count():
+    found = torch.ones((), device=DEVICE)
+    params, state = lamb_steps("triton", DEVICE, torch.float32, torch.float32, LAMB_OPTIONS, found_inf=found)
+    assert all(torch.equal(p.cpu(), e) for p, e in zip(params, tensors(0, torch.float32), strict=True))
+    assert all(not s.any() for s in state)
+    lars = replace(LARS_OPTIONS, **{"dampening": 0.5})
+    params, state = lars_steps("triton", DEVICE, torch.float32, torch.float32, lars, found_inf=found)
+    assert all(torch.equal(p.cpu(), e) for p, e in zip(params, tensors(0, torch.float32), strict=True))
+    assert all(not s.any() for s in state)
+    zero = torch.zeros((), device=DEVICE)
+    stepped, _ = lars_steps("triton", DEVICE, torch.float32, torch.float32, lars, found_inf=zero)
+    exact, _ = lars_steps("reference", "cpu", torch.float32, torch.float64, lars)
+    assert_within(stepped, exact, 2e-6)
+
+
+def test_a_bias_correction_keeps_its_digits_at_the_first_step():
+    # 1 − 0.999 in float32 is off by 1e-5. With g = 1: m̂ = 1 and √v̂ = 1 exactly, u = 1/(1 + ε).
+    params = [torch.ones(4, device=DEVICE)]
+    grads = [torch.ones(4, device=DEVICE)]
+    first, second = ([torch.zeros(4, device=DEVICE)] for _ in range(2))
+    options = replace(LAMB_OPTIONS, **{"betas": (0.9, 0.9999), "weight_decay": 0.0, "adapt": "decayed"})
+    ops.lamb_(params, grads, first, second, [torch.zeros((), device=DEVICE)], options, impl="triton")
+    assert params[0][0].item() == pytest.approx(1 - 0.1 / (1 + 1e-6), abs=1.2e-7)
+
+
+def last(tensor):
+    return tensor.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@pytest.mark.parametrize(
+    "layout",
+    ["channels_last", "channels_last weight", "channels_last gradient", "gaps", "unaligned", "transposed"],
+)
+def test_fused_steps_do_not_depend_on_strides_or_alignment(optimizer, layout):
+    torch.manual_seed(0)
+    weight, grad = torch.randn(4, 6, 3, 5, device=DEVICE), torch.randn(4, 6, 3, 5, device=DEVICE)
+    laid_out = {
+        "channels_last": (last(weight), last(grad)),
+        "channels_last weight": (last(weight), grad),
+        "channels_last gradient": (weight, last(grad)),
+        "gaps": (torch.randn(4, 6, 3, 10, device=DEVICE)[..., ::2], grad),
+        "unaligned": (torch.randn(361, device=DEVICE)[1:].view(4, 6, 3, 5), grad),
+        "transposed": (weight.transpose(0, 3).contiguous().transpose(0, 3), grad),
+    }[layout]
+    strided = torch.nn.Parameter(laid_out[0])
+    exact = torch.nn.Parameter(laid_out[0].cpu().double().contiguous())
+    fused = optimizer([strided], lr=0.1, weight_decay=0.1, fused=True)
+    plain = optimizer([exact], lr=0.1, weight_decay=0.1, foreach=False)
+    for factor in (1.0, -0.5, 2.0):
+        strided.grad = laid_out[1] * factor
+        exact.grad = strided.grad.cpu().double().contiguous()
+        fused.step()
+        plain.step()
+    torch.testing.assert_close(strided.detach().cpu().double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    assert strided.data_ptr() == laid_out[0].data_ptr()
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_fused_steps_follow_new_gradients_reloaded_state_moved_weights_and_changed_options(optimizer):
+    torch.manual_seed(0)
+    params = [
+        torch.nn.Parameter(torch.randn(7, 3, device=DEVICE)),
+        torch.nn.Parameter(torch.randn(3, device=DEVICE)),
+    ]
+    exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
+    fused = optimizer(params, lr=0.1, weight_decay=0.1, fused=True)
+    plain = optimizer(exact, lr=0.1, weight_decay=0.1, foreach=False)
+
+    def step():
+        for p, e in zip(params, exact, strict=True):
+            p.grad = torch.randn_like(p)
+            e.grad = p.grad.cpu().double()
+        fused.step()
+        plain.step()
+        for p, e in zip(params, exact, strict=True):
+            torch.testing.assert_close(p.detach().cpu().double(), e.detach(), rtol=1e-5, atol=1e-6)
+
+    step()
+    step()
+    fused.load_state_dict(fused.state_dict())
+    step()
+    params[0].data = params[0].data.clone()
+    step()
+    for opt in (fused, plain):
+        opt.param_groups[0].update(lr=0.01, adapt="matrices")
+    step()
+    for opt in (fused, plain):
+        opt.param_groups[0].update(weight_decay=0.0, adapt="decayed")
+    step()
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_fused_steps_take_mixed_dtypes_in_one_group(optimizer):
+    torch.manual_seed(0)
+    params = [
+        torch.nn.Parameter(torch.randn(9, 5).to(DEVICE, d)) for d in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
+    extra: dict[str, Any] = {"max_grad_norm": 1.0} if optimizer is LAMB else {}
+    fused = optimizer(params, lr=0.1, weight_decay=0.1, fused=True, **extra)
+    plain = optimizer(exact, lr=0.1, weight_decay=0.1, foreach=False, **extra)
+    for p, e in zip(params, exact, strict=True):
+        p.grad = torch.randn_like(p)
+        e.grad = p.grad.cpu().double()
+    fused.step()
+    plain.step()
+    for p, e in zip(params, exact, strict=True):
+        torch.testing.assert_close(
+            p.detach().cpu().double(), e.detach(), rtol=2 * torch.finfo(p.dtype).eps, atol=1e-6
+        )
+
+
+def test_the_norm_of_gradients_of_several_dtypes_is_that_of_their_concatenation():
+    grads = [g.to(DEVICE) for d in (torch.float32, torch.bfloat16) for g in tensors(1, d)]
+    expected = math.sqrt(sum((g.double() ** 2).sum().item() for g in grads))
+    assert ops.grad_norm(grads, impl="triton").item() == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,61 @@
+"""The kernels' machine code for sm_80 and sm_90: 16-byte accesses and no spills. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# (loads, stores) a block of a whole chunk must make, one a tensor touched.
+ACCESSES = {"lamb moments": (4, 2), "lamb weights": (3, 1), "lars norms": (2, 0), "lars weights": (3, 2)}
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def kernels(request):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *sys.path])
+    script = [sys.executable, str(HERE / "compile_trust_ratio_kernels.py"), str(request.param)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {row["kernel"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", ACCESSES)
+def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(kernels, name):
+    loads, stores = ACCESSES[name]
+    row = kernels[name]
+    assert row["ptx loads of 16 bytes"] >= loads
+    assert row["ptx stores of 16 bytes"] >= stores
+    assert row["loads of 16 bytes"] >= loads
+    assert row["stores of 16 bytes"] >= stores
+
+
+@pytest.mark.parametrize("name", ACCESSES)
+def test_bfloat16_weights_and_gradients_are_accessed_8_bytes_at_a_time(kernels, name):
+    row = kernels[f"{name} bf16"]
+    state_stores = {"lamb moments": 2, "lamb weights": 0, "lars norms": 0, "lars weights": 1}[name]
+    weight_stores = {"lamb moments": 0, "lamb weights": 1, "lars norms": 0, "lars weights": 1}[name]
+    assert row["loads of 8 bytes"] >= {"lamb moments": 2, "lamb weights": 1}.get(name, 2)
+    assert row["stores of 8 bytes"] >= weight_stores
+    assert row["stores of 16 bytes"] >= state_stores
+
+
+def test_unaligned_tensors_are_never_accessed_16_bytes_at_a_time(kernels):
+    for name in ACCESSES:
+        row = kernels[f"{name} unaligned"]
+        assert (row["loads of 16 bytes"], row["stores of 16 bytes"]) == (0, 0)
+
+
+def test_the_norm_of_the_gradients_is_read_16_bytes_at_a_time(kernels):
+    assert kernels["square"]["loads of 16 bytes"] >= 1
+
+
+def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
+    for name, row in kernels.items():
+        assert row["spills"] == 0, name
+        assert row["stack"] == 0, name
+        if "unaligned" not in name:
+            assert row["registers"] <= 48, name  # 65,536 registers / (48 · 256 threads) = 5.3 blocks
