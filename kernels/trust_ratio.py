@@ -22,7 +22,7 @@ from fastlocal.kernels.trust_ratio_common import (
     square_kernel,
     tensor_sum_kernel,
 )
-from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets
+from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_buckets
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -56,11 +56,34 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def grad_norm(grads: Sequence[Tensor], cache: dict) -> Tensor:
-    """‖G‖ of all gradients together, a 0-dimensional float32 tensor. Reads each gradient once."""
+def _bound(
+    cache: dict,
+    name: str,
+    rows: Sequence[Sequence[Tensor]],
+    written: Sequence[int],
+    options: Any,
+    steps: Sequence[Tensor] | None,
+    again: bool,
+) -> list[Bucket] | None:
+    """The buckets of a step; with `again`, None unless they are those of the step before."""
+    flags = (options.adapt, options.weight_decay != 0)
+    if again:
+        return kept_buckets(cache, name, rows, flags, steps)
+    return buckets(cache, name, rows, written, flags, options.adapts, steps)
+
+
+def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tensor | None:
+    """‖G‖ of all gradients together, a 0-dimensional float32 tensor. Reads each gradient once.
+
+    again: return None, having done nothing, unless the tensors are those of the call before.
+    """
     device = grads[0].device
     with _on(device):
-        found = buckets(cache, "norm", [grads], ())
+        found = kept_buckets(cache, "norm", [grads], None)
+        if found is None:
+            if again:
+                return None
+            found = buckets(cache, "norm", [grads], (), None, lambda _: True)
         if "sums" not in cache or cache["sums"].numel() != len(grads):
             cache["sums"] = torch.empty(len(grads), dtype=torch.float32, device=device)
             cache["norm_out"] = torch.empty((), dtype=torch.float32, device=device)
@@ -99,17 +122,24 @@ def lamb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     cache: dict,
-) -> None:
-    """One LAMB step of every tensor, and one more in each of `steps`."""
+    again: bool = False,
+) -> bool:
+    """One LAMB step of every tensor, and one more in each of `steps`.
+
+    again: return False, having done nothing, unless the tensors are those of the step before.
+    """
     device = params[0].device
-    flags = (options.adapt, options.weight_decay != 0)
+    rows = (params, grads, exp_avgs, exp_avg_sqs)
     with _on(device):
+        found = _bound(cache, "lamb", rows, (0, 2, 3), options, steps, again)
+        if found is None:
+            return False
         lr = _on_device(cache, "lr", options.lr, device)
-        rows = (params, grads, exp_avgs, exp_avg_sqs)
-        for bucket in buckets(cache, "lamb", rows, (0, 2, 3), (flags, options.adapts), steps):
+        for bucket in found:
             _copy(bucket.copies_in)
             _lamb_bucket(bucket, lr, options, _float32(norm), _float32(grad_scale), _float32(found_inf))
             _copy(bucket.copies_out)
+    return True
 
 
 def _lamb_bucket(
@@ -206,19 +236,26 @@ def lars_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     cache: dict,
-) -> None:
-    """One LARS step of every tensor, and one more in each of `steps`. LARS does not clip: `norm` is None."""
+    again: bool = False,
+) -> bool:
+    """One LARS step of every tensor, and one more in each of `steps`. LARS does not clip: `norm` is None.
+
+    again: return False, having done nothing, unless the tensors are those of the step before.
+    """
     device = params[0].device
-    flags = (options.adapt, options.weight_decay != 0)
     counted = [s for s in steps if s is not None]
     buffers = [b for b in momentum_buffers if b is not None]
+    rows = (params, grads, buffers) if buffers else (params, grads)
     with _on(device):
+        found = _bound(cache, "lars", rows, (0, 2), options, counted or None, again)
+        if found is None:
+            return False
         lr = _on_device(cache, "lr", options.lr, device)
-        rows = (params, grads, buffers) if buffers else (params, grads)
-        for bucket in buckets(cache, "lars", rows, (0, 2), (flags, options.adapts), counted or None):
+        for bucket in found:
             _copy(bucket.copies_in)
             _lars_bucket(bucket, lr, options, bool(counted), _float32(grad_scale), _float32(found_inf))
             _copy(bucket.copies_out)
+    return True
 
 
 def _lars_bucket(

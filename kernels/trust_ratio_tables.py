@@ -1,12 +1,14 @@
 """Device tables that let one launch serve any number of tensors, built once and kept while the addresses
 stay.
 
-A step only reads the addresses of its tensors and compares them with those of the step before. Tables are
-grouped in buckets of one dtype and alignment, each of which is one launch a kernel.
+A step only reads the addresses of its tensors and compares them with those of the step before; if only
+gradients have moved, it writes their new addresses and nothing else. Tables are grouped in buckets of one
+dtype and alignment, each of which is one launch a kernel.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import triton.language as tl
@@ -28,12 +30,14 @@ class Bucket:
     chunks: Tensor  # (num_chunks, 2) int32: tensor, chunk within the tensor
     first_chunk: Tensor  # (num_tensors + 1,) int32
     adapts: Tensor  # (num_tensors,) int32
+    members: list[int]  # which of the tensors these are
     num_tensors: int
     num_chunks: int
     scratch: dict[str, Tensor] = field(default_factory=dict)
     # Tensors laid out unlike their neighbours are worked on as copies.
     copies_in: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (copy, original)
     copies_out: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (original, copy)
+    on_host: list[Tensor] = field(default_factory=list)  # what the tables were copied from
 
     def float_scratch(self, name: str, *shape: int) -> Tensor:
         """An uninitialised float32 buffer, the same one at every step."""
@@ -43,9 +47,88 @@ class Bucket:
 
 
 @dataclass
+class _Key:
+    """What tables depend on."""
+
+    kind: tuple
+    addresses: list[int]  # of everything but gradients
+    strides: list[tuple[int, tuple[int, ...]]]  # of gradients that are not contiguous
+    gradients: list[int]
+
+    def differs_in_gradients_alone(self, other: "_Key") -> bool:
+        mine, others = (self.addresses, self.strides, self.kind), (other.addresses, other.strides, other.kind)
+        return mine == others
+
+
+@dataclass
 class _Tables:
-    key: list[object]
+    key: _Key
+    dtypes: list[torch.dtype]  # of gradients
     buckets: list[Bucket]
+
+    def follow(self, key: _Key, dtypes: list[torch.dtype], row: int) -> bool:
+        """Writes new addresses of gradients into the tables, or returns False where that is not enough."""
+        if dtypes != self.dtypes or _is_capturing(self.buckets[0].pointers):
+            return False
+        moved = []
+        for bucket in self.buckets:
+            addresses = [key.gradients[i] for i in bucket.members]
+            if bucket.copies_in or (bucket.aligned and any(a % 16 for a in addresses)):
+                return False
+            moved.append(addresses)
+        for bucket, addresses in zip(self.buckets, moved, strict=True):
+            table = torch.tensor(addresses, dtype=torch.int64)
+            pinned = table.pin_memory() if bucket.pointers.is_cuda else table
+            bucket.pointers[row].copy_(pinned, non_blocking=True)
+        self.key = key
+        return True
+
+
+_data_ptr = torch.Tensor.data_ptr  # called through `map`, a sixth faster than as a method
+
+
+def _is_capturing(table: Tensor) -> bool:
+    return table.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _gradient_row(rows: Sequence[Sequence[Tensor]]) -> int:
+    return min(1, len(rows) - 1)
+
+
+def _key(rows: Sequence[Sequence[Tensor]], flags: object, steps: Sequence[Tensor] | None) -> _Key:
+    row = _gradient_row(rows)
+    others = chain(*rows[:row], *rows[row + 1 :], () if steps is None else steps)
+    lengths = [len(r) for r in rows], None if steps is None else len(steps)
+    return _Key(
+        kind=(flags, *lengths),
+        addresses=list(map(_data_ptr, others)),
+        # A new gradient may lie where the last one did and be laid out otherwise.
+        strides=[(i, g.stride()) for i, g in enumerate(rows[row]) if not g.is_contiguous()],
+        gradients=list(map(_data_ptr, rows[row])),
+    )
+
+
+def kept_buckets(
+    cache: dict,
+    name: str,
+    rows: Sequence[Sequence[Tensor]],
+    flags: object,
+    steps: Sequence[Tensor] | None = None,
+) -> list[Bucket] | None:
+    """The buckets in the cache, told where the gradients are; None if they are of other tensors."""
+    tables: _Tables | None = cache.get(name)
+    if tables is None:
+        return None
+    try:
+        key = _key(rows, flags, steps)
+    except RuntimeError:  # a sparse gradient has no address
+        return None
+    if not key.differs_in_gradients_alone(tables.key):
+        return None
+    row = _gradient_row(rows)
+    if key.gradients != tables.key.gradients and not tables.follow(key, [g.dtype for g in rows[row]], row):
+        return None
+    return tables.buckets
 
 
 def buckets(
@@ -53,31 +136,32 @@ def buckets(
     name: str,
     rows: Sequence[Sequence[Tensor]],
     written: Sequence[int],
-    adapts: tuple[object, Callable[[Tensor], bool]] | None = None,
+    flags: object,
+    adapts: Callable[[Tensor], bool],
     steps: Sequence[Tensor] | None = None,
 ) -> list[Bucket]:
-    """The buckets of these tensors, from the cache while no address has changed.
+    """The buckets of these tensors, from the cache while no address but a gradient's has changed.
 
     Args:
         cache: where they are kept, under `name`.
         name: what they are for.
-        rows: rows[r][t] is tensor t's weight, gradient, moment, ...: all of one shape.
+        rows: rows[r][t] is tensor t's weight, gradient, moment, ...: all of one shape. A single row are
+            gradients.
         written: the rows that the kernels write.
-        adapts: which weights have a trust ratio, and a key that changes when the answers do.
+        flags: changes when the answers of `adapts` do.
+        adapts: which weights have a trust ratio.
         steps: one scalar a tensor, the table's last row.
     """
-    every = [t for row in rows for t in row]
-    key: list[object] = [t.data_ptr() for t in every]
-    # A new gradient may lie where the last one did and be laid out otherwise.
-    key += [t.stride() for t in rows[min(1, len(rows) - 1)] if not t.is_contiguous()]
-    key += [None if adapts is None else adapts[0], len(every)]
-    if steps is not None:
-        key += [s.data_ptr() for s in steps]
-    tables = cache.get(name)
-    if tables is None or tables.key != key:
-        flags = [True if adapts is None else adapts[1](t) for t in rows[0]]
-        tables = cache[name] = _Tables(key, _build(rows, written, flags, steps))
-    return tables.buckets
+    kept = kept_buckets(cache, name, rows, flags, steps)
+    if kept is not None:
+        return kept
+    dtypes = [g.dtype for g in rows[_gradient_row(rows)]]
+    built = _build(rows, written, [adapts(t) for t in rows[0]], steps)
+    cache[name] = _Tables(_key(rows, flags, steps), dtypes, built)
+    if _is_capturing(built[0].pointers):
+        # A replay copies these tables from the host again, so they outlive the next ones.
+        cache.setdefault("captured", []).append(built)
+    return built
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -137,21 +221,26 @@ def _bucket(
     owner = torch.repeat_interleave(torch.arange(len(members)), counts)
     within = torch.arange(len(owner)) - first_chunk[owner]
     flags = [adapts[index] for _, index in members]
+    on_host: list[Tensor] = []
+
+    def upload(table: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return table
+        on_host.append(table.pin_memory())  # from pageable memory the copy would wait for the device
+        return on_host[-1].to(device, non_blocking=True)
+
     return Bucket(
         dtypes=kind[0],
         aligned=kind[1],
-        pointers=_upload(torch.tensor(addresses, dtype=torch.int64), device),
-        sizes=_upload(sizes, device),
-        chunks=_upload(torch.stack([owner, within], dim=1).to(torch.int32), device),
-        first_chunk=_upload(first_chunk.to(torch.int32), device),
-        adapts=_upload(torch.tensor(flags, dtype=torch.int32), device),
+        pointers=upload(torch.tensor(addresses, dtype=torch.int64)),
+        sizes=upload(sizes),
+        chunks=upload(torch.stack([owner, within], dim=1).to(torch.int32)),
+        first_chunk=upload(first_chunk.to(torch.int32)),
+        adapts=upload(torch.tensor(flags, dtype=torch.int32)),
+        members=[index for _, index in members],
         num_tensors=len(members),
         num_chunks=len(owner),
         copies_in=copies[0],
         copies_out=copies[1],
+        on_host=on_host,
     )
-
-
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    # From pageable memory the copy would wait for the device.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -247,3 +247,103 @@ def test_the_norm_of_gradients_of_several_dtypes_is_that_of_their_concatenation(
     grads = [g.to(DEVICE) for d in (torch.float32, torch.bfloat16) for g in tensors(1, d)]
     expected = math.sqrt(sum((g.double() ** 2).sum().item() for g in grads))
     assert ops.grad_norm(grads, impl="triton").item() == pytest.approx(expected, rel=1e-6)
+
+
+def pair_of_optimizers(optimizer, shapes, extra=None):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes]
+    exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, **(extra or {})}
+    fused, plain = optimizer(params, fused=True, **options), optimizer(exact, foreach=False, **options)
+
+    def step(grads):
+        for p, e, g in zip(params, exact, grads, strict=True):
+            p.grad, e.grad = g, None if g is None else g.cpu().double().contiguous()
+        fused.step()
+        plain.step()
+        for p, e in zip(params, exact, strict=True):
+            torch.testing.assert_close(p.detach().cpu().double(), e.detach(), rtol=1e-5, atol=1e-6)
+
+    return params, exact, fused, plain, step
+
+
+FORMS = pytest.mark.parametrize(
+    ("optimizer", "extra"), [(LAMB, {}), (LAMB, {"max_grad_norm": 1.0}), (LARS, {}), (LARS, {"dampening": 0.5})]
+)
+
+
+@FORMS
+def test_fused_steps_see_gradients_that_move_vanish_and_change_their_layout(optimizer, extra):
+    params, _, _, _, step = pair_of_optimizers(optimizer, [(4, 6), (6, 4), (5,)], extra)
+
+    def random():
+        return [torch.randn_like(p) for p in params]
+
+    first, second = random(), random()
+    for grads in (first, second, first, second):  # addresses alternate, values stay
+        step(grads)
+    step([None, *random()[1:]])
+    step([random()[0], None, random()[2]])
+    step(random())
+    for _ in range(2):  # in place, so that only the layout differs from the gradient before
+        memory = [torch.randn(24, device=DEVICE), torch.randn(24, device=DEVICE)]
+        end = torch.randn(5, device=DEVICE)
+        step([memory[0].view(4, 6), memory[1].view(6, 4), end])
+        step([memory[0].view(6, 4).T, memory[1].view(6, 4), end])
+        step([memory[0].view(4, 6), memory[1].view(4, 6).T, end])
+    step([torch.randn(25, device=DEVICE)[1:].view(4, 6), *random()[1:]])  # no longer a multiple of 16
+    step(random())
+
+
+@FORMS
+def test_fused_steps_see_state_replaced_state_moved_and_groups_added(optimizer, extra):
+    params, exact, fused, plain, step = pair_of_optimizers(optimizer, [(7, 3), (3,)], extra)
+    name = "exp_avg" if optimizer is LAMB else "momentum_buffer"
+
+    def random():
+        return [torch.randn_like(p) for p in params]
+
+    step(random())
+    step(random())
+    for opt, first in ((fused, params[0]), (plain, exact[0])):
+        opt.state[first][name] = opt.state[first][name] * 0.5
+    step(random())
+    for opt, first in ((fused, params[0]), (plain, exact[0])):
+        opt.state[first][name].data = opt.state[first][name] * 0.5
+    step(random())
+    for opt, first in ((fused, params[0]), (plain, exact[0])):
+        opt.state[first] = {key: value.clone() * 1.0 for key, value in opt.state[first].items()}
+    step(random())
+    for opt, first in ((fused, params[0]), (plain, exact[0])):
+        del opt.state[first][name]
+    step(random())
+    for opt, first in ((fused, params[0]), (plain, exact[0])):
+        del opt.state[first]
+    step(random())
+    params.append(torch.nn.Parameter(torch.randn(4, 4, device=DEVICE)))
+    exact.append(torch.nn.Parameter(params[-1].detach().cpu().double()))
+    fused.add_param_group({"params": params[-1:], "lr": 0.3})
+    plain.add_param_group({"params": exact[-1:], "lr": 0.3})
+    step(random())
+    step(random())
+    for group in (fused.param_groups[0], plain.param_groups[0]):
+        group["lr"] = 0.01
+    step(random())
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_a_sparse_gradient_after_dense_ones_is_refused_by_name(optimizer):
+    params, _, fused, _, step = pair_of_optimizers(optimizer, [(4, 6)])
+    step([torch.randn_like(params[0])])
+    params[0].grad = torch.randn_like(params[0]).to_sparse()
+    with pytest.raises(RuntimeError, match="do not support sparse gradients"):
+        fused.step()
+
+
+def test_lars_follows_a_momentum_and_a_dampening_set_between_fused_steps():
+    params, _, fused, plain, step = pair_of_optimizers(LARS, [(7, 3), (3,)], {"momentum": 0.0})
+    for change in ({}, {"momentum": 0.9}, {"dampening": 0.5}, {"momentum": 0.0}, {"momentum": 0.5}):
+        for group in (fused.param_groups[0], plain.param_groups[0]):
+            group.update(change)
+        step([torch.randn_like(p) for p in params])
+        step([torch.randn_like(p) for p in params])

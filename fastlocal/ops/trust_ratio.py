@@ -3,7 +3,9 @@
 Every step works in place on lists of tensors, returns None, and leaves the gradients alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -29,11 +31,12 @@ def _split(
         yield chosen, device, [i for i, kind in enumerate(kinds) if choices[kind] == (chosen, device)]
 
 
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor], **others: Sequence[Any]) -> None:
-    for name, values in {"grads": grads, **others}.items():
-        if len(values) != len(params):
-            raise ValueError(f"{name} must hold one entry a parameter, {len(params)}, got {len(values)}")
-    for grad in grads:
+def _check(lists: Mapping[str, Sequence[Any]]) -> None:
+    num_tensors = len(next(iter(lists.values())))
+    for name, values in lists.items():
+        if len(values) != num_tensors:
+            raise ValueError(f"{name} must hold one entry a parameter, {num_tensors}, got {len(values)}")
+    for grad in lists["grads"]:
         if grad.layout is not torch.strided:
             raise RuntimeError(f"LARS and LAMB do not support sparse gradients, got one of layout {grad.layout}")
 
@@ -46,9 +49,23 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
+def _may_repeat(impl: Implementation, tables: dict | None) -> bool:
+    """Whether the kernels stepped everything last time, so that they may find every check done."""
+    return tables is not None and tables.get("kernels alone") == impl and not torch.compiler.is_compiling()
+
+
+def _parts(
+    impl: Implementation, tensors: Sequence[Tensor], tables: dict | None
+) -> list[tuple[Implementation, torch.device, Sequence[int]]]:
+    parts = list(_split(impl, tensors))
+    if tables is not None:
+        tables["kernels alone"] = impl if [chosen for chosen, _, _ in parts] == ["triton"] else None
+    return parts
+
+
 def _step_(
     kind: Literal["lamb_", "lars_"],
-    lists: tuple[Sequence[Tensor | None], ...],
+    lists: Mapping[str, Sequence[Tensor | None]],
     options: LambOptions | LarsOptions,
     norm: Tensor | None,
     max_grad_norm: float | None,
@@ -57,9 +74,17 @@ def _step_(
     impl: Implementation,
     tables: dict | None,
 ) -> None:
-    params: Any = lists[0]
-    for chosen, device, indices in _split(impl, params):
-        part = [_take(values, indices) for values in lists]
+    params: Any = lists["params"]
+    if params and _may_repeat(impl, tables):
+        from fastlocal.kernels import trust_ratio as kernels
+
+        scalars = [_to(scalar, params[0].device) for scalar in (norm, grad_scale, found_inf)]
+        if getattr(kernels, kind)(*lists.values(), options, *scalars, tables, again=True):
+            torch.autograd.graph.increment_version(params)
+            return
+    _check(lists)
+    for chosen, device, indices in _parts(impl, params, tables):
+        part = [_take(values, indices) for values in lists.values()]
         norm, grad_scale, found_inf = _to(norm, device), _to(grad_scale, device), _to(found_inf, device)
         if chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
@@ -91,9 +116,15 @@ def grad_norm(grads: Sequence[Tensor], *, impl: Implementation = "auto", tables:
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
-    _check(grads, grads)
+    if _may_repeat(impl, tables):
+        from fastlocal.kernels import trust_ratio as kernels
+
+        norm = kernels.grad_norm(grads, {} if tables is None else tables, again=True)
+        if norm is not None:
+            return norm
+    _check({"grads": grads})
     norms = []
-    for chosen, _, indices in _split(impl, grads):
+    for chosen, _, indices in _parts(impl, grads, tables):
         part = _take(grads, indices)
         if chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
@@ -134,10 +165,9 @@ def lamb_(
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
     """
-    _check(params, grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     if options.max_grad_norm is not None and norm is None and params:
         raise ValueError(f"norm must be given where max_grad_norm is set ({options.max_grad_norm}), got None")
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _step_("lamb_", lists, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables)
 
 
@@ -167,13 +197,12 @@ def lars_(
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
     """
-    _check(params, grads, momentum_buffers=momentum_buffers, steps=steps)
     for name, needed, values in (
         ("momentum_buffers", options.momentum != 0, momentum_buffers),
         ("steps", options.momentum != 0 and options.dampening != 0, steps),
     ):
-        if any((value is not None) != needed for value in values):
+        if sum(map(is_, values, repeat(None))) != (0 if needed else len(values)):
             rule = "hold a tensor a parameter" if needed else "hold None for every parameter"
             raise ValueError(f"{name} must {rule} with momentum {options.momentum}, dampening {options.dampening}")
-    lists = (params, grads, momentum_buffers, steps)
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "steps": steps}
     _step_("lars_", lists, options, None, None, grad_scale, found_inf, impl, tables)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlocal.ops.implementation import Implementation
+from fastlocal.optim.columns import StateColumns
 
 Group = dict[str, Any]
 
@@ -26,12 +27,14 @@ class TrustRatioOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: Group):
         self._tables: dict = {}
+        self._columns = StateColumns()
         self._check_group(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tables = {}
+        self._columns = StateColumns()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # added by the base class; these steps never are
@@ -64,10 +67,15 @@ class TrustRatioOptimizer(Optimizer):
         self._check_capture()
         groups = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = list(group["params"])
+            grads = [p.grad for p in params]  # each look-up makes a Python object
+            if len(found := [g for g in grads if g is not None]) < len(params):
+                params = [p for p, g in zip(params, grads, strict=True) if g is not None]
             if params:
-                groups.append((group, params, [p.grad for p in params]))
+                groups.append((group, params, found))
         if groups:
+            if not torch.compiler.is_compiling():
+                self._columns.begin(self.state)
             self._step_groups(groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 

@@ -119,13 +119,14 @@ class LAMB(TrustRatioOptimizer):
                 impl = "auto"
             norm = ops.grad_norm(every_grad, impl=impl, tables=self._tables.setdefault("norm", {}))
         for index, (group, params, grads) in enumerate(groups):
-            states = [self._init_state(p) for p in params]
+            names = ("exp_avg", "exp_avg_sq", "step")
+            exp_avgs, exp_avg_sqs, steps = self._columns.gather(index, params, names, self._init_state)
             ops.lamb_(
                 params,
                 grads,
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [s["step"] for s in states],
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
                 _options(group),
                 norm=norm,
                 grad_scale=grad_scale,

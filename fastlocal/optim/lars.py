@@ -115,10 +115,12 @@ class LARS(TrustRatioOptimizer):
             steps: list[Tensor | None] = [None] * len(params)
             if group["momentum"] != 0:
                 counted = group["dampening"] != 0
-                states = [self._init_state(p, counted) for p in params]
-                buffers = [s["momentum_buffer"] for s in states]
+                names = ("momentum_buffer", "step") if counted else ("momentum_buffer",)
+                find = self._init_counted_state if counted else self._init_state
+                columns = self._columns.gather(index, params, names, find)
+                buffers[:] = columns[0]
                 if counted:
-                    steps = [s["step"] for s in states]
+                    steps[:] = columns[1]
             ops.lars_(
                 params,
                 grads,
@@ -131,11 +133,15 @@ class LARS(TrustRatioOptimizer):
                 tables=self._tables.setdefault(index, {}),
             )
 
-    def _init_state(self, param: Tensor, counted: bool) -> dict[str, Any]:
+    def _init_counted_state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if counted and "step" not in state:
+        if "step" not in state:
             # A buffer without a count comes from torch.optim.SGD or from before dampening was set.
             state["step"] = self._new_step(param, 1.0 if "momentum_buffer" in state else 0.0)
+        return self._init_state(param)
+
+    def _init_state(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = self._new_moment(param)
         return state
