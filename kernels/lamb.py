@@ -4,6 +4,9 @@
     ratio:   r = ‖w‖/‖u‖ of each tensor
     phase 2: w ← w − lr·r·u, u computed again from m and v             reads m, v, w; writes w:       16 bytes
 
+Master weights of a bfloat16 or float16 parameter add 4 bytes to phase 1 and 8 to phase 2; both phases take the
+parameter's value where it no longer is its master's rounding.
+
 Coefficients that depend on the step count, the learning rate, the loss scale or the clip are computed on the
 device, one row a tensor, by `prepare_kernel`: a step never waits for the host.
 """
@@ -11,11 +14,12 @@ device, one row a tensor, by `prepare_kernel`: a step never waits for the host.
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.rounding import round_to
 from fastlocal.kernels.trust_ratio_common import (
     gradient_multiplier,
     load_block,
+    load_weight,
     store_block,
+    store_weight,
     sum_partials,
     tensor_pointer,
 )
@@ -34,12 +38,12 @@ P = tl.constexpr(0)
 G = tl.constexpr(1)
 M = tl.constexpr(2)
 V = tl.constexpr(3)
-STEP = tl.constexpr(4)
+MASTER = tl.constexpr(4)  # where there are master weights
 
 
 @triton.jit
 def prepare_kernel(
-    pointers,  # (5, num_tensors) int64
+    pointers,  # (5 or 6, num_tensors) int64: P, G, M, V, masters if any, step counts
     coefficients,  # (num_tensors, COLUMNS) float32, written
     num_tensors,
     lr,  # () float32
@@ -56,11 +60,13 @@ def prepare_kernel(
     CORRECTION: tl.constexpr,  # "moments", "step" or "none"
     DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Counts the step of BLOCK tensors and writes their coefficients."""
     tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensors < num_tensors
+    STEP: tl.constexpr = MASTER + 1 if HAS_MASTER else MASTER
     addresses = tl.load(pointers + STEP * num_tensors + tensors, mask=mask, other=0)
     steps = addresses.to(tl.pointer_type(tl.float32))
     count = tl.load(steps, mask=mask, other=0.0)
@@ -108,6 +114,7 @@ def _update(w, m, v, inverse1, inverse2, eps, update_decay):
 @triton.jit
 def _moments_block(
     p,
+    master,
     g,
     m,
     v,
@@ -128,9 +135,11 @@ def _moments_block(
     update_squares,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    P_DTYPE: tl.constexpr,
 ):
     offsets = start + tl.arange(0, BLOCK)
-    w = load_block(p, offsets, size, MASKED)
+    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     gradient = load_block(g, offsets, size, MASKED) * multiplier + l2_decay * w
     first = beta1 * load_block(m, offsets, size, MASKED) + beta3 * gradient
     second = beta2 * load_block(v, offsets, size, MASKED) + beta4 * gradient * gradient
@@ -145,7 +154,7 @@ def _moments_block(
 
 @triton.jit
 def moments_kernel(
-    pointers,  # (5, num_tensors) int64
+    pointers,  # (5 or 6, num_tensors) int64: P, G, M, V, masters if any, step counts
     sizes,  # (num_tensors,) int64, elements
     chunks,  # (num_chunks, 2) int32
     coefficients,  # (num_tensors, COLUMNS) float32
@@ -160,6 +169,7 @@ def moments_kernel(
     l2_decay,
     update_decay,
     HAS_FOUND: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -178,6 +188,9 @@ def moments_kernel(
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
     v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
+    master = p
+    if HAS_MASTER:
+        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
     row = coefficients + tensor * _COLUMNS
     multiplier, shrink = tl.load(row + MULTIPLIER), tl.load(row + SHRINK)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
@@ -187,14 +200,14 @@ def moments_kernel(
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
             ww, uu = _moments_block(
-                p, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
-                beta4, eps, l2_decay, update_decay, ww, uu, False, BLOCK,
+                p, master, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
+                beta4, eps, l2_decay, update_decay, ww, uu, False, BLOCK, HAS_MASTER, P_DTYPE,
             )  # fmt: skip
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
             ww, uu = _moments_block(
-                p, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
-                beta4, eps, l2_decay, update_decay, ww, uu, True, BLOCK,
+                p, master, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
+                beta4, eps, l2_decay, update_decay, ww, uu, True, BLOCK, HAS_MASTER, P_DTYPE,
             )  # fmt: skip
     tl.store(partials + program * 2, tl.sum(ww))
     tl.store(partials + program * 2 + 1, tl.sum(uu))
@@ -234,6 +247,7 @@ def ratio_kernel(
 @triton.jit
 def _weights_block(
     p,
+    master,
     m,
     v,
     start,
@@ -246,19 +260,20 @@ def _weights_block(
     update_decay,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
 ):
     offsets = start + tl.arange(0, BLOCK)
-    w = load_block(p, offsets, size, MASKED) * shrink
+    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE) * shrink
     first = load_block(m, offsets, size, MASKED)
     second = load_block(v, offsets, size, MASKED)
     u = _update(w, first, second, inverse1, inverse2, eps, update_decay)
-    store_block(p, offsets, round_to(w - step_size * u, P_DTYPE), size, MASKED)
+    store_weight(p, master, offsets, w - step_size * u, size, MASKED, HAS_MASTER, P_DTYPE)
 
 
 @triton.jit
 def weights_kernel(
-    pointers,  # (5, num_tensors) int64
+    pointers,  # (5 or 6, num_tensors) int64: P, G, M, V, masters if any, step counts
     sizes,  # (num_tensors,) int64
     chunks,  # (num_chunks, 2) int32
     coefficients,  # (num_tensors, COLUMNS) float32
@@ -267,6 +282,7 @@ def weights_kernel(
     eps,
     update_decay,
     HAS_FOUND: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -283,18 +299,21 @@ def weights_kernel(
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
     v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
+    master = p
+    if HAS_MASTER:
+        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
     row = coefficients + tensor * _COLUMNS
     shrink, step_size = tl.load(row + SHRINK), tl.load(row + STEP_SIZE)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
             _weights_block(
-                p, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
-                False, BLOCK, P_DTYPE,
+                p, master, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
+                False, BLOCK, HAS_MASTER, P_DTYPE,
             )  # fmt: skip
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
             _weights_block(
-                p, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
-                True, BLOCK, P_DTYPE,
+                p, master, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
+                True, BLOCK, HAS_MASTER, P_DTYPE,
             )  # fmt: skip

@@ -13,11 +13,12 @@ for LAMB.
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.rounding import round_to
 from fastlocal.kernels.trust_ratio_common import (
     gradient_multiplier,
     load_block,
+    load_weight,
     store_block,
+    store_weight,
     sum_partials,
     tensor_pointer,
 )
@@ -30,16 +31,15 @@ STEP_SIZE = tl.constexpr(3)  # of what is subtracted from w
 COLUMNS = 4
 _COLUMNS = tl.constexpr(COLUMNS)
 
-# Rows of the pointer table; those after G may be missing.
+# Rows of the pointer table. After G come the buffers, the masters and the step counts that there are.
 P = tl.constexpr(0)
 G = tl.constexpr(1)
 B = tl.constexpr(2)
-STEP = tl.constexpr(3)
 
 
 @triton.jit
 def prepare_kernel(
-    pointers,  # (2, 3 or 4, num_tensors) int64
+    pointers,  # (rows, num_tensors) int64
     partials,  # (num_chunks, 2) float32
     first_chunk,  # (num_tensors + 1,) int32
     adapts,  # (num_tensors,) int32
@@ -55,6 +55,7 @@ def prepare_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     COUNTED: tl.constexpr,  # dampening, which the first step does without
+    STEP: tl.constexpr,  # row of the step counts
     JOINT: tl.constexpr,
     CLIP: tl.constexpr,
     LR_IN_BUFFER: tl.constexpr,
@@ -106,6 +107,7 @@ def prepare_kernel(
 @triton.jit
 def _norms_block(
     p,
+    master,
     g,
     start,
     size,
@@ -116,9 +118,11 @@ def _norms_block(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     JOINT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    P_DTYPE: tl.constexpr,
 ):
     offsets = start + tl.arange(0, BLOCK)
-    w = load_block(p, offsets, size, MASKED)
+    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     gradient = load_block(g, offsets, size, MASKED)
     if JOINT:
         gradient = gradient * multiplier + weight_decay * w
@@ -140,6 +144,7 @@ def norms_kernel(
     HAS_SCALE: tl.constexpr,
     JOINT: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    MASTER: tl.constexpr,  # row of the master weights; P where there are none
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -158,6 +163,9 @@ def norms_kernel(
     size = tl.load(sizes + tensor)
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
+    master = p
+    if MASTER != P:
+        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
     multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
     if MAXIMIZE:
         multiplier = -multiplier
@@ -166,12 +174,14 @@ def norms_kernel(
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
             ww, gg = _norms_block(
-                p, g, base + i, size, multiplier, weight_decay, ww, gg, False, BLOCK, JOINT
+                p, master, g, base + i, size, multiplier, weight_decay, ww, gg, False, BLOCK, JOINT,
+                MASTER != P, P_DTYPE,
             )  # fmt: skip
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
             ww, gg = _norms_block(
-                p, g, base + i, size, multiplier, weight_decay, ww, gg, True, BLOCK, JOINT
+                p, master, g, base + i, size, multiplier, weight_decay, ww, gg, True, BLOCK, JOINT,
+                MASTER != P, P_DTYPE,
             )  # fmt: skip
     tl.store(partials + program * 2, tl.sum(ww))
     tl.store(partials + program * 2 + 1, tl.sum(gg))
@@ -180,6 +190,7 @@ def norms_kernel(
 @triton.jit
 def _weights_block(
     p,
+    master,
     g,
     b,
     start,
@@ -192,12 +203,13 @@ def _weights_block(
     weight_decay,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
     HAS_BUFFER: tl.constexpr,
     NESTEROV: tl.constexpr,
 ):
     offsets = start + tl.arange(0, BLOCK)
-    w = load_block(p, offsets, size, MASKED)
+    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     d = (load_block(g, offsets, size, MASKED) * multiplier + weight_decay * w) * scale
     if HAS_BUFFER:
         buffer = momentum * load_block(b, offsets, size, MASKED) + share * d
@@ -206,7 +218,7 @@ def _weights_block(
             d += momentum * buffer
         else:
             d = buffer
-    store_block(p, offsets, round_to(w - step_size * d, P_DTYPE), size, MASKED)
+    store_weight(p, master, offsets, w - step_size * d, size, MASKED, HAS_MASTER, P_DTYPE)
 
 
 @triton.jit
@@ -222,6 +234,7 @@ def weights_kernel(
     HAS_FOUND: tl.constexpr,
     HAS_BUFFER: tl.constexpr,
     NESTEROV: tl.constexpr,
+    MASTER: tl.constexpr,  # row of the master weights; P where there are none
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -241,18 +254,21 @@ def weights_kernel(
     b = p
     if HAS_BUFFER:
         b = tensor_pointer(pointers, B, num_tensors, tensor, tl.float32, ALIGNED)
+    master = p
+    if MASTER != P:
+        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
     row = coefficients + tensor * _COLUMNS
     multiplier, scale = tl.load(row + MULTIPLIER), tl.load(row + SCALE)
     share, step_size = tl.load(row + KEPT), tl.load(row + STEP_SIZE)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
             _weights_block(
-                p, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
-                False, BLOCK, P_DTYPE, HAS_BUFFER, NESTEROV,
+                p, master, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
+                False, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV,
             )  # fmt: skip
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
             _weights_block(
-                p, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
-                True, BLOCK, P_DTYPE, HAS_BUFFER, NESTEROV,
+                p, master, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
+                True, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV,
             )  # fmt: skip

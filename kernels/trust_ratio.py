@@ -122,22 +122,26 @@ def lamb_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     cache: dict,
+    masters: Sequence[Tensor] | None = None,
     again: bool = False,
 ) -> bool:
     """One LAMB step of every tensor, and one more in each of `steps`.
 
+    masters: the weights in float32, of which the parameters are roundings; None where they are their own.
     again: return False, having done nothing, unless the tensors are those of the step before.
     """
     device = params[0].device
-    rows = (params, grads, exp_avgs, exp_avg_sqs)
+    rows = (params, grads, exp_avgs, exp_avg_sqs, *([] if masters is None else [masters]))
+    name = "lamb" if masters is None else "lamb with masters"
     with _on(device):
-        found = _bound(cache, "lamb", rows, (0, 2, 3), options, steps, again)
+        found = _bound(cache, name, rows, (0, 2, 3, 4), options, steps, again)
         if found is None:
             return False
         lr = _on_device(cache, "lr", options.lr, device)
         for bucket in found:
             _copy(bucket.copies_in)
-            _lamb_bucket(bucket, lr, options, _float32(norm), _float32(grad_scale), _float32(found_inf))
+            scalars = _float32(norm), _float32(grad_scale), _float32(found_inf)
+            _lamb_bucket(bucket, lr, options, masters is not None, *scalars)
             _copy(bucket.copies_out)
     return True
 
@@ -146,6 +150,7 @@ def _lamb_bucket(
     bucket: Bucket,
     lr: Tensor,
     options: Any,
+    mastered: bool,
     norm: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -179,6 +184,7 @@ def _lamb_bucket(
         CORRECTION=correction,
         DECOUPLED=options.decay == "decoupled",
         MAXIMIZE=options.maximize,
+        HAS_MASTER=mastered,
         BLOCK=128,
     )
     if not bucket.num_chunks:
@@ -197,6 +203,7 @@ def _lamb_bucket(
         float(l2_decay),
         float(update_decay),
         HAS_FOUND=found_inf is not None,
+        HAS_MASTER=mastered,
         P_DTYPE=p_dtype,
         G_DTYPE=g_dtype,
         **common,
@@ -221,6 +228,7 @@ def _lamb_bucket(
         float(options.eps),
         float(update_decay),
         HAS_FOUND=found_inf is not None,
+        HAS_MASTER=mastered,
         P_DTYPE=p_dtype,
         **common,
     )
@@ -236,24 +244,29 @@ def lars_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     cache: dict,
+    masters: Sequence[Tensor] | None = None,
     again: bool = False,
 ) -> bool:
     """One LARS step of every tensor, and one more in each of `steps`. LARS does not clip: `norm` is None.
 
+    masters: the weights in float32, of which the parameters are roundings; None where they are their own.
     again: return False, having done nothing, unless the tensors are those of the step before.
     """
     device = params[0].device
     counted = [s for s in steps if s is not None]
     buffers = [b for b in momentum_buffers if b is not None]
-    rows = (params, grads, buffers) if buffers else (params, grads)
+    rows = [row for row in (params, grads, buffers, masters) if row]
+    master_row = 0 if masters is None else len(rows) - 1
+    name = "lars" if masters is None else "lars with masters"
     with _on(device):
-        found = _bound(cache, "lars", rows, (0, 2), options, counted or None, again)
+        found = _bound(cache, name, rows, (0, 2, 3), options, counted or None, again)
         if found is None:
             return False
         lr = _on_device(cache, "lr", options.lr, device)
         for bucket in found:
             _copy(bucket.copies_in)
-            _lars_bucket(bucket, lr, options, bool(counted), _float32(grad_scale), _float32(found_inf))
+            scalars = _float32(grad_scale), _float32(found_inf)
+            _lars_bucket(bucket, lr, options, bool(counted), master_row, len(rows), *scalars)
             _copy(bucket.copies_out)
     return True
 
@@ -263,6 +276,8 @@ def _lars_bucket(
     lr: Tensor,
     options: Any,
     counted: bool,
+    master_row: int,
+    step_row: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -294,6 +309,7 @@ def _lars_bucket(
             HAS_SCALE=grad_scale is not None,
             JOINT=options.norm == "joint",
             MAXIMIZE=options.maximize,
+            MASTER=master_row,
             **common,
         )
     lars.prepare_kernel[(bucket.num_tensors,)](
@@ -313,6 +329,7 @@ def _lars_bucket(
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND=found_inf is not None,
         COUNTED=counted,
+        STEP=step_row,
         JOINT=options.norm == "joint",
         CLIP=options.trust_clip,
         LR_IN_BUFFER=options.momentum_form == "lr_in_buffer",
@@ -333,5 +350,6 @@ def _lars_bucket(
         HAS_FOUND=found_inf is not None,
         HAS_BUFFER=options.momentum != 0,
         NESTEROV=options.nesterov,
+        MASTER=master_row,
         **common,
     )

@@ -9,6 +9,8 @@ deterministic: one partial sum a chunk, then one program a tensor adds them in a
 import triton
 import triton.language as tl
 
+from fastlocal.kernels.rounding import round_to
+
 # Elements a program, and elements a loop iteration: four for each of 256 threads, which is one 16-byte access
 # in float32. Not yet measured on a GPU; chosen for 16-byte accesses without spills in the machine code for
 # sm_90.
@@ -48,6 +50,24 @@ def store_block(pointer, offsets, values, size, MASKED: tl.constexpr):
         tl.store(pointer + offsets, values, mask=offsets < size)
     else:
         tl.store(pointer + offsets, values)
+
+
+@triton.jit
+def load_weight(p, master, offsets, size, MASKED: tl.constexpr, HAS_MASTER: tl.constexpr, P_DTYPE: tl.constexpr):
+    """A block of weights: the master's elements, or the parameter's where it has been written to since."""
+    w = load_block(p, offsets, size, MASKED)
+    if HAS_MASTER:
+        exact = load_block(master, offsets, size, MASKED)
+        w = tl.where(round_to(exact, P_DTYPE).to(tl.float32) == w, exact, w)
+    return w
+
+
+@triton.jit
+def store_weight(p, master, offsets, w, size, MASKED: tl.constexpr, HAS_MASTER: tl.constexpr, P_DTYPE: tl.constexpr):
+    """Stores a block of weights, rounded to the parameter's dtype, and as they are in the master."""
+    if HAS_MASTER:
+        store_block(master, offsets, w, size, MASKED)
+    store_block(p, offsets, round_to(w, P_DTYPE), size, MASKED)
 
 
 @triton.jit

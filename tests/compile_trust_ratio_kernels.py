@@ -31,9 +31,9 @@ TYPES = {
     "found_inf": "*fp32",
     "grad_scale": "*fp32",
 }
-LAMB = {"HAS_FOUND": True}
-LARS_NORMS = {"HAS_FOUND": True, "HAS_SCALE": True, "JOINT": False, "MAXIMIZE": False}
-LARS_WEIGHTS = {"HAS_FOUND": True, "HAS_BUFFER": True, "NESTEROV": False}
+LAMB = {"HAS_FOUND": True, "HAS_MASTER": False}
+LARS_NORMS = {"HAS_FOUND": True, "HAS_SCALE": True, "JOINT": False, "MAXIMIZE": False, "MASTER": 0}
+LARS_WEIGHTS = {"HAS_FOUND": True, "HAS_BUFFER": True, "NESTEROV": False, "MASTER": 0}
 KERNELS = {
     "lamb moments": (lamb.moments_kernel, LAMB, True),
     "lamb weights": (lamb.weights_kernel, LAMB, False),
@@ -93,6 +93,16 @@ def main(capability):
             constexprs | unaligned | ({"G_DTYPE": tl.float32} if reads_gradient else {}),
             capability,
         )
+    bf16 = {"P_DTYPE": tl.bfloat16}
+    masters = {
+        "lamb moments": {"HAS_MASTER": True, "G_DTYPE": tl.bfloat16},
+        "lamb weights": {"HAS_MASTER": True},
+        "lars norms": {"MASTER": 3, "G_DTYPE": tl.bfloat16},
+        "lars weights": {"MASTER": 3, "G_DTYPE": tl.bfloat16},
+    }
+    for name, changes in masters.items():
+        kernel, constexprs, _ = KERNELS[name]
+        report(name + " masters", kernel, constexprs | layout | bf16 | changes, capability)
     square = {"DTYPE": tl.float32} | layout
     report("square", trust_ratio_common.square_kernel, square, capability)
 

@@ -43,6 +43,16 @@ def test_bfloat16_weights_and_gradients_are_accessed_8_bytes_at_a_time(kernels, 
     assert row["stores of 16 bytes"] >= state_stores
 
 
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [("lamb moments", 3, 2), ("lamb weights", 3, 1), ("lars norms", 1, 0), ("lars weights", 2, 2)],
+)
+def test_masters_are_accessed_16_bytes_at_a_time(kernels, name, loads, stores):
+    row = kernels[f"{name} masters"]
+    assert row["loads of 16 bytes"] >= loads
+    assert row["stores of 16 bytes"] >= stores
+
+
 def test_unaligned_tensors_are_never_accessed_16_bytes_at_a_time(kernels):
     for name in ACCESSES:
         row = kernels[f"{name} unaligned"]

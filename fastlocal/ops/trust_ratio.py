@@ -3,7 +3,8 @@
 Every step works in place on lists of tensors, returns None, and leaves the gradients alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
 from typing import Any, Literal
@@ -19,16 +20,25 @@ from fastlocal.reference.trust_ratio import LambOptions as LambOptions
 from fastlocal.reference.trust_ratio import LarsOptions as LarsOptions
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Tensors that one implementation steps with one call."""
+
+    chosen: Implementation
+    device: torch.device
+    mastered: bool
+
+
 def _split(
-    impl: Implementation, params: Sequence[Tensor]
-) -> Iterator[tuple[Implementation, torch.device, Sequence[int]]]:
-    """Which implementation steps which of the tensors, one device at a time."""
-    kinds = [(p.device, p.dtype) for p in params]
-    choices: dict[Any, tuple[Implementation, torch.device]] = {
-        kind: (choose(impl, *kind), kind[0]) for kind in dict.fromkeys(kinds)
-    }
-    for chosen, device in dict.fromkeys(choices.values()):
-        yield chosen, device, [i for i, kind in enumerate(kinds) if choices[kind] == (chosen, device)]
+    impl: Implementation, tensors: Sequence[Tensor], masters: Sequence[Tensor | None] | None, tables: dict | None
+) -> list[tuple[_Part, Sequence[int]]]:
+    mastered = repeat(False) if masters is None else [m is not None for m in masters]
+    kinds = [(t.device, t.dtype, has) for t, has in zip(tensors, mastered, strict=masters is not None)]
+    choices = {kind: _Part(choose(impl, *kind[:2]), kind[0], kind[2]) for kind in dict.fromkeys(kinds)}
+    parts = list(dict.fromkeys(choices.values()))
+    if tables is not None:
+        tables["kernels alone"] = impl if [part.chosen for part in parts] == ["triton"] else None
+    return [(part, [i for i, kind in enumerate(kinds) if choices[kind] == part]) for part in parts]
 
 
 def _check(lists: Mapping[str, Sequence[Any]]) -> None:
@@ -36,6 +46,9 @@ def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     for name, values in lists.items():
         if len(values) != num_tensors:
             raise ValueError(f"{name} must hold one entry a parameter, {num_tensors}, got {len(values)}")
+    for master in lists.get("masters", ()):
+        if master is not None and torch.promote_types(master.dtype, torch.float32) != master.dtype:
+            raise TypeError(f"masters must be at least float32, got {master.dtype}")
     for grad in lists["grads"]:
         if grad.layout is not torch.strided:
             raise RuntimeError(f"LARS and LAMB do not support sparse gradients, got one of layout {grad.layout}")
@@ -54,18 +67,10 @@ def _may_repeat(impl: Implementation, tables: dict | None) -> bool:
     return tables is not None and tables.get("kernels alone") == impl and not torch.compiler.is_compiling()
 
 
-def _parts(
-    impl: Implementation, tensors: Sequence[Tensor], tables: dict | None
-) -> list[tuple[Implementation, torch.device, Sequence[int]]]:
-    parts = list(_split(impl, tensors))
-    if tables is not None:
-        tables["kernels alone"] = impl if [chosen for chosen, _, _ in parts] == ["triton"] else None
-    return parts
-
-
 def _step_(
     kind: Literal["lamb_", "lars_"],
     lists: Mapping[str, Sequence[Tensor | None]],
+    masters: Sequence[Tensor | None] | None,
     options: LambOptions | LarsOptions,
     norm: Tensor | None,
     max_grad_norm: float | None,
@@ -75,37 +80,57 @@ def _step_(
     tables: dict | None,
 ) -> None:
     params: Any = lists["params"]
-    if params and _may_repeat(impl, tables):
+    if params and _may_repeat(impl, tables) and (masters is None or not any(map(is_, masters, repeat(None)))):
         from fastlocal.kernels import trust_ratio as kernels
 
         scalars = [_to(scalar, params[0].device) for scalar in (norm, grad_scale, found_inf)]
-        if getattr(kernels, kind)(*lists.values(), options, *scalars, tables, again=True):
+        if getattr(kernels, kind)(*lists.values(), options, *scalars, tables, masters, again=True):
             torch.autograd.graph.increment_version(params)
             return
-    _check(lists)
-    for chosen, device, indices in _parts(impl, params, tables):
-        part = [_take(values, indices) for values in lists.values()]
-        norm, grad_scale, found_inf = _to(norm, device), _to(grad_scale, device), _to(found_inf, device)
-        if chosen == "triton":
+    _check(lists if masters is None else {**lists, "masters": masters})
+    for these, indices in _split(impl, params, masters, tables):
+        part: list[Any] = [_take(values, indices) for values in lists.values()]
+        own: Any = _take(masters, indices) if masters is not None and these.mastered else None
+        scalars = [_to(scalar, these.device) for scalar in (norm, grad_scale, found_inf)]
+        if these.chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
-            getattr(kernels, kind)(*part, options, norm, grad_scale, found_inf, {} if tables is None else tables)
-        else:
-            if found_inf is not None and found_inf.item():
-                continue
-            counters = [s for s in part[-1] if s is not None]
-            if counters:
-                torch._foreach_add_(counters, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-            multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
-            if chosen == "portable":
-                getattr(portable, kind)(*part, options, multiplier, {} if tables is None else tables)
-            else:
-                step = getattr(reference, kind)
-                for tensors in zip(*part, strict=True):
-                    step(*tensors, options, multiplier)
+            getattr(kernels, kind)(*part, options, *scalars, {} if tables is None else tables, own)
+        elif scalars[2] is None or not scalars[2].item():
+            multiplier = reference.grad_multiplier(scalars[0], max_grad_norm, scalars[1])
+            _step_with_torch_(kind, these.chosen, part, own, options, multiplier, {} if tables is None else tables)
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             torch.autograd.graph.increment_version(part[0])
+
+
+def _step_with_torch_(
+    kind: Literal["lamb_", "lars_"],
+    chosen: Implementation,
+    lists: list[Any],
+    masters: Sequence[Tensor] | None,
+    options: LambOptions | LarsOptions,
+    multiplier: float | Tensor,
+    scratch: dict,
+) -> None:
+    params, *others = lists
+    weights = params
+    if masters is not None:
+        weights = masters
+        for master, param in zip(masters, params, strict=True):
+            reference.adopt_(master, param)
+    counters = [s for s in others[-1] if s is not None]
+    if counters:
+        torch._foreach_add_(counters, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+    if chosen == "portable":
+        getattr(portable, kind)(weights, *others, options, multiplier, scratch)
+    else:
+        step = getattr(reference, kind)
+        for tensors in zip(weights, *others, strict=True):
+            step(*tensors, options, multiplier)
+    if masters is not None:
+        for master, param in zip(masters, params, strict=True):
+            param.copy_(master)
 
 
 @torch.no_grad()
@@ -124,14 +149,14 @@ def grad_norm(grads: Sequence[Tensor], *, impl: Implementation = "auto", tables:
             return norm
     _check({"grads": grads})
     norms = []
-    for chosen, _, indices in _parts(impl, grads, tables):
+    for these, indices in _split(impl, grads, None, tables):
         part = _take(grads, indices)
-        if chosen == "triton":
+        if these.chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
             norms.append(kernels.grad_norm(part, {} if tables is None else tables))
         else:
-            norms.append(portable.grad_norm(part) if chosen == "portable" else reference.grad_norm(part))
+            norms.append(portable.grad_norm(part) if these.chosen == "portable" else reference.grad_norm(part))
     return norms[0] if len(norms) == 1 else reference.grad_norm(norms)
 
 
@@ -144,6 +169,7 @@ def lamb_(
     steps: Sequence[Tensor],
     options: LambOptions,
     *,
+    masters: Sequence[Tensor | None] | None = None,
     norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -159,6 +185,8 @@ def lamb_(
         exp_avg_sqs: second moments, likewise. Stepped.
         steps: 0-dimensional float32, steps taken so far, on the parameter's device. Counted up.
         options: the group's hyper-parameters.
+        masters: the weights in at least float32, of which params are roundings, or None for a parameter that is
+            its own; stepped. An element of a parameter written to since the last step counts, not its master's.
         norm: ‖G‖ from `grad_norm` as stored, still scaled; needed where options.max_grad_norm is set.
         grad_scale: what the loss was multiplied by (GradScaler); None if nothing.
         found_inf: where it is not 0, nothing changes.
@@ -168,7 +196,7 @@ def lamb_(
     if options.max_grad_norm is not None and norm is None and params:
         raise ValueError(f"norm must be given where max_grad_norm is set ({options.max_grad_norm}), got None")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    _step_("lamb_", lists, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables)
+    _step_("lamb_", lists, masters, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables)
 
 
 @torch.no_grad()
@@ -179,6 +207,7 @@ def lars_(
     steps: Sequence[Tensor | None],
     options: LarsOptions,
     *,
+    masters: Sequence[Tensor | None] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     impl: Implementation = "auto",
@@ -192,6 +221,8 @@ def lars_(
         momentum_buffers: shaped like params, at least float32, zeros at first; all None where momentum is 0.
         steps: 0-dimensional float32, steps taken so far; all None where dampening is 0.
         options: the group's hyper-parameters.
+        masters: the weights in at least float32, of which params are roundings, or None for a parameter that is
+            its own; stepped. An element of a parameter written to since the last step counts, not its master's.
         grad_scale: what the loss was multiplied by (GradScaler); None if nothing.
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
@@ -205,4 +236,4 @@ def lars_(
             rule = "hold a tensor a parameter" if needed else "hold None for every parameter"
             raise ValueError(f"{name} must {rule} with momentum {options.momentum}, dampening {options.dampening}")
     lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "steps": steps}
-    _step_("lars_", lists, options, None, None, grad_scale, found_inf, impl, tables)
+    _step_("lars_", lists, masters, options, None, None, grad_scale, found_inf, impl, tables)

@@ -134,12 +134,27 @@ class TrustRatioOptimizer(Optimizer):
         for name, value in saved.items():
             if name == "step":
                 owned[name] = self._new_step(param, float(value))
-            elif name in self._moments and value is not None:
+            elif (name in self._moments or name == "master") and value is not None:
                 if value.shape != param.shape:
                     shapes = f"{tuple(param.shape)}, got {tuple(value.shape)}"
                     raise ValueError(f"{name} must have its parameter's shape {shapes}")
                 owned[name] = self._new_moment(param).copy_(value)
         return owned
+
+    def _masters(self, index: int, group: Group, params: list[Tensor]) -> list[Tensor | None] | None:
+        """The float32 weights of the parameters that have some, created where they are missing."""
+        if not group["master_weights"]:
+            return None
+        low = [_has_master(p) for p in params]
+        low_params = [p for p, has in zip(params, low, strict=True) if has]
+        masters = iter(self._columns.gather(("master", index), low_params, ("master",), self._init_master)[0])
+        return [next(masters) if has else None for has in low]
+
+    def _init_master(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if state.get("master") is None:
+            state["master"] = self._new_moment(param).copy_(param)
+        return state
 
     @staticmethod
     def _new_moment(param: Tensor) -> Tensor:
@@ -178,6 +193,10 @@ class TrustRatioOptimizer(Optimizer):
         """Steps (group, params, grads) triples."""
 
 
+def _has_master(param: Tensor) -> bool:
+    return param.dtype in (torch.bfloat16, torch.float16)
+
+
 def scalar_lr(group: Group) -> float | Tensor:
     """The learning rate; a 1-element tensor as a 0-dimensional one, which broadcasts with every shape."""
     lr = group["lr"]
@@ -195,6 +214,7 @@ def check_shared(group: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    check_choice(group, "master_weights", True, False)
     check_choice(group, "adapt", "decayed", "all", "matrices")
     if group["foreach"] and group["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -3,7 +3,7 @@
 The hash of a tensor is a Python call, so a look-up a tensor costs more than the kernels of a small model.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -24,7 +24,7 @@ class StateColumns:
     def __init__(self) -> None:
         self._params: list[object] = []
         self._states: list[object] = []
-        self._groups: dict[int, tuple[list[Tensor], list[State]]] = {}
+        self._groups: dict[Hashable, tuple[list[Tensor], list[State]]] = {}
 
     def begin(self, state: Mapping[Any, State]) -> None:
         """Looks, once a step, whether the optimizer's state still holds the same dicts."""
@@ -32,12 +32,12 @@ class StateColumns:
             self._params, self._states, self._groups = list(state), list(state.values()), {}
 
     def gather(
-        self, group: int, params: list[Tensor], names: Sequence[str], find: Callable[[Tensor], State]
+        self, group: Hashable, params: list[Tensor], names: Sequence[str], find: Callable[[Tensor], State]
     ) -> list[list[Tensor]]:
         """The state tensors of these parameters, a list a name.
 
         Args:
-            group: a number that the caller uses for these parameters alone.
+            group: a key that the caller uses for these parameters alone.
             params: the parameters stepped.
             names: the entries wanted.
             find: looks a parameter's state up, and creates what it lacks of the names.

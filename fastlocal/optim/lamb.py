@@ -38,6 +38,9 @@ class LAMB(TrustRatioOptimizer):
             `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
         capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
             later.
+        master_weights: keeps a float32 copy of bfloat16 and float16 parameters in the state, as "master", and
+            steps that: the parameter is its rounding, and steps too small for the parameter's dtype add up.
+            Elements of the parameter that something else has written to since the last step are taken over.
 
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv:1904.00962.
@@ -63,6 +66,7 @@ class LAMB(TrustRatioOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        master_weights: bool = False,
     ):
         defaults = {
             "lr": lr,
@@ -79,6 +83,7 @@ class LAMB(TrustRatioOptimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "master_weights": master_weights,
         }
         super().__init__(params, defaults)
 
@@ -128,6 +133,7 @@ class LAMB(TrustRatioOptimizer):
                 exp_avg_sqs,
                 steps,
                 _options(group),
+                masters=self._masters(index, group, params),
                 norm=norm,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
@@ -137,7 +143,7 @@ class LAMB(TrustRatioOptimizer):
 
     def _init_state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if len(state) < 3:
+        if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
             state.setdefault("step", self._new_step(param))
             state.setdefault("exp_avg", self._new_moment(param))
             state.setdefault("exp_avg_sq", self._new_moment(param))

@@ -38,6 +38,9 @@ class LARS(TrustRatioOptimizer):
             `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
         capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
             later.
+        master_weights: keeps a float32 copy of bfloat16 and float16 parameters in the state, as "master", and
+            steps that: the parameter is its rounding, and steps too small for the parameter's dtype add up.
+            Elements of the parameter that something else has written to since the last step are taken over.
 
     References:
         You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv:1708.03888.
@@ -64,6 +67,7 @@ class LARS(TrustRatioOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        master_weights: bool = False,
     ):
         defaults = {
             "lr": lr,
@@ -81,6 +85,7 @@ class LARS(TrustRatioOptimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "master_weights": master_weights,
         }
         super().__init__(params, defaults)
 
@@ -127,6 +132,7 @@ class LARS(TrustRatioOptimizer):
                 buffers,
                 steps,
                 _options(group),
+                masters=self._masters(index, group, params),
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),

@@ -88,6 +88,14 @@ def grad_multiplier(norm: Tensor | None, max_grad_norm: float | None, grad_scale
     return unscale / (norm * unscale / max_grad_norm).clamp(min=1.0)
 
 
+def adopt_(master: Tensor, param: Tensor) -> None:
+    """Gives each element of the master that no longer rounds to its parameter the parameter's value.
+
+    Whoever writes to a parameter between steps, an average or a checkpoint, so writes to its master too.
+    """
+    master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+
+
 def _ratio(numerator: Tensor, denominator: Tensor, trusted: Tensor) -> Tensor:
     """numerator / denominator where both norms are positive, else 1: a zero tensor still learns."""
     return torch.where(trusted, numerator / torch.where(trusted, denominator, 1.0), 1.0)
