@@ -19,7 +19,7 @@ ARROWS = {
     "flat": set(),
     "inner": set(),
     "outer": {"ops"},
-    "optim": {"ops", "optim"},
+    "optim": {"ops", "optim", "comm"},
     "local": {"flat", "inner", "outer", "policy", "comm", "ops", "local"},
     "train": {"", "policy", "train"},
     "__init__": {"flat", "local", "optim", "policy"},

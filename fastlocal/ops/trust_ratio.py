@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastlocal.ops import trust_ratio_portable as portable
+from fastlocal.ops import trust_ratio_sharded as sharded
 from fastlocal.ops.implementation import Implementation, choose
+from fastlocal.ops.trust_ratio_sharded import Sum
 from fastlocal.reference import trust_ratio as reference
 from fastlocal.reference.trust_ratio import Adapt as Adapt
 from fastlocal.reference.trust_ratio import LambOptions as LambOptions
@@ -78,8 +80,19 @@ def _step_(
     found_inf: Tensor | None,
     impl: Implementation,
     tables: dict | None,
+    sum_: Sum | None,
 ) -> None:
     params: Any = lists["params"]
+    if sum_ is not None:
+        if impl == "triton":
+            raise RuntimeError(
+                "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
+            )
+        _check(lists if masters is None else {**lists, "masters": masters})
+        if not sharded.found_anywhere(found_inf, len(params), sum_):
+            multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
+            _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
+        return
     if params and _may_repeat(impl, tables) and (masters is None or not any(map(is_, masters, repeat(None)))):
         from fastlocal.kernels import trust_ratio as kernels
 
@@ -98,7 +111,9 @@ def _step_(
             getattr(kernels, kind)(*part, options, *scalars, {} if tables is None else tables, own)
         elif scalars[2] is None or not scalars[2].item():
             multiplier = reference.grad_multiplier(scalars[0], max_grad_norm, scalars[1])
-            _step_with_torch_(kind, these.chosen, part, own, options, multiplier, {} if tables is None else tables)
+            _step_with_torch_(
+                kind, these.chosen, part, own, options, multiplier, {} if tables is None else tables, None
+            )
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             torch.autograd.graph.increment_version(part[0])
@@ -108,39 +123,51 @@ def _step_with_torch_(
     kind: Literal["lamb_", "lars_"],
     chosen: Implementation,
     lists: list[Any],
-    masters: Sequence[Tensor] | None,
+    masters: Sequence[Tensor | None] | None,
     options: LambOptions | LarsOptions,
     multiplier: float | Tensor,
     scratch: dict,
+    sum_: Sum | None,
 ) -> None:
     params, *others = lists
+    mastered = [] if masters is None else [(m, p) for m, p in zip(masters, params, strict=True) if m is not None]
+    for master, param in mastered:
+        reference.adopt_(master, param)
     weights = params
     if masters is not None:
-        weights = masters
-        for master, param in zip(masters, params, strict=True):
-            reference.adopt_(master, param)
+        weights = [p if m is None else m for m, p in zip(masters, params, strict=True)]
     counters = [s for s in others[-1] if s is not None]
     if counters:
         torch._foreach_add_(counters, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-    if chosen == "portable":
+    if sum_ is not None:
+        getattr(sharded, kind)(weights, *others, options, multiplier, sum_)
+    elif chosen == "portable":
         getattr(portable, kind)(weights, *others, options, multiplier, scratch)
     else:
         step = getattr(reference, kind)
         for tensors in zip(weights, *others, strict=True):
             step(*tensors, options, multiplier)
-    if masters is not None:
-        for master, param in zip(masters, params, strict=True):
-            param.copy_(master)
+    for master, param in mastered:
+        param.copy_(master)
 
 
 @torch.no_grad()
-def grad_norm(grads: Sequence[Tensor], *, impl: Implementation = "auto", tables: dict | None = None) -> Tensor:
+def grad_norm(
+    grads: Sequence[Tensor],
+    *,
+    impl: Implementation = "auto",
+    tables: dict | None = None,
+    sum_: Sum | None = None,
+) -> Tensor:
     """‖G‖ of all gradients together: a 0-dimensional tensor, not read back from its device.
 
     tables: where the Triton implementation keeps its device tables between calls; None builds them anew.
+    sum_: where the gradients are pieces of larger ones, adds up over the processes that hold the others.
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
+    if sum_ is not None:
+        return sharded.grad_norm(grads, sum_)
     if _may_repeat(impl, tables):
         from fastlocal.kernels import trust_ratio as kernels
 
@@ -175,6 +202,7 @@ def lamb_(
     found_inf: Tensor | None = None,
     impl: Implementation = "auto",
     tables: dict | None = None,
+    sum_: Sum | None = None,
 ) -> None:
     """One LAMB step of every tensor, and one more in each of `steps`.
 
@@ -192,11 +220,12 @@ def lamb_(
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
+        sum_: where the tensors are pieces of larger ones, adds up over the processes that hold the others.
     """
     if options.max_grad_norm is not None and norm is None and params:
         raise ValueError(f"norm must be given where max_grad_norm is set ({options.max_grad_norm}), got None")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    _step_("lamb_", lists, masters, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables)
+    _step_("lamb_", lists, masters, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables, sum_)
 
 
 @torch.no_grad()
@@ -212,6 +241,7 @@ def lars_(
     found_inf: Tensor | None = None,
     impl: Implementation = "auto",
     tables: dict | None = None,
+    sum_: Sum | None = None,
 ) -> None:
     """One LARS step of every tensor.
 
@@ -227,6 +257,7 @@ def lars_(
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
+        sum_: where the tensors are pieces of larger ones, adds up over the processes that hold the others.
     """
     for name, needed, values in (
         ("momentum_buffers", options.momentum != 0, momentum_buffers),
@@ -236,4 +267,4 @@ def lars_(
             rule = "hold a tensor a parameter" if needed else "hold None for every parameter"
             raise ValueError(f"{name} must {rule} with momentum {options.momentum}, dampening {options.dampening}")
     lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "steps": steps}
-    _step_("lars_", lists, masters, options, None, None, grad_scale, found_inf, impl, tables)
+    _step_("lars_", lists, masters, options, None, None, grad_scale, found_inf, impl, tables, sum_)

@@ -6,6 +6,7 @@ attributes of the optimizer are lost by deepcopy and pickle.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -49,9 +50,6 @@ class TrustRatioOptimizer(Optimizer):
             if not param.is_floating_point():
                 self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__} steps real floating-point parameters, got {param.dtype}")
-            if hasattr(param, "device_mesh"):
-                self.param_groups.pop()
-                raise TypeError(f"{type(self).__name__} does not support DTensor parameters yet")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,12 +69,22 @@ class TrustRatioOptimizer(Optimizer):
             grads = [p.grad for p in params]  # each look-up makes a Python object
             if len(found := [g for g in grads if g is not None]) < len(params):
                 params = [p for p, g in zip(params, grads, strict=True) if g is not None]
-            if params:
+            kinds = set(map(type, params))
+            if len(kinds) > 1 and any(map(is_sharded, params)):
+                pairs = list(zip(params, found, strict=True))
+                for cut in (False, True):
+                    these = [pair for pair in pairs if is_sharded(pair[0]) == cut]
+                    if these:
+                        groups.append((group, [p for p, _ in these], [g for _, g in these]))
+            elif params:
                 groups.append((group, params, found))
         if groups:
             if not torch.compiler.is_compiling():
                 self._columns.begin(self.state)
             self._step_groups(groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            for _, params, _ in groups:
+                if is_sharded(params[0]):  # only their pieces know that they were written to
+                    torch.autograd.graph.increment_version(params)
         return loss
 
     def _check_capture(self) -> None:
@@ -191,6 +199,37 @@ class TrustRatioOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         """Steps (group, params, grads) triples."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing torch's distributed tensors."""
+    return hasattr(type(tensor), "device_mesh")
+
+
+def pieces(*lists: list[Any] | None) -> list[Any]:
+    """Each list with this process's pieces in the place of DTensors."""
+    from fastlocal import comm
+
+    return [
+        None if tensors is None else [comm.local_piece(t) if is_sharded(t) else t for t in tensors]
+        for tensors in lists
+    ]
+
+
+def sum_over_pieces(params: list[Tensor], grads: list[Tensor]) -> Callable[[Tensor], None] | None:
+    """How sums over these parameters' pieces are added up over processes; None if they are whole.
+
+    Raises:
+        TypeError: a gradient is cut otherwise than its parameter.
+    """
+    if not is_sharded(params[0]):
+        return None
+    from fastlocal import comm
+
+    for param, grad in zip(params, grads, strict=True):
+        if not comm.are_cut_alike(param, grad):
+            raise TypeError("a DTensor parameter's gradient must be a DTensor with the parameter's placements")
+    return partial(comm.sum_over_pieces_, owners=params)
 
 
 def _has_master(param: Tensor) -> bool:

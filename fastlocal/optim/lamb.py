@@ -8,7 +8,16 @@ from torch.optim.optimizer import ParamsT
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.implementation import Implementation
 from fastlocal.ops.trust_ratio import Adapt, LambOptions
-from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import (
+    Group,
+    TrustRatioOptimizer,
+    check_choice,
+    check_shared,
+    is_sharded,
+    pieces,
+    scalar_lr,
+    sum_over_pieces,
+)
 
 
 class LAMB(TrustRatioOptimizer):
@@ -36,6 +45,7 @@ class LAMB(TrustRatioOptimizer):
         foreach: True is the portable implementation, False the single-tensor reference.
         fused: True is the Triton kernel, for float32, bfloat16 and float16 parameters on CUDA. With neither
             `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
+            DTensor parameters are stepped by plain PyTorch, with one small all-reduce a group.
         capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
             later.
         master_weights: keeps a float32 copy of bfloat16 and float16 parameters in the state, as "master", and
@@ -118,14 +128,14 @@ class LAMB(TrustRatioOptimizer):
     ) -> None:
         norm = None
         if any(group["max_grad_norm"] is not None for group, _, _ in groups):
-            every_grad = [grad for _, _, grads in groups for grad in grads]
-            impl: Implementation = self._impl(groups[0][0])
-            if any(self._impl(group) != impl for group, _, _ in groups):
-                impl = "auto"
-            norm = ops.grad_norm(every_grad, impl=impl, tables=self._tables.setdefault("norm", {}))
+            norm = self._grad_norm(groups)
         for index, (group, params, grads) in enumerate(groups):
             names = ("exp_avg", "exp_avg_sq", "step")
             exp_avgs, exp_avg_sqs, steps = self._columns.gather(index, params, names, self._init_state)
+            masters = self._masters(index, group, params)
+            sum_ = sum_over_pieces(params, grads)
+            if sum_ is not None:
+                params, grads, exp_avgs, exp_avg_sqs, masters = pieces(params, grads, exp_avgs, exp_avg_sqs, masters)
             ops.lamb_(
                 params,
                 grads,
@@ -133,13 +143,28 @@ class LAMB(TrustRatioOptimizer):
                 exp_avg_sqs,
                 steps,
                 _options(group),
-                masters=self._masters(index, group, params),
+                masters=masters,
                 norm=norm,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),
                 tables=self._tables.setdefault(index, {}),
+                sum_=sum_,
             )
+
+    def _grad_norm(self, groups: list[tuple[Group, list[Tensor], list[Tensor]]]) -> Tensor:
+        """‖G‖ of whole gradients and of pieces together."""
+        whole = [grad for _, params, grads in groups if not is_sharded(params[0]) for grad in grads]
+        cut = [grad for _, params, grads in groups if is_sharded(params[0]) for grad in grads]
+        norms = []
+        if whole:
+            impl: Implementation = self._impl(groups[0][0])
+            if any(self._impl(group) != impl for group, _, _ in groups):
+                impl = "auto"
+            norms.append(ops.grad_norm(whole, impl=impl, tables=self._tables.setdefault("norm", {})))
+        if cut:
+            norms.append(ops.grad_norm(*pieces(cut), sum_=sum_over_pieces(cut, cut)))
+        return norms[0] if len(norms) == 1 else ops.grad_norm(norms, impl="reference")
 
     def _init_state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

@@ -7,7 +7,15 @@ from torch.optim.optimizer import ParamsT
 
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.trust_ratio import Adapt, LarsOptions
-from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import (
+    Group,
+    TrustRatioOptimizer,
+    check_choice,
+    check_shared,
+    pieces,
+    scalar_lr,
+    sum_over_pieces,
+)
 
 
 class LARS(TrustRatioOptimizer):
@@ -36,6 +44,7 @@ class LARS(TrustRatioOptimizer):
         foreach: True is the portable implementation, False the single-tensor reference.
         fused: True is the Triton kernel, for float32, bfloat16 and float16 parameters on CUDA. With neither
             `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
+            DTensor parameters are stepped by plain PyTorch, with one small all-reduce a group.
         capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
             later.
         master_weights: keeps a float32 copy of bfloat16 and float16 parameters in the state, as "master", and
@@ -126,17 +135,22 @@ class LARS(TrustRatioOptimizer):
                 buffers[:] = columns[0]
                 if counted:
                     steps[:] = columns[1]
+            masters = self._masters(index, group, params)
+            sum_ = sum_over_pieces(params, grads)
+            if sum_ is not None:
+                params, grads, buffers, masters = pieces(params, grads, buffers, masters)
             ops.lars_(
                 params,
                 grads,
                 buffers,
                 steps,
                 _options(group),
-                masters=self._masters(index, group, params),
+                masters=masters,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),
                 tables=self._tables.setdefault(index, {}),
+                sum_=sum_,
             )
 
     def _init_counted_state(self, param: Tensor) -> dict[str, Any]:

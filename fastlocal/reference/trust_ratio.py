@@ -115,6 +115,23 @@ def lamb_(
     step: 0-dimensional, how many steps this tensor has taken, this one included.
     multiplier: what the gradient is multiplied by first (see `grad_multiplier`).
     """
+    w, update, lr = lamb_update_(param, grad, exp_avg, exp_avg_sq, step, options, multiplier)
+    # x ← x − η r u,  r = ‖x‖/‖u‖
+    if options.adapts(param):
+        update = update * lamb_ratio(torch.linalg.vector_norm(w), torch.linalg.vector_norm(update), options)
+    param.copy_(w - lr * update)
+
+
+def lamb_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    options: LambOptions,
+    multiplier: float | Tensor,
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Steps the moments; returns the weights in their dtype, u, and what u is multiplied by besides r."""
     beta1, beta2 = options.betas
     w = param.to(exp_avg.dtype)
     g = grad.to(exp_avg.dtype) * multiplier
@@ -142,16 +159,16 @@ def lamb_(
         w = w * (1 - options.lr * options.weight_decay)
     elif options.decay == "update":
         update = update + options.weight_decay * w
+    return w, update, lr
 
-    # x ← x − η r u,  r = ‖x‖/‖u‖
-    if options.adapts(param):
-        weight_norm, update_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(update)
-        trusted = (weight_norm > 0) & (update_norm > 0)
-        ratio = _ratio(weight_norm, update_norm, trusted)
-        if options.trust_clip is not None:
-            ratio = torch.where(trusted, ratio.clamp(*options.trust_clip), 1.0)
-        update = update * ratio
-    param.copy_(w - lr * update)
+
+def lamb_ratio(weight_norm: Tensor, update_norm: Tensor, options: LambOptions) -> Tensor:
+    """r = ‖x‖/‖u‖ within its bounds."""
+    trusted = (weight_norm > 0) & (update_norm > 0)
+    ratio = _ratio(weight_norm, update_norm, trusted)
+    if options.trust_clip is not None:
+        ratio = torch.where(trusted, ratio.clamp(*options.trust_clip), 1.0)
+    return ratio
 
 
 def lars_(
@@ -167,28 +184,46 @@ def lars_(
     momentum_buffer: None where momentum is 0; zeros before the first step.
     step: 0-dimensional, steps taken, this one included; None where dampening is 0, which needs no count.
     """
+    w, d, measured = lars_direction(param, grad, options, multiplier)
+    if options.adapts(param):
+        d = d * lars_ratio(torch.linalg.vector_norm(w), torch.linalg.vector_norm(measured), options)
+    lars_apply_(param, w, d, momentum_buffer, step, options)
+
+
+def lars_direction(
+    param: Tensor, grad: Tensor, options: LarsOptions, multiplier: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights in at least float32, d = g + λx, and what the ratio divides by the norm of: g or d."""
     dtype = torch.promote_types(param.dtype, torch.float32)
     w = param.to(dtype)
     g = grad.to(dtype) * multiplier
     if options.maximize:
         g = -g
     d = g + options.weight_decay * w
+    return w, d, g if options.norm == "sum" else d
 
-    # r = η‖x‖/(‖g‖ + λ‖x‖ + ε)
-    if options.adapts(param):
-        weight_norm = torch.linalg.vector_norm(w)
-        if options.norm == "sum":
-            norm = torch.linalg.vector_norm(g)
-            denominator = norm + options.weight_decay * weight_norm + options.eps
-        else:
-            norm = torch.linalg.vector_norm(d)
-            denominator = norm + options.eps
-        ratio = _ratio(options.trust_coefficient * weight_norm, denominator, (weight_norm > 0) & (norm > 0))
-        if options.trust_clip:
-            # LARC: the whole step lr·r is at most lr. Where lr is 0 the quotient is not chosen.
-            ratio = torch.where(ratio >= options.lr, 1.0, ratio / options.lr)
-        d = d * ratio
 
+def lars_ratio(weight_norm: Tensor, norm: Tensor, options: LarsOptions) -> Tensor:
+    """r = η‖x‖/(‖g‖ + λ‖x‖ + ε), or η‖x‖/(‖g + λx‖ + ε)."""
+    denominator = norm + options.eps
+    if options.norm == "sum":
+        denominator = norm + options.weight_decay * weight_norm + options.eps
+    ratio = _ratio(options.trust_coefficient * weight_norm, denominator, (weight_norm > 0) & (norm > 0))
+    if options.trust_clip:
+        # LARC: the whole step lr·r is at most lr. Where lr is 0 the quotient is not chosen.
+        ratio = torch.where(ratio >= options.lr, 1.0, ratio / options.lr)
+    return ratio
+
+
+def lars_apply_(
+    param: Tensor,
+    w: Tensor,
+    d: Tensor,
+    momentum_buffer: Tensor | None,
+    step: Tensor | None,
+    options: LarsOptions,
+) -> None:
+    """Steps the buffer and the parameter by the scaled direction d."""
     # The paper keeps the learning rate inside the buffer; torch.optim.SGD applies it to the buffer.
     lr = options.lr
     if options.momentum_form == "lr_in_buffer":
