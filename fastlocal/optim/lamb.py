@@ -8,16 +8,8 @@ from torch.optim.optimizer import ParamsT
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.implementation import Implementation
 from fastlocal.ops.trust_ratio import Adapt, LambOptions
-from fastlocal.optim.base import (
-    Group,
-    TrustRatioOptimizer,
-    check_choice,
-    check_shared,
-    is_sharded,
-    pieces,
-    scalar_lr,
-    sum_over_pieces,
-)
+from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.pieces import is_sharded, pieces, sum_over_pieces
 
 
 class LAMB(TrustRatioOptimizer):

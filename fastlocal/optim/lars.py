@@ -7,15 +7,8 @@ from torch.optim.optimizer import ParamsT
 
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.trust_ratio import Adapt, LarsOptions
-from fastlocal.optim.base import (
-    Group,
-    TrustRatioOptimizer,
-    check_choice,
-    check_shared,
-    pieces,
-    scalar_lr,
-    sum_over_pieces,
-)
+from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.pieces import pieces, sum_over_pieces
 
 
 class LARS(TrustRatioOptimizer):
