@@ -20,7 +20,7 @@ class Stats:
     local_steps: int = 0  # optimizer steps completed, of each worker
     bytes_on_wire: int = 0  # sent by one worker
     bytes_synchronous: int = 0  # what averaging the gradients in every step would have sent
-    seconds_in_sync: float = 0.0
+    seconds_in_sync: float = 0.0  # on CUDA with what the device had still to do before
     interval: int = 1  # local steps of the round under way
     drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync
     excluded: int = 0  # rows left out of a mean so far because they were not finite

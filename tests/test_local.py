@@ -387,3 +387,20 @@ wrap()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 1
     assert "2 processes are running: use fastlocal.Workers in one process" in done.stderr
+
+
+def test_a_step_that_gradscaler_skips_counts_for_no_worker():
+    optimizer, team = make(LocalSGD, interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        for model in team:
+            scaler.scale(model(torch.ones(4, 3, 6, 6)).square().mean()).backward()
+        if step == 1:
+            next(team[2].parameters()).grad[0, 0, 0, 0] = torch.inf
+        before = parameters_of(team)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, parameters_of(team)) == (step == 1)
+    assert optimizer.stats.local_steps == 3
+    assert optimizer.stats.rounds == 1

@@ -204,6 +204,21 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "fastlocal", "train", *THREE_EPOCHS, "--checkpoint-seconds", "0"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.strip() == "stopped; the same command with --resume goes on"
+    assert main([*command[3:], "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
 def fails(capsys, arguments, code=2):
     """Run the command line; returns its one line of error."""
     assert main(["train", *arguments]) == code
@@ -220,6 +235,8 @@ def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, 
     assert "--bogus" in fails(capsys, ["--bogus", "3"])
     assert "--device nonsense cannot be used" in fails(capsys, ["--device", "nonsense"])
     assert "data/cifar-100-python/train is missing" in fails(capsys, ["--dataset", "cifar100"])
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as where it is not installed
+    assert "--download needs torchvision" in fails(capsys, ["--dataset", "cifar100", "--download"])
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "train").write_bytes(b"broken")
     assert "is damaged or no CIFAR-100 file" in fails(capsys, ["--dataset", "cifar100", "--data-dir", "."])

@@ -12,7 +12,13 @@ from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.run import run
 
-app = App(name="fastlocal", help=fastlocal.__doc__, version=fastlocal.__version__, result_action="return_value")
+app = App(
+    name="fastlocal",
+    help=fastlocal.__doc__,
+    version=fastlocal.__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main() says how to go on
+)
 
 
 @app.command
