@@ -1,5 +1,6 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -24,6 +25,8 @@ app = App(
 @app.command
 def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  # noqa: B008  (frozen)
     """Train on CIFAR-100 or the synthetic set, and report accuracy beside bytes sent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("the trainer runs in one process: start it without torchrun, and choose --workers")
     with Display(Console()) as display:
         summary = run(config, display)
     display.summary(summary)
