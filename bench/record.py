@@ -1,6 +1,7 @@
 """Append finished runs to a file under bench/results/: python bench/record.py RESULTS.jsonl COMMIT RUN_FOLDER ...
 
-A line is the run's summary with the commit it ran at, so that every figure can be traced and run again.
+A line is the run's summary with the commit it ran at and what each epoch reached, so that every figure can be traced
+and run again.
 """
 
 import json
@@ -16,9 +17,9 @@ def main() -> None:
         for folder in folders:
             summary = json.loads((folder / "summary.json").read_text())
             records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-            accuracies = [record["val_accuracy"] for record in records]
-            row = {"run": folder.name, "commit": commit, "val_accuracies": accuracies, **summary}
-            file.write(json.dumps(row) + "\n")
+            kept = ("val_accuracy", "val_loss", "bytes_on_wire", "rounds")
+            epochs = {name: [record[name] for record in records] for name in kept}
+            file.write(json.dumps({"run": folder.name, "commit": commit, "epochs": epochs, **summary}) + "\n")
 
 
 if __name__ == "__main__":
