@@ -74,7 +74,7 @@ def measure(device: str, k: int, n: int, turns: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in table}
     for turn in range(turns + 2):  # two to warm up
         for index, (name, (call, _)) in enumerate(table.items()):
-            buffers = sets[(turn * len(table) + index) % num_sets]
+            buffers = sets[(turn + index) % num_sets]
             if device == "cuda":
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()

@@ -10,11 +10,15 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out
 python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)' | tee -a "$out/gpu.txt"
 status=0
 echo "== tests on the GPU"
-timeout 200 python3 -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_averaging_ops.py 2>&1 |
+timeout 200 python3 -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_averaging_ops.py \
+  tests/test_trust_ratio_kernels.py tests/test_optim.py 2>&1 |
   tee "$out/tests.txt" || status=1
 echo "== averaging and outer step"
 timeout 120 python3 bench/averaging.py --device cuda --out "$out/averaging.jsonl" 2>&1 |
   tee "$out/averaging.txt" || status=1
+echo "== LARS and LAMB"
+timeout 120 python3 bench/gpu_optimizers.py --out "$out/optimizers.jsonl" 2>&1 |
+  tee "$out/optimizers.txt" || status=1
 echo "== training"
 if python3 -c 'import cyclopts, rich, matplotlib'; then
   for workers in 1 8; do

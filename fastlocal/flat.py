@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlocal.buffers import merged
+
 ALIGNMENT = 16
 """Elements: every parameter starts at a multiple of it, so that kernels and libraries load 16 bytes at a time."""
 
@@ -101,7 +103,14 @@ class Rows:
     def check(self) -> None:
         """Raise RuntimeError if a parameter has left its row, or a new one has become trainable."""
         for worker, (module, known) in enumerate(zip(self.modules, self.parameters, strict=True)):
-            new = [name for name in _trainable(module) if name not in known]
+            present = dict(module.named_parameters())
+            for name, parameter in known.items():
+                if present.get(name) is not parameter:
+                    raise RuntimeError(
+                        f"parameter {name!r} of worker {worker} was replaced by another one, which no optimizer "
+                        "steps: load state dicts without assign=True"
+                    )
+            new = [name for name, p in present.items() if p.requires_grad and name not in known]
             if new:
                 raise RuntimeError(
                     f"parameter {new[0]!r} of worker {worker} became trainable after its optimizer was built and "
@@ -185,8 +194,7 @@ class Workers:
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
         for name, buffer in model.named_buffers():
-            stacked = torch.stack([module.get_buffer(name) for module in self])
-            buffer.copy_(stacked.mean(dim=0) if buffer.is_floating_point() else stacked.amax(dim=0))
+            buffer.copy_(merged([module.get_buffer(name) for module in self], "average"))
         return model
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Parameters of the k workers that belong together are passed as one tuple, worker by worker.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 InnerState = Literal["keep", "reset", "average"]
-"""What a sync does to the inner optimizer's state: leave it, zero it, or average it over the workers."""
+"""What a sync does to the inner optimizer's state: leave it, forget it, or average it over the workers."""
 
 Twins = tuple[nn.Parameter, ...]
 """One parameter of the model, in each worker."""
@@ -38,37 +39,44 @@ def average_gradients_(twins: Iterable[Twins]) -> None:
 
 
 @torch.no_grad()
-def reset_state_(state: defaultdict[Tensor, dict], parameters: Iterable[Tensor]) -> None:
-    """Zero the state of these parameters in place, step counts too: they start like new ones."""
+def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Forget the state of these parameters: the optimizer's next step begins it anew."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for parameter in parameters:
-        own = state.get(parameter, {})
-        for key, value in own.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                own[key] = type(value)(0)
+        if parameter not in optimizer.state:
+            continue
+        own, group = optimizer.state[parameter], group_of[id(parameter)]
+        if isinstance(optimizer, torch.optim.Adagrad):  # it makes its state in its constructor alone
+            own["sum"].fill_(group["initial_accumulator_value"])
+            own["step"].zero_()
+        elif isinstance(optimizer, torch.optim.SGD) and group["fused"]:
+            # Fused SGD fails when only some parameters have a buffer; without dampening zeros are as good as none.
+            if own.get("momentum_buffer") is not None:
+                own["momentum_buffer"].zero_()
+        else:
+            del optimizer.state[parameter]
 
 
 @torch.no_grad()
 def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], included: Sequence[bool]) -> None:
-    """Average the parameter-shaped state over the included workers; all workers take the mean.
+    """Average the parameter-shaped state over the included workers; the excluded ones take theirs over whole.
 
     Scalars (step counts) are left alone. A tensor that not every included worker has is left alone too:
     there is no mean of what does not exist yet.
     """
     for parameters in twins:
-        states = [state.get(p, {}) for p in parameters]
-        donors = [own for own, counts in zip(states, included, strict=True) if counts]
+        donors = [state.get(p, {}) for p, counts in zip(parameters, included, strict=True) if counts]
         for key, first in donors[0].items():
             if not (isinstance(first, Tensor) and first.is_floating_point() and first.shape == parameters[0].shape):
                 continue
             values = [own[key] for own in donors if isinstance(own.get(key), Tensor)]
-            if len(values) < len(donors):
-                continue
-            mean = torch.stack(values).mean(dim=0)
-            for own in states:
-                if isinstance(own.get(key), Tensor):
-                    own[key].copy_(mean)
+            if len(values) == len(donors):
+                mean = torch.stack(values).mean(dim=0)
+                for value in values:
+                    value.copy_(mean)
+        for parameter, counts in zip(parameters, included, strict=True):
+            if not counts and parameter in state:
+                state[parameter] = copy.deepcopy(donors[0])
 
 
 def state_num_bytes(state: defaultdict[Tensor, dict], parameters: Iterable[Tensor]) -> int:

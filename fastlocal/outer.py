@@ -37,6 +37,9 @@ class Average:
         ops.average_(self.rows, weights, parts, impl=self.impl)
         return parts.sum(dim=1, dtype=torch.float64)
 
+    def commit(self, rates: Sequence[float]) -> None:
+        """Nothing to remember."""
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept between syncs."""
         return {}
@@ -97,7 +100,7 @@ class SlowMomentum:
         self.last_rates = [0.0] * len(self.bounds)  # 0: none was positive yet
 
     def begin(self) -> None:
-        """The rows, equal now, become the anchor."""
+        """The first row becomes the anchor; the rows are equal unless somebody made them differ."""
         self.anchor.copy_(self.rows[0])
 
     def step_(self, weights: Tensor, rates: Sequence[float]) -> Tensor:
@@ -121,8 +124,11 @@ class SlowMomentum:
                 **coefficients._asdict(),
             )
             drift += parts.sum(dim=1, dtype=torch.float64)
-        self.last_rates = [rate or last for rate, last in zip(rates, self.last_rates, strict=True)]
         return drift
+
+    def commit(self, rates: Sequence[float]) -> None:
+        """The step that was taken with these rates counts: the next one refers to them."""
+        self.last_rates = [rate or last for rate, last in zip(rates, self.last_rates, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor, the slow momentum and each parameter's last positive rate."""

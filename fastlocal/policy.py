@@ -20,12 +20,13 @@ class Stats:
     local_steps: int = 0  # optimizer steps completed, of each worker
     bytes_on_wire: int = 0  # sent by one worker
     bytes_synchronous: int = 0  # what averaging the gradients in every step would have sent
-    seconds_in_sync: float = 0.0
+    seconds_in_sync: float = 0.0  # on CUDA with what the device had still to do before
     interval: int = 1  # local steps of the round under way
+    round_steps: int = 0  # local steps of the last round; 0 before the first and during warm-up
     drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync
     excluded: int = 0  # rows left out of a mean so far because they were not finite
     lr: float = 0.0  # the largest learning rate when the round began
-    observations: int = 0  # calls of observe()
+    observations: int = 0  # validation losses observed
     val_loss: float | None = None  # the last one observed
     train_loss: float | None = None  # the last one observed
 
@@ -160,19 +161,25 @@ class QSR(_Stateless):
         base: the least number of local steps.
         alpha: the rate at which the rule gives 1; larger is rarer.
         maximum: the interval never rises above it.
+        start_step: local steps before the rule applies; until then, base. A warm-up's small rates are no reason
+            to sync rarely.
 
     References:
         Gu et al., `A Quadratic Synchronization Rule <https://arxiv.org/abs/2310.14423>`_, 2024, equation 2
     """
 
-    def __init__(self, base: int, alpha: float, *, maximum: int = 1024) -> None:
+    def __init__(self, base: int, alpha: float, *, maximum: int = 1024, start_step: int = 0) -> None:
         self.base, self.maximum = require_bounds(base, maximum, "base")
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
-        self.alpha = alpha
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {start_step}")
+        self.alpha, self.start_step = alpha, start_step
 
     def next_interval(self, stats: Stats) -> int:
         """From the learning rate at the beginning of the round."""
+        if stats.local_steps < self.start_step:
+            return self.base
         if stats.lr <= 0 or self.alpha / stats.lr >= math.sqrt(self.maximum):
             return self.maximum
         return max(self.base, math.floor((self.alpha / stats.lr) ** 2))
@@ -238,9 +245,14 @@ class ConsensusDistance:
         self.rounds = 0
 
     def next_interval(self, stats: Stats) -> int:
-        """The interval, steered once a round by the drift of the last sync."""
-        if stats.rounds > self.rounds and math.isfinite(stats.drift):
-            factor = min(max(self.target / stats.drift, 0.5), 2.0) if stats.drift > 0 else 2.0
+        """The interval, steered once a round by the drift of the last sync.
+
+        A round cut short says little: below half the interval it is ignored, above it is scaled up.
+        """
+        measured = stats.rounds > self.rounds and 2 * stats.round_steps >= self.interval
+        if measured and math.isfinite(stats.drift):
+            drift = stats.drift * self.interval / stats.round_steps
+            factor = min(max(self.target / drift, 0.5), 2.0) if drift > 0 else 2.0
             self.interval = min(max(round(self.interval * factor), self.minimum), self.maximum)
         self.rounds = stats.rounds
         return self.interval

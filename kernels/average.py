@@ -6,6 +6,8 @@ Sums run over the workers in order, partial sums are written to a buffer: the re
 Reference: Stich, "Local SGD Converges Fast and Communicates Little", https://arxiv.org/abs/1805.09767
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ def load_rows(rows_ptr, row_stride, weights_ptr, columns, mask, K: tl.constexpr)
 
     A row of weight 0 counts as zeros, so that it cannot spread its NaN; columns outside the mask are zeros.
     """
+    row_stride = tl.cast(row_stride, tl.int64)
     total = tl.zeros(columns.shape, tl.float32)
     weight_sum = 0.0
     rows = ()
@@ -33,6 +36,15 @@ def load_rows(rows_ptr, row_stride, weights_ptr, columns, mask, K: tl.constexpr)
         weight_sum += weight
         rows = rows + (row,)
     return rows, total, weight_sum
+
+
+@triton.jit
+def store_rows(rows_ptr, row_stride, columns, mask, values, K: tl.constexpr):
+    """Write float32 values to every row, rounded to the dtype of the rows."""
+    row_stride = tl.cast(row_stride, tl.int64)
+    stored = round_to(values, rows_ptr.dtype.element_ty)
+    for k in tl.static_range(K):
+        tl.store(rows_ptr + k * row_stride + columns, stored, mask=mask)
 
 
 @triton.jit
@@ -48,7 +60,7 @@ def store_drift(parts_ptr, parts_stride, part, rows, mean, weights_ptr, K: tl.co
 @triton.jit
 def _average_kernel(
     rows_ptr,  # (k, n), row k at k·row_stride
-    row_stride,  # elements, int64
+    row_stride,  # elements
     weights_ptr,  # (k,) float32
     parts_ptr,  # (k, num_parts) float32, row k at k·parts_stride: this block's ‖x_k − x̄‖²
     parts_stride,  # elements
@@ -64,9 +76,7 @@ def _average_kernel(
     if weight_sum > 0:
         mean = tl.div_rn(total, tl.zeros_like(total) + weight_sum)
         store_drift(parts_ptr, parts_stride, part, rows, mean, weights_ptr, K)
-        stored = round_to(mean, rows_ptr.dtype.element_ty)
-        for k in tl.static_range(K):
-            tl.store(rows_ptr + k * row_stride + columns, stored, mask=mask)
+        store_rows(rows_ptr, row_stride, columns, mask, mean, K)
     else:
         for k in tl.static_range(K):
             tl.store(parts_ptr + k * parts_stride + part, 0.0)
@@ -75,7 +85,7 @@ def _average_kernel(
 @triton.jit
 def _finite_rows_kernel(
     rows_ptr,  # (k, n), row k at k·row_stride
-    row_stride,  # elements, int64
+    row_stride,  # elements
     finite_ptr,  # (k,) bool as int8, all 1 before the launch
     n,  # columns
     BLOCK: tl.constexpr,
@@ -83,31 +93,41 @@ def _finite_rows_kernel(
     """finite_k ← 0 where a value of row k is not finite; reads 4 bytes an element (float32)."""
     k = tl.program_id(1)
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + k * row_stride + columns, mask=columns < n, other=0.0).to(tl.float32)
+    start = k * tl.cast(row_stride, tl.int64)
+    row = tl.load(rows_ptr + start + columns, mask=columns < n, other=0.0).to(tl.float32)
     # Every program that stores here stores the same 0, so the order does not matter.
     if tl.max((tl.abs(row) < float("inf")).to(tl.int32) ^ 1) > 0:
         tl.store(finite_ptr + k, 0)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def finite_rows(rows: torch.Tensor) -> torch.Tensor:
     """Bool, shape (k,): whether every value of the row is finite. rows: shape (k, n)."""
     k, n = rows.shape
     finite = torch.ones(k, dtype=torch.int8, device=rows.device)
-    _finite_rows_kernel[(triton.cdiv(n, BLOCK), k)](rows, rows.stride(0), finite, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    with on_device(rows.device):
+        _finite_rows_kernel[(triton.cdiv(n, BLOCK), k)](
+            rows, rows.stride(0), finite, n, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
     return finite.to(torch.bool)
 
 
 def average_(rows: torch.Tensor, weights: torch.Tensor, drift_parts: torch.Tensor) -> None:
     """See fastlocal.reference.averaging.average_; one column of drift_parts for each BLOCK columns."""
     k, n = rows.shape
-    _average_kernel[(triton.cdiv(n, BLOCK),)](
-        rows,
-        rows.stride(0),
-        weights,
-        drift_parts,
-        drift_parts.stride(0),
-        n,
-        K=k,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    with on_device(rows.device):
+        _average_kernel[(triton.cdiv(n, BLOCK),)](
+            rows,
+            rows.stride(0),
+            weights,
+            drift_parts,
+            drift_parts.stride(0),
+            n,
+            K=k,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )

@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.average import BLOCK, NUM_WARPS, load_rows, store_drift
+from fastlocal.kernels.average import BLOCK, NUM_WARPS, load_rows, on_device, store_drift, store_rows
 from fastlocal.kernels.rounding import round_to
 
 
 @triton.jit
 def _outer_step_kernel(
     rows_ptr,  # (k, n), row k at k·row_stride
-    row_stride,  # elements, int64
+    row_stride,  # elements
     anchor_ptr,  # (n,) float32: the parameters after the last sync
     slow_ptr,  # (n,) float32: slow momentum v
     weights_ptr,  # (k,) float32
@@ -31,7 +31,7 @@ def _outer_step_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Δ = anchor − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows, anchor ← x."""
+    """Δ = x₀ − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows, anchor ← x."""
     part = tl.program_id(0)
     columns = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n
@@ -41,14 +41,13 @@ def _outer_step_kernel(
         store_drift(parts_ptr, parts_stride, part, rows, mean, weights_ptr, K)
         anchor = tl.load(anchor_ptr + columns, mask=mask, other=0.0)
         slow = tl.load(slow_ptr + columns, mask=mask, other=0.0)
-        delta = anchor - mean
+        # The workers started from the anchor as their dtype holds it.
+        delta = round_to(anchor, rows_ptr.dtype.element_ty).to(tl.float32) - mean
         slow = decay * slow + gain * delta
         anchor -= direct * delta + momentum * slow
         tl.store(slow_ptr + columns, slow, mask=mask)
         tl.store(anchor_ptr + columns, anchor, mask=mask)
-        stored = round_to(anchor, rows_ptr.dtype.element_ty)
-        for k in tl.static_range(K):
-            tl.store(rows_ptr + k * row_stride + columns, stored, mask=mask)
+        store_rows(rows_ptr, row_stride, columns, mask, anchor, K)
     else:
         for k in tl.static_range(K):
             tl.store(parts_ptr + k * parts_stride + part, 0.0)
@@ -68,20 +67,21 @@ def outer_step_(
 ) -> None:
     """See fastlocal.reference.averaging.outer_step_; one column of drift_parts for each BLOCK columns."""
     k, n = rows.shape
-    _outer_step_kernel[(triton.cdiv(n, BLOCK),)](
-        rows,
-        rows.stride(0),
-        anchor,
-        slow_momentum,
-        weights,
-        drift_parts,
-        drift_parts.stride(0),
-        n,
-        direct,
-        momentum,
-        decay,
-        gain,
-        K=k,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    with on_device(rows.device):
+        _outer_step_kernel[(triton.cdiv(n, BLOCK),)](
+            rows,
+            rows.stride(0),
+            anchor,
+            slow_momentum,
+            weights,
+            drift_parts,
+            drift_parts.stride(0),
+            n,
+            direct,
+            momentum,
+            decay,
+            gain,
+            K=k,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )

@@ -92,6 +92,19 @@ def test_qsr_follows_the_square_of_the_inverse_rate():
     ]
 
 
+def test_qsr_waits_for_the_end_of_a_warmup():
+    policy = QSR(4, 0.2, start_step=10)
+    assert [policy.next_interval(Stats(lr=0.02, local_steps=n)) for n in (0, 9, 10)] == [4, 4, 100]
+
+
+def test_consensus_distance_ignores_warmup_and_rounds_cut_short():
+    policy = ConsensusDistance(1.0, initial=16)
+    assert policy.next_interval(Stats(rounds=3, drift=0.0, round_steps=0)) == 16
+    assert policy.next_interval(Stats(rounds=4, drift=1.0, round_steps=16)) == 16
+    assert policy.next_interval(Stats(rounds=5, drift=0.1, round_steps=2)) == 16
+    assert policy.next_interval(Stats(rounds=6, drift=0.5, round_steps=8)) == 16  # half the way, half the drift
+
+
 def test_qsr_survives_a_rate_whose_square_underflows():
     assert QSR(4, 0.2, maximum=500).next_interval(Stats(lr=1e-200)) == 500
 
@@ -111,7 +124,7 @@ def test_consensus_distance_steers_the_drift_to_its_target():
     policy = ConsensusDistance(1.0, initial=8, maximum=32)
     trace = []
     for rounds, drift in enumerate([0.0, 0.8, 4.0, 1.0, 0.0, 0.0, 0.0]):
-        trace.append(policy.next_interval(Stats(rounds=rounds, drift=drift)))
+        trace.append(policy.next_interval(Stats(rounds=rounds, drift=drift, round_steps=policy.interval)))
     # first round; ×1.25; halved at most; on target; doubled thrice against the bound
     assert trace == [8, 10, 5, 5, 10, 20, 32]
 

@@ -108,6 +108,22 @@ def test_synchronous_training_sends_what_it_is_compared_with(tmp_path):
     assert torch.equal(rows[0], rows[1])
 
 
+def test_a_worker_that_diverges_alone_is_healed_and_the_run_goes_on(tmp_path):
+    config = small(tmp_path, workers=3, synthetic_images=600, epochs=1)
+
+    def poison(progress):
+        if progress.step == 2:
+            with torch.no_grad():
+                training.workers[1][0].weight.fill_(torch.nan)
+
+    training = Training(config, data.load(config), tmp_path / "c.pt", poison)
+    (record,) = training.epochs()
+    assert record.excluded == 1
+    assert 0 < record.train_loss < 10
+    assert record.val_loss is not None
+    assert 0 < record.val_loss < 10
+
+
 def test_a_resnet_trains_and_its_averaged_batchnorm_evaluates(tmp_path):
     config = small(tmp_path, model="resnet18", synthetic_images=40, batch_size=8, epochs=1, interval=1, lr=0.001)
     training = Training(config, data.load(config), tmp_path / "c.pt")
@@ -204,6 +220,21 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "fastlocal", "train", *THREE_EPOCHS, "--checkpoint-seconds", "0"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.strip() == "stopped; the same command with --resume goes on"
+    assert main([*command[3:], "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
 def fails(capsys, arguments, code=2):
     """Run the command line; returns its one line of error."""
     assert main(["train", *arguments]) == code
@@ -218,15 +249,26 @@ def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, 
     assert "--interval must be at least 1, got 0" in fails(capsys, ["--interval", "0"])
     assert 'unable to convert "x"' in fails(capsys, ["--lr", "x"])
     assert "--bogus" in fails(capsys, ["--bogus", "3"])
+    assert "--device must be auto, cpu or cuda, got meta" in fails(capsys, ["--device", "meta"])
+    assert "cannot be used: File name too long" in fails(capsys, ["--out", "x" * 300])
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "start it without torchrun" in fails(capsys, [])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoint.pt").write_text("precious")
+    assert "mine holds checkpoint.pt of something else" in fails(capsys, [*ONE_EPOCH, "--out", "mine"])
+    assert (tmp_path / "mine" / "checkpoint.pt").read_text() == "precious"
     assert "--device nonsense cannot be used" in fails(capsys, ["--device", "nonsense"])
     assert "data/cifar-100-python/train is missing" in fails(capsys, ["--dataset", "cifar100"])
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as where it is not installed
+    assert "--download needs torchvision" in fails(capsys, ["--dataset", "cifar100", "--download"])
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "train").write_bytes(b"broken")
     assert "is damaged or no CIFAR-100 file" in fails(capsys, ["--dataset", "cifar100", "--data-dir", "."])
     (tmp_path / "file").touch()
     assert "--out file/run cannot be made: Not a directory" in fails(capsys, [*ONE_EPOCH, "--out", "file/run"])
     assert "--out /proc/run cannot be made" in fails(capsys, [*ONE_EPOCH, "--out", "/proc/run"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-100-python", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-100-python", "file", "mine"]
 
 
 def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
@@ -235,6 +277,8 @@ def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert "holds a run already: add --resume" in fails(capsys, [*ONE_EPOCH, *out])
     assert "--lr 0.5 (it was None)" in fails(capsys, [*ONE_EPOCH, *out, "--lr", "0.5", "--resume"])
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "is no summary of a run" in fails(capsys, [*ONE_EPOCH, *out, "--resume"])
     (tmp_path / "run" / "summary.json").unlink()
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     content = bytearray(checkpoint.read_bytes())
@@ -251,7 +295,7 @@ def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
 
 
 def test_training_that_diverges_ends_with_exit_code_1_and_says_so(tmp_path, capsys):
-    line = fails(capsys, [*ONE_EPOCH, "--lr", "1e6", "--out", str(tmp_path / "run")], code=1)
+    line = fails(capsys, [*ONE_EPOCH, "--lr", "1e6", "--out", str(tmp_path / "run[/a]")], code=1)
     assert "diverged" in line
 
 

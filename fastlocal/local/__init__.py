@@ -1,5 +1,6 @@
 """LocalSGD, SlowMo and DiLoCo: any torch.optim optimizer, with a sync every few steps."""
 
+from fastlocal.local.local_sgd import DivergedError as DivergedError
 from fastlocal.local.local_sgd import LocalSGD as LocalSGD
 from fastlocal.local.slowmo import DiLoCo as DiLoCo
 from fastlocal.local.slowmo import SlowMo as SlowMo

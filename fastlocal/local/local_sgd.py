@@ -8,22 +8,32 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
+from fastlocal import buffers as module_buffers
 from fastlocal import comm
+from fastlocal.buffers import Buffers
 from fastlocal.flat import Block, Rows, Workers
-from fastlocal.inner import InnerState, average_gradients_, average_state_, reset_state_, state_num_bytes
+from fastlocal.inner import (
+    InnerState,
+    Twins,
+    average_gradients_,
+    average_state_,
+    reset_state_,
+    state_num_bytes,
+)
 from fastlocal.local.wrapper import Wrapper
 from fastlocal.ops.averaging import finite_rows
 from fastlocal.ops.implementation import Implementation, check_implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import FixedInterval, Policy, Stats, require_interval
 
-Buffers = Literal["average", "keep", "broadcast"]
-"""What a sync does to module buffers such as BatchNorm statistics."""
+
+class DivergedError(RuntimeError):
+    """No worker's parameters are finite: there is nothing to average."""
 
 
 class LocalSGD(Wrapper):
@@ -65,6 +75,7 @@ class LocalSGD(Wrapper):
         "stats",
         "steps_in_round",
         "_anchored",
+        "_round_is_open",
         "_rates",
     )
 
@@ -85,6 +96,10 @@ class LocalSGD(Wrapper):
         check_implementation(impl)
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        if not isinstance(model, (nn.Module, Workers)):
+            raise TypeError(f"model must be an nn.Module or Workers, got {type(model).__name__}")
+        if isinstance(interval, type):
+            raise TypeError(f"interval must be a policy, not its class: {interval.__name__}(...)")
         if isinstance(interval, Policy):
             self.policy: Policy = interval
         else:
@@ -98,6 +113,7 @@ class LocalSGD(Wrapper):
         self.stats = Stats()
         self.steps_in_round = 0
         self._anchored = False  # whether the first round has begun
+        self._round_is_open = False
         self._rates: list[Any] = []  # of the last step, one a group
         self._group_of = self._find_groups()
         self._outers = [self._make_outer(block) for block in self.rows.blocks]
@@ -154,13 +170,13 @@ class LocalSGD(Wrapper):
             What the closure returned.
 
         Raises:
-            RuntimeError: a sync was due and no worker's parameters are finite.
+            DivergedError: a sync was due and no worker's parameters are finite.
         """
         warming_up = self.stats.local_steps < self.warmup_steps
-        if not warming_up and self.steps_in_round == 0:
-            self._begin_round()
+        if not self._round_is_open:
+            self._begin_round(warming_up)
         # A scheduler may change the rates before sync() is called; the outer step wants those of this step.
-        self._rates = [group["lr"] for group in self.param_groups]
+        self._rates = [_copied(group["lr"]) for group in self.param_groups]
         if warming_up:
             loss = self._step_together(closure)
         else:
@@ -168,31 +184,51 @@ class LocalSGD(Wrapper):
             self.steps_in_round += 1
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
-        if self.steps_in_round >= self.stats.interval:
+        if warming_up:
+            self._round_is_open = False
+        elif self.steps_in_round >= self.stats.interval:
             self.sync()
         return loss
 
-    def _begin_round(self) -> None:
-        if not self._anchored:
-            for outer in self._outers:
-                outer.begin()
-            self._anchored = True
-        self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
-        interval = self.policy.next_interval(self.stats)
-        self.stats.interval = require_interval(f"the interval from {type(self.policy).__name__}", interval)
+    def _begin_round(self, warming_up: bool) -> None:
+        comm.require_single_process()
+        if not warming_up:
+            if not self._anchored:
+                for outer in self._outers:
+                    outer.begin()
+                self._anchored = True
+            self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
+            interval = self.policy.next_interval(self.stats)
+            self.stats.interval = require_interval(f"the interval from {type(self.policy).__name__}", interval)
+        elif self.stats.local_steps == 0:
+            self.rows.check()
+        self._round_is_open = True
 
     def _step_together(self, closure: Callable[[], float] | None) -> float | None:
         """A synchronous step: the gradients are averaged, and every worker takes the same step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        names = self.rows.parameters[0]
-        average_gradients_(tuple(parameters[name] for parameters in self.rows.parameters) for name in names)
-        self.inner.step()
-        self.stats.bytes_on_wire += self._ring(self.rows.num_bytes)
+        twins = self._twins()
+
+        def average() -> None:
+            started = time.perf_counter()
+            average_gradients_(twins)
+            self.stats.bytes_on_wire += self._ring(self.rows.num_bytes)
+            self.stats.seconds_in_sync += time.perf_counter() - started
+
+        def averaged_closure() -> float:
+            assert closure is not None
+            loss = closure()
+            average()
+            return loss
+
         self.stats.rounds += 1
-        return loss
+        if closure is not None:
+            return self.inner.step(averaged_closure)
+        average()
+        return self.inner.step()
+
+    def _twins(self) -> list[Twins]:
+        names = self.rows.parameters[0]
+        return [tuple(parameters[name] for parameters in self.rows.parameters) for name in names]
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -201,12 +237,14 @@ class LocalSGD(Wrapper):
         A worker whose parameters are not all finite is left out of the mean and goes on from it.
 
         Raises:
-            RuntimeError: no worker's parameters are finite; then nothing is written.
+            DivergedError: no worker's parameters are finite; then nothing is written.
+            RuntimeError: a parameter has left its row, or the workers' buffers differ.
         """
         if self.steps_in_round == 0:
             return
         started = time.perf_counter()
         self.rows.check()
+        twin_buffers = module_buffers.collect(self.rows.modules)
         device = self.rows.blocks[0].rows.device
         finite = torch.ones(len(self.rows), dtype=torch.bool, device=device)
         for block in self.rows.blocks:
@@ -219,17 +257,22 @@ class LocalSGD(Wrapper):
         # The one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
-            raise RuntimeError(
+            raise DivergedError(
                 f"after {self.stats.local_steps} local steps no worker's parameters are finite: training has "
                 "diverged; nothing was averaged. Lower the learning rate, or go on from a checkpoint"
             )
-        payload = self.rows.num_bytes + self._merge_buffers(included) + self._merge_inner_state(included)
+        for block, outer in zip(self.rows.blocks, self._outers, strict=True):
+            outer.commit([self._rate(slot.name) for slot in block.slots])
+        payload = self.rows.num_bytes
+        payload += module_buffers.merge_(twin_buffers, self.buffers, included) + self._merge_inner_state(included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
         self.stats.drift = sum(drifts) / len(drifts)
         self.stats.excluded += included.count(False)
         self.stats.bytes_on_wire += self._ring(payload)
         self.stats.rounds += 1
+        self.stats.round_steps = self.steps_in_round
         self.steps_in_round = 0
+        self._round_is_open = False
         self.stats.seconds_in_sync += time.perf_counter() - started
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:
@@ -243,50 +286,31 @@ class LocalSGD(Wrapper):
                 if not math.isfinite(loss):
                     raise ValueError(f"{name} must be finite, got {loss}: training has diverged")
                 setattr(self.stats, name, float(loss))
-        self.stats.observations += 1
+                self.stats.observations += name == "val_loss"
 
     def _rate(self, name: str) -> float:
         """The learning rate of the last step for this parameter; 1 if no optimizer moves it."""
         group = self._group_of.get(self.rows.parameters[0][name])
-        return 1.0 if group is None else float(self._rates[group])
+        if group is None:
+            return 1.0
+        # A group added since the last step has a rate too.
+        return float(self._rates[group] if group < len(self._rates) else self.param_groups[group]["lr"])
 
     def _ring(self, payload: int) -> int:
         """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
         return 2 * (len(self.rows) - 1) * payload // len(self.rows)
 
-    def _merge_buffers(self, included: list[bool]) -> int:
-        """Apply the choice for module buffers; returns the bytes of one worker's that were sent."""
-        if self.buffers == "keep" and all(included):
-            return 0
-        payload = 0
-        donors = [module for module, counts in zip(self.rows.modules, included, strict=True) if counts]
-        for name, buffer in self.rows.modules[0].named_buffers():
-            values = [donor.get_buffer(name) for donor in donors]
-            if self.buffers == "broadcast" or self.buffers == "keep":
-                merged = values[0].clone()
-            elif buffer.is_floating_point():
-                merged = torch.stack(values).mean(dim=0)
-            else:
-                merged = torch.stack(values).amax(dim=0)
-            for module, counts in zip(self.rows.modules, included, strict=True):
-                if self.buffers != "keep" or not counts:
-                    module.get_buffer(name).copy_(merged)
-            payload += buffer.nbytes
-        return payload
-
     def _merge_inner_state(self, included: list[bool]) -> int:
         """Apply the choice for the inner state; returns the bytes of one worker's that were sent."""
-        payload = 0
         if self.inner_state == "average":
-            names = self.rows.parameters[0]
-            twins = [tuple(parameters[name] for parameters in self.rows.parameters) for name in names]
-            payload = state_num_bytes(self.state, self.rows.parameters[0].values())
-            average_state_(self.state, twins, included)
+            payload = state_num_bytes(self.state, self.rows.parameters[included.index(True)].values())
+            average_state_(self.state, self._twins(), included)
+            return payload
         for parameters, counts in zip(self.rows.parameters, included, strict=True):
             # What drove a row to infinity is still in its momentum.
-            if self.inner_state == "reset" or (self.inner_state == "keep" and not counts):
-                reset_state_(self.state, parameters.values())
-        return payload
+            if self.inner_state == "reset" or not counts:
+                reset_state_(self.inner, parameters.values())
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state_dict with one more entry, "fastlocal".
@@ -339,6 +363,7 @@ class LocalSGD(Wrapper):
         self.stats = Stats(**own["stats"])
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
+        self._round_is_open = self.steps_in_round > 0
         self._rates = list(own["rates"])
         self._group_of = self._find_groups()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -359,6 +384,10 @@ class LocalSGD(Wrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.rows)} workers, interval {self.stats.interval}, {self.inner!r})"
+
+
+def _copied(rate: float | Tensor) -> float | Tensor:
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

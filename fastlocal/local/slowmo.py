@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from fastlocal.buffers import Buffers
 from fastlocal.flat import Block, Workers
 from fastlocal.inner import InnerState
-from fastlocal.local.local_sgd import Buffers, LocalSGD
+from fastlocal.local.local_sgd import LocalSGD
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, Form, SlowMomentum
 from fastlocal.policy import Policy

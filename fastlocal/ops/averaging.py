@@ -11,6 +11,10 @@ PART = 1024
 """Columns behind one column of `drift_parts`: the block of the kernels, which a test compares it with."""
 
 
+_MOST_UNROLLED = 32
+"""The kernels hold one block of every row at once: 32 rows compile in two seconds, 64 in fifteen."""
+
+
 def num_drift_parts(columns: int) -> int:
     """How many columns `drift_parts` needs for rows of `columns` columns."""
     return max(1, -(-columns // PART))
@@ -30,7 +34,7 @@ def finite_rows(rows: Tensor, *, impl: Implementation = "auto") -> Tensor:
     _check_rows(rows)
     if rows.numel() == 0:
         return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-    match choose(impl, rows.device, rows.dtype):
+    match _choose(impl, rows):
         case "triton":
             from fastlocal.kernels.average import finite_rows as kernel
 
@@ -60,7 +64,7 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implem
     if rows.shape[1] == 0:
         drift_parts.zero_()
         return
-    match choose(impl, rows.device, rows.dtype):
+    match _choose(impl, rows):
         case "triton":
             from fastlocal.kernels.average import average_ as kernel
 
@@ -84,7 +88,9 @@ def outer_step_(
     gain: float,
     impl: Implementation = "auto",
 ) -> None:
-    """Δ = anchor − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows and anchor become x.
+    """Δ = x₀ − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows and anchor become x.
+
+    x₀ is the anchor as the rows' dtype holds it, which is where the workers started.
 
     One launch, 8K + 16 bytes a parameter for K float32 rows.
 
@@ -117,7 +123,7 @@ def outer_step_(
     if rows.shape[1] == 0:
         drift_parts.zero_()
         return
-    match choose(impl, rows.device, rows.dtype):
+    match _choose(impl, rows):
         case "triton":
             from fastlocal.kernels.slowmo import outer_step_ as kernel
 
@@ -126,6 +132,12 @@ def outer_step_(
             portable.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
         case _:
             reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+
+
+def _choose(impl: Implementation, rows: Tensor) -> Implementation:
+    if impl == "auto" and rows.shape[0] > _MOST_UNROLLED:
+        return "portable"
+    return choose(impl, rows.device, rows.dtype)
 
 
 def _check_rows(rows: Tensor) -> None:

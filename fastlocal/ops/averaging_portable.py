@@ -1,8 +1,7 @@
 """Averaging and the outer step without a compiler: fast on CPUs, correct on every device.
 
-Rows are worked on in blocks of columns that stay in a CPU's cache, with the mean as one matrix product: from
-memory each row is read once and written once. A row of weight 0 is left out before the product, since 0 · NaN
-is NaN.
+Rows are worked on in blocks of columns that stay in a CPU's cache: from memory each row is read once and written
+once.
 """
 
 from collections.abc import Iterator
@@ -46,7 +45,8 @@ def outer_step_(
     drift_parts.zero_()
     for block, mean in _means(rows, weights, drift_parts):
         x, slow = anchor[block], slow_momentum[block]
-        delta = torch.sub(x, mean, out=mean)
+        # The workers started from the anchor as their dtype holds it.
+        delta = torch.sub(x.to(rows.dtype).to(x.dtype), mean, out=mean)
         slow.mul_(decay).add_(delta, alpha=gain)
         if direct:
             x.sub_(delta, alpha=direct)
@@ -56,20 +56,24 @@ def outer_step_(
 
 
 def _means(rows: Tensor, weights: Tensor, drift_parts: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of columns with their weighted mean; adds each row's ‖x_k − x̄‖² to the first column of drift_parts."""
-    counted = weights.nonzero().flatten()
-    if len(counted) == 0:
+    """Blocks of columns with their weighted mean; each row's ‖x_k − x̄‖² goes to the first column of drift_parts.
+
+    No matrix product: autocast and reduced-precision settings would apply to it.
+    """
+    shares = weights.tolist()
+    counted = [k for k, share in enumerate(shares) if share > 0]
+    if not counted:
         return
     dtype = reference.accumulate_dtype(rows.dtype)
-    shares = weights[counted].to(dtype)
-    total = shares.sum()
-    everyone = len(counted) == len(weights)
+    total = sum(shares)
     drift = torch.zeros(len(counted), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], _COLUMNS):
         block = slice(start, start + _COLUMNS)
-        part = (rows[:, block] if everyone else rows[counted, block]).to(dtype)
-        mean = (shares @ part).div_(total)
-        difference = part - mean
-        drift += torch.linalg.vecdot(difference, difference)
+        parts = [rows[k, block].to(dtype) for k in counted]
+        mean = parts[0] * shares[counted[0]]
+        for k, part in zip(counted[1:], parts[1:], strict=True):
+            mean.add_(part, alpha=shares[k])
+        mean.div_(total)
+        drift += torch.stack([torch.dot(difference, difference) for difference in (part - mean for part in parts)])
         yield block, mean
     drift_parts[counted, 0] = drift.to(drift_parts.dtype)

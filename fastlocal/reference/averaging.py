@@ -68,7 +68,7 @@ def outer_step_(
 ) -> None:
     """Step from the anchor towards the mean with slow momentum; every row and the anchor end there.
 
-    Δ = anchor − x̄;  v ← decay·v + gain·Δ;  x ← anchor − (direct·Δ + momentum·v)
+    Δ = x₀ − x̄;  v ← decay·v + gain·Δ;  x ← anchor − (direct·Δ + momentum·v)
 
     The four coefficients cover SlowMo (0, α, β·γ_t/γ_{t−1}, 1), Nesterov as DiLoCo uses it
     (α, α·β, β, 1), and a pause in which the slow momentum is neither applied nor lost (α, 0, 1, 0).
@@ -89,7 +89,8 @@ def outer_step_(
         return
     mean = weighted_mean(rows, weights)
     drift_parts[:, 0] = squared_drift(rows, mean, weights)
-    delta = anchor - mean
+    # The workers started from x₀, the anchor as their dtype holds it: what was rounded off is kept in the anchor.
+    delta = anchor.to(rows.dtype).to(anchor.dtype) - mean
     slow_momentum.mul_(decay).add_(gain * delta)
     anchor.sub_(direct * delta + momentum * slow_momentum)
     rows.copy_(anchor.expand_as(rows))

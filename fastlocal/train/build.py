@@ -30,6 +30,8 @@ def device(config: Config) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, got {config.device}")
     return chosen
 
 
@@ -59,7 +61,7 @@ def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
             return LocalSGD(
                 inner,
                 over,
-                policy(config),
+                policy(config, total_steps),
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
             )
@@ -70,7 +72,7 @@ def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
             return outer(
                 inner,
                 over,
-                policy(config),
+                policy(config, total_steps),
                 slow_lr=default_lr if config.slow_lr is None else config.slow_lr,
                 slow_momentum=default_momentum if config.slow_momentum is None else config.slow_momentum,
                 inner_state=config.inner_state,
@@ -92,7 +94,7 @@ def _inner(config: Config, over: Workers) -> torch.optim.Optimizer:
             return LAMB(over.parameters(), lr=lr, weight_decay=decay)
 
 
-def policy(config: Config) -> Policy:
+def policy(config: Config, total_steps: int) -> Policy:
     """What chooses the interval."""
     match config.policy:
         case "fixed":
@@ -108,7 +110,13 @@ def policy(config: Config) -> Policy:
             )
         case "qsr":
             alpha = config.qsr_alpha or config.learning_rate * config.interval**0.5
-            return QSR(config.interval, alpha, maximum=config.max_interval)
+            warmup = config.lr_warmup_epochs if config.schedule == "warmup-cosine" else 0
+            return QSR(
+                config.interval,
+                alpha,
+                maximum=config.max_interval,
+                start_step=warmup * total_steps // config.epochs,
+            )
         case "adacomm":
             return AdaComm(config.interval, maximum=config.max_interval)
         case "consensus":

@@ -1,5 +1,6 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -12,12 +13,20 @@ from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.run import run
 
-app = App(name="fastlocal", help=fastlocal.__doc__, version=fastlocal.__version__, result_action="return_value")
+app = App(
+    name="fastlocal",
+    help=fastlocal.__doc__,
+    version=fastlocal.__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main() says how to go on
+)
 
 
 @app.command
 def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  # noqa: B008  (frozen)
     """Train on CIFAR-100 or the synthetic set, and report accuracy beside bytes sent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("the trainer runs in one process: start it without torchrun, and choose --workers")
     with Display(Console()) as display:
         summary = run(config, display)
     display.summary(summary)

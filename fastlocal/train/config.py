@@ -150,6 +150,15 @@ class Config:
             decay is None or (decay >= 0 and math.isfinite(decay)), "weight_decay", decay, "at least 0 and finite"
         )
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _require(self.seed < 2**40, "seed", self.seed, "below 2^40")
+        for name, needs, holds in (
+            ("slow_lr", "--method slowmo or diloco", self.method in ("slowmo", "diloco")),
+            ("slow_momentum", "--method slowmo or diloco", self.method in ("slowmo", "diloco")),
+            ("qsr_alpha", "--policy qsr", self.policy == "qsr"),
+            ("consensus_target", "--policy consensus", self.policy == "consensus"),
+        ):
+            if getattr(self, name) is not None and not holds:
+                raise UsageError(f"--{name.replace('_', '-')} has no use without {needs}")
         if self.max_interval < self.min_interval:
             raise UsageError(
                 f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastlocal.train.loop import Progress as Standing
 from fastlocal.train.loop import Record
@@ -48,7 +49,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line of what is going on."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, standing: Standing) -> None:
         """Move the bar."""
@@ -88,5 +89,5 @@ class Display:
             ("images a second", f"{summary['samples_per_second']:,.0f}"),
             ("kept in", summary["folder"]),
         ):
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         self.console.print(table, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastlocal.local import DivergedError
 from fastlocal.train import build, checkpoint
 from fastlocal.train.augment import Augmenter, Normalizer, Plan
 from fastlocal.train.config import Config
@@ -98,7 +99,7 @@ class Training:
         self.optimizer = build.optimizer(config, self.workers, self.total_steps)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number of the finite ones
         self.train_seconds = 0.0
         self.interval_trace: list[list[int]] = []  # [local step, interval] where it changed
         self.records: list[Record] = []
@@ -117,10 +118,12 @@ class Training:
         while self.epoch < self.config.epochs:
             self._train_epoch()
             evaluated = (self.epoch + 1) % self.config.eval_every == 0 or self.epoch + 1 == self.config.epochs
-            train_loss = self.loss_sum.item() / (self.steps_per_epoch * self.config.workers)
+            train_loss = self._train_loss()
             val_loss = val_accuracy = None
             if evaluated:
+                started = time.perf_counter()
                 self._guarded(self.optimizer.sync)
+                self.train_seconds += time.perf_counter() - started
                 val_loss, val_accuracy = self.evaluate(self.val)
                 self._require_finite(val_loss, "validation")
                 self.optimizer.observe(val_loss=val_loss, train_loss=train_loss)
@@ -143,7 +146,7 @@ class Training:
             )
             self.records.append(record)
             self.epoch, self.step = self.epoch + 1, 0
-            self.loss_sum.zero_()
+            self.losses.zero_()
             self.save()
             yield record
 
@@ -178,13 +181,12 @@ class Training:
             now = time.perf_counter()
             if now - saved > config.checkpoint_seconds and self.step < self.steps_per_epoch:
                 self.train_seconds += now - started
-                self._require_finite(self.loss_sum.item(), "training")
+                self._train_loss()
                 self.save()
                 saved = started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.perf_counter() - started
-        self._require_finite(self.loss_sum.item(), "training")
 
     def _train_step(self, plans: list[Plan]) -> None:
         """One local step of every worker."""
@@ -194,7 +196,9 @@ class Training:
             images, labels = data.batch(plan, self.step * size, size)
             loss = nn.functional.cross_entropy(self._forward(model, images), labels)
             loss.backward()
-            self.loss_sum += loss.detach()
+            # A worker that diverges alone is healed by the next sync; its loss says nothing about the others.
+            finite = loss.detach().isfinite()
+            self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
         self._guarded(self.optimizer.step)
 
     def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -221,10 +225,15 @@ class Training:
     def _guarded(self, sync: Callable[[], Any]) -> None:
         try:
             sync()
-        except RuntimeError as error:
-            if "diverged" not in str(error):
-                raise
+        except DivergedError as error:
             raise RunError(str(error)) from None
+
+    def _train_loss(self) -> float:
+        """Mean over the epoch so far and over the workers; RunError if none of them was finite."""
+        total, count = self.losses.tolist()
+        train_loss = total / count if count else math.nan
+        self._require_finite(train_loss, "training")
+        return train_loss
 
     def _require_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
@@ -246,7 +255,7 @@ class Training:
                 "images": self.digest,
                 "epoch": self.epoch,
                 "step": self.step,
-                "loss_sum": self.loss_sum,
+                "losses": self.losses,
                 "train_seconds": self.train_seconds,
                 "interval_trace": self.interval_trace,
                 "records": [asdict(record) for record in self.records],
@@ -271,7 +280,7 @@ class Training:
             self.workers.load_state_dict(state["workers"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step = state["epoch"], state["step"]
-            self.loss_sum.copy_(state["loss_sum"])
+            self.losses.copy_(state["losses"])
             self.train_seconds = state["train_seconds"]
             self.interval_trace = state["interval_trace"]
             self.records = [Record(**record) for record in state["records"]]

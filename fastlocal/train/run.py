@@ -13,6 +13,8 @@ from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.loop import Training
 
+_OUTPUTS = {"records.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
+
 
 def run(config: Config, display: Display) -> dict[str, Any]:
     """Train, test and write the folder; returns the summary. A finished run is not run again when resumed.
@@ -35,6 +37,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     if config.resume and training.checkpoint_path.exists():
         training.resume()
         display.note(f"going on after epoch {training.epoch}, step {training.step}")
+    elif config.resume:
+        display.note(f"no checkpoint in {folder}: starting from the beginning")
     display.note(
         f"{config.dataset}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
         f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
@@ -61,14 +65,25 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
 def _look(folder: Path, config: Config) -> dict[str, Any] | None:
     """Refuse a folder that holds another run; returns the summary of a finished one. Writes nothing."""
-    if not (folder / "config.json").exists():
+    try:
+        present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be used: {error.strerror}") from None
+    if "config.json" not in present:
+        if present & _OUTPUTS:
+            raise UsageError(f"{folder} holds {min(present & _OUTPUTS)} of something else: choose another --out")
         return None
     if not config.resume:
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
     differences = config.differences(_read(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}")
-    return _read(folder / "summary.json") if (folder / "summary.json").exists() else None
+    if "summary.json" not in present:
+        return None
+    summary = _read(folder / "summary.json")
+    if "test_accuracy" not in summary:
+        raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
+    return summary
 
 
 def _begin(folder: Path, config: Config) -> None:
