@@ -43,6 +43,12 @@ class Block:
         offset = self.rows.storage_offset() + worker * self.rows.stride(0) + slot.start
         return self.rows.as_strided(slot.shape, slot.stride, offset)
 
+    def holds(self, parameter: Tensor, worker: int, slot: Slot) -> bool:
+        """Whether the parameter is still that view; where nothing is stored, only its strides tell."""
+        offset = worker * self.rows.stride(0) + slot.start
+        address = self.rows.data_ptr() + offset * self.rows.element_size()
+        return parameter.stride() == slot.stride and (parameter.numel() == 0 or parameter.data_ptr() == address)
+
 
 class Rows:
     """The trainable parameters of k equal modules, moved into flat buffers, one row a module.
@@ -51,6 +57,9 @@ class Rows:
 
     Args:
         modules: the workers; their parameters have the same names, shapes, dtypes and devices.
+
+    Attributes:
+        num_bytes: of one worker's trainable parameters, padding not counted.
 
     Raises:
         ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
@@ -63,6 +72,7 @@ class Rows:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
+        self.num_bytes = sum(parameter.nbytes for parameter in self.parameters[0].values())
         self.blocks = _allocate(self.parameters[0], len(self.modules))
         with torch.no_grad():
             for block in self.blocks:
@@ -74,11 +84,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.modules)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one worker's trainable parameters, padding not counted."""
-        return sum(parameter.nbytes for parameter in self.parameters[0].values())
 
     @property
     def layout(self) -> list[tuple[str, str, list[tuple[str, list[int]]]]]:
@@ -119,8 +124,7 @@ class Rows:
         for block in self.blocks:
             for slot in block.slots:
                 for worker, parameters in enumerate(self.parameters):
-                    view, parameter = block.view(worker, slot), parameters[slot.name]
-                    if parameter.data_ptr() != view.data_ptr() or parameter.stride() != slot.stride:
+                    if not block.holds(parameters[slot.name], worker, slot):
                         raise RuntimeError(
                             f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was "
                             "moved, cast or re-assigned): do that before it is handed to fastlocal"

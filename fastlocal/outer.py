@@ -94,7 +94,7 @@ class SlowMomentum:
         self.rows, self.bounds = rows, list(bounds)
         self.slow_lr, self.slow_momentum, self.form = slow_lr, slow_momentum, form
         self.impl: Implementation = impl
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        dtype = ops.accumulate_dtype(rows.dtype)
         self.anchor = torch.empty(rows.shape[1], dtype=dtype, device=rows.device)
         self.momentum_buffer = torch.zeros_like(self.anchor)
         self.last_rates = [0.0] * len(self.bounds)  # 0: none was positive yet

@@ -6,12 +6,11 @@ Sums run over the workers in order, partial sums are written to a buffer: the re
 Reference: Stich, "Local SGD Converges Fast and Communicates Little", https://arxiv.org/abs/1805.09767
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from fastlocal.kernels.device import on_device
 from fastlocal.kernels.rounding import round_to
 
 BLOCK = 1024  # columns a program: four float32 a thread, so 16-byte loads and stores
@@ -98,11 +97,6 @@ def _finite_rows_kernel(
     # Every program that stores here stores the same 0, so the order does not matter.
     if tl.max((tl.abs(row) < float("inf")).to(tl.int32) ^ 1) > 0:
         tl.store(finite_ptr + k, 0)
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def finite_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.average import BLOCK, NUM_WARPS, load_rows, on_device, store_drift, store_rows
+from fastlocal.kernels.average import BLOCK, NUM_WARPS, load_rows, store_drift, store_rows
+from fastlocal.kernels.device import on_device
 from fastlocal.kernels.rounding import round_to
 
 

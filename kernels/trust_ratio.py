@@ -5,7 +5,6 @@ The options are `fastlocal.reference.trust_ratio.LambOptions` and `LarsOptions`,
 import nothing from the rest of the library. No kernel is autotuned, since they write what they read.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlocal.kernels import lamb, lars
+from fastlocal.kernels.device import on_device
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
@@ -23,10 +23,6 @@ from fastlocal.kernels.trust_ratio_common import (
     tensor_sum_kernel,
 )
 from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_buckets
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -78,7 +74,7 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
     again: return None, having done nothing, unless the tensors are those of the call before.
     """
     device = grads[0].device
-    with _on(device):
+    with on_device(device):
         found = kept_buckets(cache, "norm", [grads], None)
         if found is None:
             if again:
@@ -133,7 +129,7 @@ def lamb_(
     device = params[0].device
     rows = (params, grads, exp_avgs, exp_avg_sqs, *([] if masters is None else [masters]))
     name = "lamb" if masters is None else "lamb with masters"
-    with _on(device):
+    with on_device(device):
         found = _bound(cache, name, rows, (0, 2, 3, 4), options, steps, again)
         if found is None:
             return False
@@ -258,7 +254,7 @@ def lars_(
     rows = [row for row in (params, grads, buffers, masters) if row]
     master_row = 0 if masters is None else len(rows) - 1
     name = "lars" if masters is None else "lars with masters"
-    with _on(device):
+    with on_device(device):
         found = _bound(cache, name, rows, (0, 2, 3), options, counted or None, again)
         if found is None:
             return False

@@ -251,9 +251,9 @@ class LocalSGD(Wrapper):
             finite &= finite_rows(block.rows, impl=self.impl).to(device)
         weights = finite.to(torch.float32)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
-        for block, outer in zip(self.rows.blocks, self._outers, strict=True):
-            rates = [self._rate(slot.name) for slot in block.slots]
-            squares += outer.step_(weights.to(block.rows.device), rates).to(device)
+        rates = [[self._rate(slot.name) for slot in block.slots] for block in self.rows.blocks]
+        for block, outer, own in zip(self.rows.blocks, self._outers, rates, strict=True):
+            squares += outer.step_(weights.to(block.rows.device), own).to(device)
         # The one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
@@ -261,8 +261,8 @@ class LocalSGD(Wrapper):
                 f"after {self.stats.local_steps} local steps no worker's parameters are finite: training has "
                 "diverged; nothing was averaged. Lower the learning rate, or go on from a checkpoint"
             )
-        for block, outer in zip(self.rows.blocks, self._outers, strict=True):
-            outer.commit([self._rate(slot.name) for slot in block.slots])
+        for outer, own in zip(self._outers, rates, strict=True):
+            outer.commit(own)
         payload = self.rows.num_bytes
         payload += module_buffers.merge_(twin_buffers, self.buffers, included) + self._merge_inner_state(included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]

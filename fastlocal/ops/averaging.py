@@ -6,6 +6,7 @@ from torch import Tensor
 from fastlocal.ops import averaging_portable as portable
 from fastlocal.ops.implementation import Implementation, choose
 from fastlocal.reference import averaging as reference
+from fastlocal.reference.averaging import accumulate_dtype as accumulate_dtype
 
 PART = 1024
 """Columns behind one column of `drift_parts`: the block of the kernels, which a test compares it with."""
@@ -118,7 +119,7 @@ def outer_step_(
     _check_rows(rows)
     _check_companions(rows, weights, drift_parts)
     for name, tensor in (("anchor", anchor), ("slow_momentum", slow_momentum)):
-        _check(name, tensor, rows, (rows.shape[1],), reference.accumulate_dtype(rows.dtype))
+        _check(name, tensor, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
     coefficients = {"direct": direct, "momentum": momentum, "decay": decay, "gain": gain}
     if rows.shape[1] == 0:
         drift_parts.zero_()
