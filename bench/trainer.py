@@ -8,6 +8,7 @@ and its share of a sync. Augmentation and optimizer are timed by themselves afte
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
         for _ in training.epochs():
             pass
     stats = training.optimizer.stats
-    durations = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    durations = [after - before for before, after in itertools.pairwise(moments)]
     sync = stats.seconds_in_sync / stats.local_steps
     syncs_always = stats.rounds == stats.local_steps
     step = statistics.median(durations) + (0 if syncs_always else sync)  # the median step does not end a round
