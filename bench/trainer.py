@@ -55,7 +55,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     syncs_always = stats.rounds == stats.local_steps
     step = statistics.median(durations) + (0 if syncs_always else sync)  # the median step does not end a round
     plans = [augmenter.plan(torch.Generator().manual_seed(0)) for augmenter in training.data]
-    augment = median(lambda: [a.batch(plan, 0, 64) for a, plan in zip(training.data, plans, strict=True)])
+    augment = median(lambda: [a.batch(plan[:, :64]) for a, plan in zip(training.data, plans, strict=True)])
     optimizer = median(training.optimizer.inner.step)
     parts = {"augmentation": augment, "optimizer": optimizer, "sync": sync}
     parts["networks"] = step - sum(parts.values())

@@ -1,23 +1,11 @@
 """Random crops and flips on the device, from uint8 images that stay there."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from fastlocal.train.data import ImageSet
 
 PADDING = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One worker's epoch, drawn before it begins: which image at each position, how shifted, whether mirrored."""
-
-    order: Tensor  # int64, (n,)
-    dy: Tensor  # int64, (n,), 0 … 2·PADDING
-    dx: Tensor  # int64, (n,)
-    flip: Tensor  # bool, (n,)
 
 
 class Normalizer:
@@ -55,18 +43,24 @@ class Augmenter:
         padded = torch.nn.functional.pad(images.images, (PADDING,) * 4)
         self.windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # a view: (n, 3, 9, 9, 32, 32)
 
-    def plan(self, generator: torch.Generator) -> Plan:
-        """Draw one epoch, on the CPU, so that every device sees the same one."""
-        n, device = len(self.labels), self.labels.device
-        dy, dx = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator)
+    def plan(self, generator: torch.Generator) -> Tensor:
+        """One epoch, drawn before it begins: int64, (4, n); n picks of an image, two shifts and a flip each.
+
+        Drawn on the CPU, so that every device sees the same one.
+        """
+        n = len(self.labels)
+        shifts = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator)
         flip = torch.rand(n, generator=generator) < 0.5
         order = torch.randperm(n, generator=generator)
-        return Plan(order.to(device), dy.to(device), dx.to(device), flip.to(device))
+        return torch.cat([order[None], shifts, flip[None]]).to(self.labels.device)
 
-    def batch(self, plan: Plan, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Images (size, 3, 32, 32), float32, channels_last, and labels (size,), of `size` positions of a plan."""
-        part = slice(start, start + size)
-        chosen, flip = plan.order[part], plan.flip[part]
-        images = self.windows[chosen, :, plan.dy[part], plan.dx[part]]
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+    def batch(self, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (size, 3, 32, 32), float32, channels_last, and labels (size,).
+
+        Args:
+            picks: int64, (4, size), some columns of a plan.
+        """
+        chosen, dy, dx, flip = picks.unbind()
+        images = self.windows[chosen, :, dy, dx]
+        images = torch.where(flip.bool().view(-1, 1, 1, 1), images.flip(-1), images)
         return self.normalize(images), self.labels[chosen]

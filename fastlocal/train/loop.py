@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlocal.local import DivergedError
 from fastlocal.train import build, checkpoint
-from fastlocal.train.augment import Augmenter, Normalizer, Plan
+from fastlocal.train.augment import Augmenter, Normalizer
 from fastlocal.train.config import Config
 from fastlocal.train.data import ImageSet, Splits
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.schedule import learning_rate
+from fastlocal.train.step import Gradients, forward
 
 _EVAL_BATCH = 1000
 
@@ -96,10 +97,10 @@ class Training:
         self.steps_per_epoch = per_worker // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.workers = build.workers(config, self.device)
+        self.gradients = Gradients(self.workers, self.data, config.batch_size, config.precision)
         self.optimizer = build.optimizer(config, self.workers, self.total_steps)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
-        self.losses = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number of the finite ones
         self.train_seconds = 0.0
         self.interval_trace: list[list[int]] = []  # [local step, interval] where it changed
         self.records: list[Record] = []
@@ -146,14 +147,14 @@ class Training:
             )
             self.records.append(record)
             self.epoch, self.step = self.epoch + 1, 0
-            self.losses.zero_()
+            self.gradients.losses.zero_()
             self.save()
             yield record
 
     def _train_epoch(self) -> None:
         config = self.config
         generator = _generator(config.seed, self.epoch + 1)
-        plans = [data.plan(generator) for data in self.data]
+        plans = torch.stack([data.plan(generator) for data in self.data])
         self.workers.train()
         saved = started = time.perf_counter()
         while self.step < self.steps_per_epoch:
@@ -162,7 +163,9 @@ class Training:
             rate = learning_rate(config.schedule, config.learning_rate, step, self.total_steps, warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self._train_step(plans)
+            first = self.step * config.batch_size
+            self.gradients(plans[:, :, first : first + config.batch_size])
+            self._guarded(self.optimizer.step)
             self.step += 1
             stats = self.optimizer.stats
             if not self.interval_trace or self.interval_trace[-1][1] != stats.interval:
@@ -188,23 +191,6 @@ class Training:
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.perf_counter() - started
 
-    def _train_step(self, plans: list[Plan]) -> None:
-        """One local step of every worker."""
-        self.optimizer.zero_grad()
-        size = self.config.batch_size
-        for model, data, plan in zip(self.workers, self.data, plans, strict=True):
-            images, labels = data.batch(plan, self.step * size, size)
-            loss = nn.functional.cross_entropy(self._forward(model, images), labels)
-            loss.backward()
-            # A worker that diverges alone is healed by the next sync; its loss says nothing about the others.
-            finite = loss.detach().isfinite()
-            self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
-        self._guarded(self.optimizer.step)
-
-    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return model(images).float()
-
     @torch.inference_mode()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:
         """Mean cross-entropy and accuracy in percent of the averaged model."""
@@ -213,7 +199,8 @@ class Training:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for start in range(0, len(images), _EVAL_BATCH):
             labels = images.labels[start : start + _EVAL_BATCH]
-            logits = self._forward(model, self.normalize(images.images[start : start + _EVAL_BATCH]))
+            batch = self.normalize(images.images[start : start + _EVAL_BATCH])
+            logits = forward(model, batch, self.config.precision)
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(dim=1) == labels).sum()
         return loss.item() / len(images), 100 * correct.item() / len(images)
@@ -230,7 +217,7 @@ class Training:
 
     def _train_loss(self) -> float:
         """Mean over the epoch so far and over the workers; RunError if none of them was finite."""
-        total, count = self.losses.tolist()
+        total, count = self.gradients.losses.sum(dim=0).tolist()
         train_loss = total / count if count else math.nan
         self._require_finite(train_loss, "training")
         return train_loss
@@ -255,7 +242,7 @@ class Training:
                 "images": self.digest,
                 "epoch": self.epoch,
                 "step": self.step,
-                "losses": self.losses,
+                "losses": self.gradients.losses,
                 "train_seconds": self.train_seconds,
                 "interval_trace": self.interval_trace,
                 "records": [asdict(record) for record in self.records],
@@ -280,7 +267,7 @@ class Training:
             self.workers.load_state_dict(state["workers"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step = state["epoch"], state["step"]
-            self.losses.copy_(state["losses"])
+            self.gradients.losses.copy_(state["losses"])
             self.train_seconds = state["train_seconds"]
             self.interval_trace = state["interval_trace"]
             self.records = [Record(**record) for record in state["records"]]
