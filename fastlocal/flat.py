@@ -2,6 +2,8 @@
 
 A parameter becomes a view of its worker's row and stays one: an optimizer, an autograd graph or a CUDA graph
 that holds it sees every sync, and averaging K workers is one operation on a (K, n) tensor without packing.
+A DTensor, whose storage belongs to whoever cut it (FSDP), stays where it is: its piece is copied into the row
+before a sync and back after it.
 This module moves no bytes between processes and does no arithmetic on parameters.
 """
 
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlocal import comm
 from fastlocal.buffers import merged
 
 ALIGNMENT = 16
@@ -33,10 +36,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Block:
-    """The parameters of one device and dtype: `rows` has the shape (k, n), one row a worker."""
+    """The parameters of one device and dtype: `rows` has the shape (k, n), one row a worker.
+
+    DTensors that are cut alike have a block of their own, with their pieces in its rows, and `owner` one of them.
+    """
 
     rows: Tensor
     slots: list[Slot] = field(default_factory=list)
+    owner: Tensor | None = None
 
     def view(self, worker: int, slot: Slot) -> Tensor:
         """One worker's parameter, as a view of its row."""
@@ -59,7 +66,7 @@ class Rows:
         modules: the workers; their parameters have the same names, shapes, dtypes and devices.
 
     Attributes:
-        num_bytes: of one worker's trainable parameters, padding not counted.
+        num_bytes: of one worker's trainable parameters, padding not counted; of DTensors all pieces.
 
     Raises:
         ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
@@ -72,15 +79,16 @@ class Rows:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
-        self.num_bytes = sum(parameter.nbytes for parameter in self.parameters[0].values())
         self.blocks = _allocate(self.parameters[0], len(self.modules))
+        self.num_bytes = sum(p.numel() * p.element_size() for p in self.parameters[0].values())
         with torch.no_grad():
             for block in self.blocks:
                 for slot in block.slots:
                     for worker, parameters in enumerate(self.parameters):
                         view = block.view(worker, slot)
-                        view.copy_(parameters[slot.name])
-                        parameters[slot.name].data = view
+                        view.copy_(comm.held_here(parameters[slot.name]))
+                        if block.owner is None:
+                            parameters[slot.name].data = view
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -105,11 +113,40 @@ class Rows:
             if old != new:
                 raise ValueError(f"the state is of another model: it has the parameter {old}, here it is {new}")
 
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Copy the pieces of DTensors into the rows; other parameters are there already."""
+        for view, parameter in self._pieces():
+            view.copy_(comm.held_here(parameter))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Copy the rows back into the pieces of DTensors."""
+        for view, parameter in self._pieces():
+            comm.held_here(parameter).copy_(view)
+            torch.autograd.graph.increment_version(parameter)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        for block in self.blocks:
+            if block.owner is not None:
+                for worker, parameters in enumerate(self.parameters):
+                    for slot in block.slots:
+                        yield block.view(worker, slot), parameters[slot.name]
+
+    def owners(self) -> list[Tensor]:
+        """One DTensor for each way of cutting them; none if all parameters are plain."""
+        return [block.owner for block in self.blocks if block.owner is not None]
+
     def check(self) -> None:
         """Raise RuntimeError if a parameter has left its row, or a new one has become trainable."""
         for worker, (module, known) in enumerate(zip(self.modules, self.parameters, strict=True)):
             present = dict(module.named_parameters())
             for name, parameter in known.items():
+                if present.get(name) is not parameter and comm.is_sharded(parameter):
+                    raise RuntimeError(
+                        f"parameter {name!r} of worker {worker} is not in pieces at this moment: call "
+                        "model.reshard() after a forward pass without a backward pass"
+                    )
                 if present.get(name) is not parameter:
                     raise RuntimeError(
                         f"parameter {name!r} of worker {worker} was replaced by another one, which no optimizer "
@@ -122,7 +159,7 @@ class Rows:
                     "would not be averaged: unfreeze it first, then build the optimizer"
                 )
         for block in self.blocks:
-            for slot in block.slots:
+            for slot in block.slots if block.owner is None else ():
                 for worker, parameters in enumerate(self.parameters):
                     if not block.holds(parameters[slot.name], worker, slot):
                         raise RuntimeError(
@@ -237,18 +274,22 @@ def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter
 
 
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:
-    slots: dict[tuple[torch.device, torch.dtype], list[Slot]] = {}
+    slots: dict[tuple, list[Slot]] = {}
+    owners: dict[tuple, Tensor | None] = {}
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is uninitialised: run one forward pass of the lazy module first")
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are averaged")
-        own = slots.setdefault((parameter.device, parameter.dtype), [])
+        here, cut = comm.held_here(parameter.detach()), comm.cut_of(parameter)
+        kind = (parameter.device, parameter.dtype, cut)
+        own = slots.setdefault(kind, [])
+        owners[kind] = None if cut is None else parameter
         start = own[-1].stop if own else 0
-        stop = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        stride = torch.empty_like(parameter, device="meta").stride()
-        own.append(Slot(name, parameter.shape, stride, start, stop))
+        stop = start + -(-here.numel() // ALIGNMENT) * ALIGNMENT
+        stride = torch.empty_like(here, device="meta").stride()
+        own.append(Slot(name, here.shape, stride, start, stop))
     return [
-        Block(torch.zeros(num_workers, own[-1].stop, dtype=dtype, device=device), own)
-        for (device, dtype), own in slots.items()
+        Block(torch.zeros(num_workers, own[-1].stop, dtype=kind[1], device=kind[0]), own, owners[kind])
+        for kind, own in slots.items()
     ]

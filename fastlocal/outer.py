@@ -31,11 +31,14 @@ class Average:
     def begin(self) -> None:
         """Nothing to remember."""
 
-    def step_(self, weights: Tensor, rates: Sequence[float]) -> Tensor:
-        """Average the rows; returns ‖x_k − x̄‖² for each row, shape (k,), float64."""
+    def step_(self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None) -> Tensor:
+        """Average the rows; returns ‖x_k − x̄‖² for each row, shape (k,), float64. See SlowMomentum.step_."""
         parts = _new_parts(self.rows)
-        ops.average_(self.rows, weights, parts, impl=self.impl)
+        ops.average_(self.rows, weights, parts, mean, impl=self.impl)
         return parts.sum(dim=1, dtype=torch.float64)
+
+    def step_from_mean_(self, rates: Sequence[float]) -> None:
+        """The one row holds the mean already: nothing is left to do."""
 
     def commit(self, rates: Sequence[float]) -> None:
         """Nothing to remember."""
@@ -103,12 +106,13 @@ class SlowMomentum:
         """The first row becomes the anchor; the rows are equal unless somebody made them differ."""
         self.anchor.copy_(self.rows[0])
 
-    def step_(self, weights: Tensor, rates: Sequence[float]) -> Tensor:
+    def step_(self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None) -> Tensor:
         """Take the outer step; returns ‖x_k − x̄‖² for each row, shape (k,), float64.
 
         Args:
             weights: shape (k,), float32; 0 leaves a row out.
             rates: each parameter's inner learning rate in the round that ends.
+            mean: shape (n,), where other processes have a share in it; may be overwritten.
         """
         drift = torch.zeros(self.rows.shape[0], dtype=torch.float64, device=self.rows.device)
         for start, stop, coefficients in self._spans(rates):
@@ -120,11 +124,16 @@ class SlowMomentum:
                 self.momentum_buffer[start:stop],
                 weights,
                 parts,
+                None if mean is None else mean[start:stop],
                 impl=self.impl,
                 **coefficients._asdict(),
             )
             drift += parts.sum(dim=1, dtype=torch.float64)
         return drift
+
+    def step_from_mean_(self, rates: Sequence[float]) -> None:
+        """Take the outer step where the one row holds the mean already; 24 bytes a float32 parameter."""
+        self.step_(torch.ones(1, device=self.rows.device), rates)
 
     def commit(self, rates: Sequence[float]) -> None:
         """The step that was taken with these rates counts: the next one refers to them."""

@@ -23,7 +23,7 @@ class Stats:
     seconds_in_sync: float = 0.0  # on CUDA with what the device had still to do before
     interval: int = 1  # local steps of the round under way
     round_steps: int = 0  # local steps of the last round; 0 before the first and during warm-up
-    drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync
+    drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync; nan if it was not measured
     excluded: int = 0  # rows left out of a mean so far because they were not finite
     lr: float = 0.0  # the largest learning rate when the round began
     observations: int = 0  # validation losses observed
@@ -33,7 +33,11 @@ class Stats:
 
 @runtime_checkable
 class Policy(Protocol):
-    """What a wrapper asks for its interval. Anything with these three methods will do."""
+    """What a wrapper asks for its interval. Anything with these three methods will do.
+
+    In several processes rank 0's decides, and the others' load its state. There the drift costs a pass over the
+    parameters and a message: a policy that does not read it says so with `reads_drift = False`.
+    """
 
     def next_interval(self, stats: Stats) -> int:
         """Local steps of the round that begins now, at least 1."""
@@ -50,6 +54,8 @@ class Policy(Protocol):
 
 class _Stateless:
     """A policy whose answer depends on the stats and its settings alone."""
+
+    reads_drift = False
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing needs to be kept."""
@@ -109,6 +115,8 @@ class ValidationLoss:
         minimum: the interval never falls below it.
         maximum: nor rises above it.
     """
+
+    reads_drift = False
 
     def __init__(self, initial: int, *, total_epochs: int, minimum: int = 4, maximum: int = 64) -> None:
         if total_epochs < 1:
@@ -196,6 +204,8 @@ class AdaComm:
         Wang and Joshi, `Adaptive Communication Strategies <https://arxiv.org/abs/1810.08313>`_, 2019, section 4
     """
 
+    reads_drift = False
+
     def __init__(self, initial: int, *, maximum: int = 1024) -> None:
         self.initial, self.maximum = require_bounds(initial, maximum, "initial")
         self.first_loss: float | None = None
@@ -235,6 +245,8 @@ class ConsensusDistance:
     References:
         Kong et al., `Consensus Control <https://arxiv.org/abs/2102.04828>`_, 2021
     """
+
+    reads_drift = True
 
     def __init__(self, target: float, *, initial: int = 16, minimum: int = 1, maximum: int = 1024) -> None:
         if not (target > 0 and math.isfinite(target)):

@@ -63,15 +63,19 @@ def _average_kernel(
     weights_ptr,  # (k,) float32
     parts_ptr,  # (k, num_parts) float32, row k at k·parts_stride: this block's ‖x_k − x̄‖²
     parts_stride,  # elements
+    mean_ptr,  # (n,) float32: the mean, if it is known
     n,  # columns
     K: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x̄ = Σ w_k x_k / Σ w_k to every row; reads 4K, writes 4K bytes a column (float32)."""
+    """x̄ = Σ w_k x_k / Σ w_k to every row; reads 4K (4K + 4 with the mean), writes 4K bytes a column (float32)."""
     part = tl.program_id(0)
     columns = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n
     rows, total, weight_sum = load_rows(rows_ptr, row_stride, weights_ptr, columns, mask, K)
+    if HAS_MEAN:
+        total, weight_sum = tl.load(mean_ptr + columns, mask=mask, other=0.0), 1.0
     if weight_sum > 0:
         mean = tl.div_rn(total, tl.zeros_like(total) + weight_sum)
         store_drift(parts_ptr, parts_stride, part, rows, mean, weights_ptr, K)
@@ -110,7 +114,9 @@ def finite_rows(rows: torch.Tensor) -> torch.Tensor:
     return finite.to(torch.bool)
 
 
-def average_(rows: torch.Tensor, weights: torch.Tensor, drift_parts: torch.Tensor) -> None:
+def average_(
+    rows: torch.Tensor, weights: torch.Tensor, drift_parts: torch.Tensor, mean: torch.Tensor | None = None
+) -> None:
     """See fastlocal.reference.averaging.average_; one column of drift_parts for each BLOCK columns."""
     k, n = rows.shape
     with on_device(rows.device):
@@ -120,8 +126,10 @@ def average_(rows: torch.Tensor, weights: torch.Tensor, drift_parts: torch.Tenso
             weights,
             drift_parts,
             drift_parts.stride(0),
+            rows if mean is None else mean,
             n,
             K=k,
+            HAS_MEAN=mean is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )

@@ -24,12 +24,14 @@ def _outer_step_kernel(
     weights_ptr,  # (k,) float32
     parts_ptr,  # (k, num_parts) float32, row k at k·parts_stride: this block's ‖x_k − x̄‖²
     parts_stride,  # elements
+    mean_ptr,  # (n,) float32: the mean, if it is known
     n,  # columns
     direct,  # weight of Δ in the step
     momentum,  # weight of the new v in the step
     decay,  # what is kept of the old v
     gain,  # weight of Δ in the new v
     K: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Δ = x₀ − x̄; v ← decay·v + gain·Δ; x ← anchor − (direct·Δ + momentum·v); rows, anchor ← x."""
@@ -37,6 +39,8 @@ def _outer_step_kernel(
     columns = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n
     rows, total, weight_sum = load_rows(rows_ptr, row_stride, weights_ptr, columns, mask, K)
+    if HAS_MEAN:
+        total, weight_sum = tl.load(mean_ptr + columns, mask=mask, other=0.0), 1.0
     if weight_sum > 0:
         mean = tl.div_rn(total, tl.zeros_like(total) + weight_sum)
         store_drift(parts_ptr, parts_stride, part, rows, mean, weights_ptr, K)
@@ -60,6 +64,7 @@ def outer_step_(
     slow_momentum: torch.Tensor,
     weights: torch.Tensor,
     drift_parts: torch.Tensor,
+    mean: torch.Tensor | None = None,
     *,
     direct: float,
     momentum: float,
@@ -77,12 +82,14 @@ def outer_step_(
             weights,
             drift_parts,
             drift_parts.stride(0),
+            rows if mean is None else mean,
             n,
             direct,
             momentum,
             decay,
             gain,
             K=k,
+            HAS_MEAN=mean is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )

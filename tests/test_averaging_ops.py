@@ -222,3 +222,49 @@ def test_asking_for_a_kernel_that_cannot_run_is_an_error():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "needs tensors on a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [None, *COEFFICIENTS])
+def test_a_mean_that_is_known_is_written_to_all_rows_whatever_the_weights(form, dtype, impl):
+    rows, anchor, slow, _, parts = make(3, 2050, dtype)
+    rows[1, 7] = torch.nan
+    weights = torch.tensor([2.0, 0.0, 1.0], device=DEVICE)
+    mean = torch.linspace(-1, 1, 2050, device=DEVICE)
+    drift = (rows.double() - mean.double()).square().sum(1) * torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    drift[1] = 0.0
+    expected = mean.double()
+    if form is not None:
+        c = COEFFICIENTS[form]
+        delta = anchor.to(dtype).double() - mean.double()
+        v = c["decay"] * slow.double() + c["gain"] * delta
+        expected = anchor.double() - c["direct"] * delta - c["momentum"] * v
+        ops.outer_step_(rows, anchor, slow, weights, parts, mean, impl=impl, **c)
+        torch.testing.assert_close(slow.double(), v, rtol=1e-5, atol=1e-5)
+    else:
+        ops.average_(rows, weights, parts, mean, impl=impl)
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(rows.double(), expected.expand(3, -1), rtol=rtol + 1e-5, atol=atol + 1e-5)
+    torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-5, atol=1e-5)
+
+
+def test_a_known_mean_is_written_though_every_row_is_left_out():
+    for impl in ("reference", "portable", "triton"):
+        rows, parts = torch.full((2, 20), torch.nan, device=DEVICE), torch.empty(2, 1, device=DEVICE)
+        ops.average_(rows, torch.zeros(2, device=DEVICE), parts, torch.full((20,), 3.0, device=DEVICE), impl=impl)
+        assert rows.eq(3).all()
+        assert parts.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weighted_sum_equals_the_formula_and_leaves_out_rows_of_share_zero(dtype):
+    rows, anchor, *_ = make(3, 70_000, dtype, device="cpu")
+    expected = 0.25 * rows[0].double() + 0.5 * rows[2].double()
+    rows[1] = torch.nan
+    ops.weighted_sum_(anchor, rows, [0.25, 0.0, 0.5])
+    torch.testing.assert_close(anchor.double(), expected, rtol=1e-6, atol=1e-7)
+    ops.weighted_sum_(anchor, rows, [0.0, 0.0, 0.0])
+    assert anchor.eq(0).all()
+    with pytest.raises(ValueError, match="shares must have one number for each of 3 rows, got 1"):
+        ops.weighted_sum_(anchor, rows, [1.0])

@@ -1,5 +1,8 @@
 """Outer steps with slow momentum: SlowMo and DiLoCo."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,6 +30,9 @@ class SlowMo(LocalSGD):
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
         impl: how the outer step is carried out; "auto" chooses.
+        process_group: the processes that are averaged, see LocalSGD.
+        timeout: seconds that a process waits for the others at a sync.
+        weights: of each worker of this process in the mean, see LocalSGD.
 
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
@@ -51,6 +57,9 @@ class SlowMo(LocalSGD):
         buffers: Buffers = "average",
         warmup_steps: int = 0,
         impl: Implementation = "auto",
+        process_group: Any = None,
+        timeout: float = 300.0,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.slow_lr, self.slow_momentum = slow_lr, slow_momentum
         super().__init__(
@@ -61,6 +70,9 @@ class SlowMo(LocalSGD):
             buffers=buffers,
             warmup_steps=warmup_steps,
             impl=impl,
+            process_group=process_group,
+            timeout=timeout,
+            weights=weights,
         )
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
@@ -72,6 +84,9 @@ class SlowMo(LocalSGD):
             form=self._form,
             impl=self.impl,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
 
 
 class DiLoCo(SlowMo):
@@ -89,6 +104,9 @@ class DiLoCo(SlowMo):
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
         impl: how the outer step is carried out; "auto" chooses.
+        process_group: the processes that are averaged, see LocalSGD.
+        timeout: seconds that a process waits for the others at a sync.
+        weights: of each worker of this process in the mean, see LocalSGD.
 
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
@@ -112,6 +130,9 @@ class DiLoCo(SlowMo):
         buffers: Buffers = "average",
         warmup_steps: int = 0,
         impl: Implementation = "auto",
+        process_group: Any = None,
+        timeout: float = 300.0,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             inner,
@@ -123,4 +144,7 @@ class DiLoCo(SlowMo):
             buffers=buffers,
             warmup_steps=warmup_steps,
             impl=impl,
+            process_group=process_group,
+            timeout=timeout,
+            weights=weights,
         )

@@ -1,5 +1,7 @@
 """Averaging workers' rows and stepping from the anchor: checks, then one implementation."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,32 @@ def finite_rows(rows: Tensor, *, impl: Implementation = "auto") -> Tensor:
             return reference.finite_rows(rows)
 
 
-def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implementation = "auto") -> None:
+def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
+    """Overwrite `total` with Σ share_k x_k: this process's part of a mean over several processes.
+
+    Args:
+        total: shape (n,), of the dtype in which the rows are accumulated.
+        rows: shape (k, n), one row a worker.
+        shares: of each row in the mean, not negative. A row of share 0 is left out and may hold NaN.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or layout.
+    """
+    _check_rows(rows)
+    _check("total", total, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
+    if len(shares) != rows.shape[0]:
+        raise ValueError(f"shares must have one number for each of {rows.shape[0]} rows, got {len(shares)}")
+    portable.weighted_sum_(total, rows, shares)
+
+
+def average_(
+    rows: Tensor,
+    weights: Tensor,
+    drift_parts: Tensor,
+    mean: Tensor | None = None,
+    *,
+    impl: Implementation = "auto",
+) -> None:
     """Overwrite every row with x̄ = Σ w_k x_k / Σ w_k; 8K bytes a parameter for K float32 rows.
 
     Args:
@@ -54,6 +81,9 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implem
         weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
             with nothing but zeros, nothing is written.
         drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        mean: shape (n,), in the accumulating dtype: x̄ where it is known already, because other processes have a
+            share in it. It is written whatever the weights are, which then only say whose drift is measured; it
+            may be overwritten.
         impl: which implementation runs.
 
     Raises:
@@ -61,7 +91,7 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implem
         RuntimeError: the implementation asked for cannot run here.
     """
     _check_rows(rows)
-    _check_companions(rows, weights, drift_parts)
+    _check_companions(rows, weights, drift_parts, mean)
     if rows.shape[1] == 0:
         drift_parts.zero_()
         return
@@ -69,11 +99,11 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, *, impl: Implem
         case "triton":
             from fastlocal.kernels.average import average_ as kernel
 
-            kernel(rows, weights, drift_parts)
+            kernel(rows, weights, drift_parts, mean)
         case "portable":
-            portable.average_(rows, weights, drift_parts)
+            portable.average_(rows, weights, drift_parts, mean)
         case _:
-            reference.average_(rows, weights, drift_parts)
+            reference.average_(rows, weights, drift_parts, mean)
 
 
 def outer_step_(
@@ -82,6 +112,7 @@ def outer_step_(
     slow_momentum: Tensor,
     weights: Tensor,
     drift_parts: Tensor,
+    mean: Tensor | None = None,
     *,
     direct: float,
     momentum: float,
@@ -102,6 +133,9 @@ def outer_step_(
         weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
             with nothing but zeros, nothing is written.
         drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        mean: shape (n,), in the accumulating dtype: x̄ where it is known already, because other processes have a
+            share in it. It is written whatever the weights are, which then only say whose drift is measured; it
+            may be overwritten.
         direct: weight of Δ in the step.
         momentum: weight of the new v in the step.
         decay: what is kept of the old v.
@@ -117,7 +151,7 @@ def outer_step_(
         Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, algorithm 1.
     """
     _check_rows(rows)
-    _check_companions(rows, weights, drift_parts)
+    _check_companions(rows, weights, drift_parts, mean)
     for name, tensor in (("anchor", anchor), ("slow_momentum", slow_momentum)):
         _check(name, tensor, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
     coefficients = {"direct": direct, "momentum": momentum, "decay": decay, "gain": gain}
@@ -128,11 +162,11 @@ def outer_step_(
         case "triton":
             from fastlocal.kernels.slowmo import outer_step_ as kernel
 
-            kernel(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+            kernel(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
         case "portable":
-            portable.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+            portable.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
         case _:
-            reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, **coefficients)
+            reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
 
 
 def _choose(impl: Implementation, rows: Tensor) -> Implementation:
@@ -150,7 +184,9 @@ def _check_rows(rows: Tensor) -> None:
         raise ValueError(f"the columns of rows must lie side by side (stride 1), got stride {rows.stride(1)}")
 
 
-def _check_companions(rows: Tensor, weights: Tensor, drift_parts: Tensor) -> None:
+def _check_companions(rows: Tensor, weights: Tensor, drift_parts: Tensor, mean: Tensor | None) -> None:
+    if mean is not None:
+        _check("mean", mean, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
     _check("weights", weights, rows, (rows.shape[0],), torch.float32)
     _check("drift_parts", drift_parts, rows, (rows.shape[0], num_drift_parts(rows.shape[1])), torch.float32)
 

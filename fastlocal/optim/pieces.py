@@ -6,16 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing torch's distributed tensors."""
-    return hasattr(type(tensor), "device_mesh")
+from fastlocal import comm
+from fastlocal.comm import is_sharded as is_sharded
 
 
 def pieces(*lists: list[Any] | None) -> list[Any]:
     """Each list with this process's pieces in the place of DTensors."""
-    from fastlocal import comm
-
     return [
         None if tensors is None else [comm.local_piece(t) if is_sharded(t) else t for t in tensors]
         for tensors in lists
@@ -30,8 +26,6 @@ def sum_over_pieces(params: list[Tensor], grads: list[Tensor]) -> Callable[[Tens
     """
     if not is_sharded(params[0]):
         return None
-    from fastlocal import comm
-
     for param, grad in zip(params, grads, strict=True):
         if not comm.are_cut_alike(param, grad):
             raise TypeError("a DTensor parameter's gradient must be a DTensor with the parameter's placements")

@@ -1,4 +1,4 @@
-"""Between processes; the only module that may import torch.distributed."""
+"""Parameters that are DTensors: the pieces that this process holds, and what its peers on the mesh hold."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def require_single_process() -> None:
-    """Raise RuntimeError inside an initialised process group of several processes.
-
-    Rows are averaged within one process so far. Averaging there and nowhere else would train
-    each process on its own without a word.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"fastlocal averages workers inside one process, but {dist.get_world_size()} processes are running: "
-            "use fastlocal.Workers in one process"
-        )
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing torch's distributed tensors."""
+    return hasattr(type(tensor), "device_mesh")
 
 
 def local_piece(tensor: Tensor) -> Tensor:
@@ -31,6 +23,11 @@ def local_piece(tensor: Tensor) -> Tensor:
     if any(placement.is_partial() for placement in tensor.placements):
         raise TypeError(f"DTensors must be sharded or replicated, got placements {tensor.placements}")
     return tensor.to_local()
+
+
+def held_here(tensor: Tensor) -> Tensor:
+    """This process's piece of a DTensor; a plain tensor itself."""
+    return local_piece(tensor) if is_sharded(tensor) else tensor
 
 
 def are_cut_alike(first: Tensor, second: Tensor) -> bool:
@@ -59,3 +56,31 @@ def sum_over_pieces_(values: Tensor, owners: Sequence[Tensor]) -> None:
         for dim in cut:
             dist.all_reduce(part, group=mesh.get_group(dim))
         values[rows] = part
+
+
+def cut_of(tensor: Tensor) -> tuple | None:
+    """How a DTensor is cut: its mesh and the mesh dimensions that hold different pieces; None for a plain tensor."""
+    if not is_sharded(tensor):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    cut = tuple(dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tensor.device_mesh, cut
+
+
+def take_least_on_mesh_(values: Tensor, owner: Tensor) -> None:
+    """`values` become the least that any process on the DTensor's mesh has: what one lacks, all lack."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(owner, DTensor)
+    for dim in range(owner.device_mesh.ndim):
+        dist.all_reduce(values, op=dist.ReduceOp.MIN, group=owner.device_mesh.get_group(dim))
+
+
+def ranks_on_mesh(owner: Tensor) -> set[int]:
+    """The global ranks of the processes that hold the DTensor together."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(owner, DTensor)
+    return set(owner.device_mesh.mesh.flatten().tolist())

@@ -1,0 +1,15 @@
+"""Between processes; the only package that may import torch.distributed."""
+
+from fastlocal.comm.group import Group as Group
+from fastlocal.comm.group import LostRankError as LostRankError
+from fastlocal.comm.group import Operation as Operation
+from fastlocal.comm.group import find_group as find_group
+from fastlocal.comm.group import several_processes_run as several_processes_run
+from fastlocal.comm.pieces import are_cut_alike as are_cut_alike
+from fastlocal.comm.pieces import cut_of as cut_of
+from fastlocal.comm.pieces import held_here as held_here
+from fastlocal.comm.pieces import is_sharded as is_sharded
+from fastlocal.comm.pieces import local_piece as local_piece
+from fastlocal.comm.pieces import ranks_on_mesh as ranks_on_mesh
+from fastlocal.comm.pieces import sum_over_pieces_ as sum_over_pieces_
+from fastlocal.comm.pieces import take_least_on_mesh_ as take_least_on_mesh_

@@ -1,0 +1,52 @@
+"""The wrappers' arguments: what is accepted, and the error for what is not."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastlocal.flat import Workers
+from fastlocal.policy import FixedInterval, Policy, require_interval
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless it is a module or workers."""
+    if not isinstance(model, (nn.Module, Workers)):
+        raise TypeError(f"model must be an nn.Module or Workers, got {type(model).__name__}")
+
+
+def policy_of(interval: int | Policy) -> Policy:
+    """The policy that an interval stands for.
+
+    Raises:
+        TypeError: it is neither an int nor a policy.
+        ValueError: it is below 1.
+    """
+    if isinstance(interval, type):
+        raise TypeError(f"interval must be a policy, not its class: {interval.__name__}(...)")
+    return interval if isinstance(interval, Policy) else FixedInterval(require_interval("interval", interval))
+
+
+def plain_settings(policy: Policy) -> dict[str, Any]:
+    """The numbers and strings among a policy's public attributes, under names that tell whose they are."""
+    return {
+        f"{type(policy).__name__}.{name}": value
+        for name, value in getattr(policy, "__dict__", {}).items()
+        if isinstance(value, (int, float, str)) and not name.startswith("_")
+    }
+
+
+def checked_weights(weights: Sequence[float], num_rows: int) -> tuple[float, ...]:
+    """The weights, or ValueError unless they are positive, finite and one a row."""
+    if len(weights) != num_rows:
+        raise ValueError(f"weights must be one for each of {num_rows} workers, got {len(weights)}")
+    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be positive and finite, got {list(weights)}")
+    return tuple(map(float, weights))

@@ -1,0 +1,160 @@
+"""A wrapper that can be saved, copied and put together again: its parts, and what of them is kept."""
+
+from abc import abstractmethod
+from dataclasses import asdict
+from typing import Any
+
+from fastlocal.buffers import Buffers
+from fastlocal.comm import Group
+from fastlocal.flat import Block, Rows
+from fastlocal.inner import InnerState
+from fastlocal.local.many_processes import ManyProcesses
+from fastlocal.local.one_process import Choices, OneProcess
+from fastlocal.local.rates import Rates
+from fastlocal.local.wrapper import Wrapper
+from fastlocal.ops.implementation import Implementation
+from fastlocal.outer import Average, SlowMomentum
+from fastlocal.policy import Policy, Stats
+
+
+class Checkpointed(Wrapper):
+    """What LocalSGD is made of, without what it does."""
+
+    policy: Policy
+    rows: Rows
+    inner_state: InnerState
+    buffers: Buffers
+    impl: Implementation
+    stats: Stats
+    steps_in_round: int
+    _anchored: bool
+    _round_is_open: bool
+    _group: Group | None
+
+    _own_attributes: tuple[str, ...] = (
+        "defaults",
+        "inner",
+        "policy",
+        "rows",
+        "inner_state",
+        "buffers",
+        "warmup_steps",
+        "impl",
+        "stats",
+        "steps_in_round",
+        "_anchored",
+        "_round_is_open",
+        "_group",
+        "_chose_group",
+        "_weights",
+    )
+
+    def _assemble(self) -> None:
+        """What is built from the rest, anew in a copy."""
+        self._rates = Rates(self.rows, self.inner)
+        self._outers = [self._make_outer(block) for block in self.rows.blocks]
+        choices = Choices(self.inner_state, self.buffers, self.impl)
+        parts = (self.rows, self._outers, self.inner, choices)
+        self._team = OneProcess(*parts) if self._group is None else ManyProcesses(*parts, self._group)
+        self.num_workers = len(self.rows) * self._team.num_processes
+        self._compared = False  # whether the processes have found that they agree
+
+    @abstractmethod
+    def _make_outer(self, block: Block) -> Average | SlowMomentum:
+        """What the mean of a block becomes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state_dict with one more entry, "fastlocal".
+
+        With it and the modules' own state, training goes on bit by bit, in the middle of a round too. In several
+        processes each saves its own, and loads it again before its first step.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = {**self.inner.state_dict(), "fastlocal": self._saved()}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned; before the first step too. The argument is not changed.
+
+        A state saved right after a sync may go on in another number of processes.
+
+        Raises:
+            ValueError: it comes from another method, policy, number of workers or model.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if "fastlocal" not in state_dict:
+            raise ValueError("state_dict has no entry 'fastlocal': it was not saved by a fastlocal wrapper")
+        self._check_saved(state_dict["fastlocal"])
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
+        self._restore(state_dict["fastlocal"])
+        self._team.forget_message()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the hooks, nor the `step` that a scheduler put on the instance: as torch.optim does.
+        state = {name: self.__dict__[name] for name in self._own_attributes}
+        outer_states = [outer.state_dict() for outer in self._outers]
+        return state | {"outer_states": outer_states, "rates": self._rates.last}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        outer_states, rates = state["outer_states"], state["rates"]
+        super().__setstate__({name: state[name] for name in self._own_attributes})
+        self._assemble()
+        self._rates.last = rates
+        for outer, own in zip(self._outers, outer_states, strict=True):
+            outer.load_state_dict(own)
+
+    def _saved(self) -> dict[str, Any]:
+        """The entry "fastlocal": this process's rows' share of everything that the next step depends on."""
+        return {
+            "method": type(self).__name__,
+            "num_workers": self.num_workers,
+            "num_rows": len(self.rows),
+            "layout": self.rows.layout,
+            "outer": [outer.state_dict() for outer in self._outers],
+            "policy": {"name": type(self.policy).__name__, "state": self.policy.state_dict()},
+            "stats": asdict(self.stats),
+            "steps_in_round": self.steps_in_round,
+            "anchored": self._anchored,
+            "rates": [float(rate) for rate in self._rates.last],
+        }
+
+    def _check_saved(self, own: dict[str, Any]) -> None:
+        """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
+        rows = own.get("num_rows", own["num_workers"])
+        matches: list[tuple[str, Any, Any]] = [
+            ("method", own["method"], type(self).__name__),
+            ("policy", own["policy"]["name"], type(self.policy).__name__),
+        ]
+        if rows != len(self.rows):  # the inner optimizer's state is that of so many rows
+            if own["num_workers"] != self.num_workers:
+                matches.append(("number of workers", own["num_workers"], self.num_workers))
+            matches.append(("number of workers a process", rows, len(self.rows)))
+        for what, before, here in matches:
+            if before != here:
+                raise ValueError(f"state_dict is of the {what} {before!r}, this optimizer has {here!r}")
+        if own["num_workers"] != self.num_workers and own["steps_in_round"]:
+            raise ValueError(
+                f"state_dict is of the number of workers {own['num_workers']} in the middle of a round, this "
+                f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
+            )
+        self.rows.require_layout(own["layout"])
+
+    def _restore(self, own: dict[str, Any]) -> None:
+        """Take back what _saved() returned."""
+        for outer, state in zip(self._outers, own["outer"], strict=True):
+            outer.load_state_dict(state)
+        self.policy.load_state_dict(own["policy"]["state"])
+        self.stats = Stats(**own["stats"])
+        self.steps_in_round = own["steps_in_round"]
+        self._anchored = own["anchored"]
+        self._round_is_open = self.steps_in_round > 0
+        self._rates.last = list(own["rates"])
+        self._rates.find_groups()

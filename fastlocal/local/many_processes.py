@@ -1,0 +1,230 @@
+"""A sync among the workers of several processes: k rows in each.
+
+Messages of a round: a header when it begins (and the policy's state if it has changed), a header when it closes,
+then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged.
+"""
+
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlocal import buffers as module_buffers
+from fastlocal import comm
+from fastlocal.comm import Group
+from fastlocal.flat import Block, Rows
+from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, Header, compare, meet
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
+from fastlocal.local.shared_buffers import merge_across_
+from fastlocal.local.shared_gradients import average_gradients_across_
+from fastlocal.local.shared_state import average_state_across_
+from fastlocal.ops import averaging as ops
+from fastlocal.outer import Average, SlowMomentum
+from fastlocal.policy import Policy, Stats
+
+
+class ManyProcesses(OneProcess):
+    """The workers are the rows of all processes in a group.
+
+    Args:
+        rows: the parameters of this process's workers.
+        outers: what the mean of each block becomes.
+        inner: the optimizer of the local steps.
+        choices: what the user chose.
+        group: the processes.
+
+    Raises:
+        ValueError: the group's processes hold pieces of one and the same worker.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        outers: list[Average | SlowMomentum],
+        inner: torch.optim.Optimizer,
+        choices: Choices,
+        group: Group,
+    ) -> None:
+        super().__init__(rows, outers, inner, choices)
+        self.group = group
+        self.num_processes = len(group)
+        self._wires: dict[int, Tensor] = {}
+        self._last_message: bytes | None = None
+        for owner in rows.owners():
+            shared = sorted(comm.ranks_on_mesh(owner) & set(group.ranks))
+            if len(shared) > 1:
+                raise ValueError(
+                    f"process_group must hold one process of each worker, but the ranks {shared} hold pieces of the "
+                    "same one: give the group of the other mesh dimension, such as mesh.get_group('replicate')"
+                )
+
+    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+        """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first.
+
+        Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already.
+
+        Raises:
+            DisagreementError: on every process, if one was set up differently.
+        """
+        slots = [
+            (slot.name, tuple(slot.shape), slot.stride, str(block.rows.dtype))
+            for block in self.rows.blocks
+            for slot in block.slots
+        ]
+        buffers = module_buffers.collect(self.rows.modules)
+        names = [name for name, _ in self.rows.modules[0].named_buffers()]
+        kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
+        compare(self.group, settings, slots + kinds, stats.local_steps)
+        if fresh:
+            self.rows.pull()
+            if self._rows_differ():
+                for block in self.rows.blocks:
+                    self.group.broadcast_(block.rows[0], source=0)
+                    block.rows.copy_(block.rows[0].clone().expand_as(block.rows))
+                self.rows.push()
+                merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
+
+    def _rows_differ(self) -> bool:
+        """Whether two rows of any processes differ, as two sums over each tell."""
+        sums = []
+        for block in self.rows.blocks:
+            for row in block.rows:
+                sums.append(torch.stack([row.sum(dtype=torch.float64), row.abs().sum(dtype=torch.float64)]))
+        own = torch.cat([each.cpu() for each in sums]).tolist()
+        return len({row for said in self.group.gather(own) for row in _by_row(said, len(self.rows))}) > 1
+
+    def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
+        """What the policy of the first process says; the others' policies and losses become equal to its."""
+        first, interval, message = self.group.rank == 0, 0, b""
+        if first:
+            interval = decide()
+            message = pickle.dumps((policy.state_dict(), stats.val_loss, stats.train_loss, stats.observations))
+            self._last_message, message = message, b"" if message == self._last_message else message
+        header = self._header(BEGIN, stats, 0)._replace(interval=interval, message_bytes=len(message))
+        said = meet(self.group, header)[0]
+        if said.message_bytes:
+            packed = self.group.broadcast_bytes(message if first else None, said.message_bytes, source=0)
+            if not first:
+                state, stats.val_loss, stats.train_loss, stats.observations = pickle.loads(packed)
+                policy.load_state_dict(state)
+        return said.interval
+
+    def forget_message(self) -> None:
+        """The others' policies may have changed: send the state again."""
+        self._last_message = None
+
+    def average_gradients(self, stats: Stats, finite: bool) -> bool:
+        """Give every worker the mean gradient, unless one process's overflowed: then nobody takes the step."""
+        headers = meet(self.group, self._header(GRADIENTS, stats, 0, flags=[finite] * len(self.rows)))
+        if not all(flag for header in headers for flag in header.flags):
+            return False
+        for block in self.rows.blocks:
+            wire = self._wire(block, extra=len(block.slots))
+            average_gradients_across_(self.rows, block, wire, self.group)
+        return True
+
+    def close_round(self, closing: Round) -> Outcome:
+        """Average everything that is to be averaged, and take the outer step.
+
+        Raises:
+            DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
+            DisagreementError: on every process, if they are not at the same step.
+        """
+        buffers = module_buffers.collect(self.rows.modules)
+        self.rows.pull()
+        header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
+        header = header._replace(
+            rates=math.fsum(rate for own in closing.rates for rate in own) if self._steps_by_rates() else 0.0,
+            elements=sum(own[0].numel() for own in buffers),
+        )
+        headers = meet(self.group, header)
+        included = [list(header.flags) for header in headers]
+        total = math.fsum(w for h in headers for w, counts in zip(h.weights, h.flags, strict=True) if counts)
+        if total == 0:
+            raise DivergedError(closing.stats.local_steps)
+        own = headers[self.group.rank]
+        shares = [w / total if counts else 0.0 for w, counts in zip(own.weights, own.flags, strict=True)]
+        alike = len({w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)}) == 1
+        drift = self._average_rows(closing, shares, alike)
+        self.rows.push()
+        for outer, rates in zip(self.outers, closing.rates, strict=True):
+            outer.commit(rates)
+        payload = self.rows.num_bytes + merge_across_(buffers, self.choices.buffers, included, self.group)
+        if self.choices.inner_state == "average":
+            payload += average_state_across_(self.inner, self.rows, included, self.group)
+        else:
+            self.reset_inner_state(included[self.group.rank])
+        return Outcome(drift, sum(flags.count(False) for flags in included), payload)
+
+    def _average_rows(self, closing: Round, shares: list[float], alike: bool) -> float:
+        """Rows become what the outer step makes of their mean over all processes; returns the drift or nan."""
+        measures = len(self.rows) > 1 or closing.reads_drift
+        counted = torch.tensor([float(share > 0) for share in shares])
+        squares = torch.zeros(len(shares), dtype=torch.float64)
+        for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
+            dtype = ops.accumulate_dtype(block.rows.dtype)
+            if not measures and dtype == block.rows.dtype:
+                self._reduce_in_place(block.rows[0], shares[0], alike)
+                outer.step_from_mean_(rates)
+                continue
+            # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
+            wire = self._wire(block)
+            ops.weighted_sum_(wire, block.rows, shares)
+            self.group.reduce_(wire, "sum")
+            own = outer.step_(counted.to(block.rows.device), rates, wire)
+            if measures:
+                squares += whole(own, block.owner).cpu()
+        if not measures:
+            return math.nan
+        drifts = [math.sqrt(square) for square, share in zip(squares.tolist(), shares, strict=True) if share]
+        sums, counts = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
+        return math.fsum(sums) / sum(counts)
+
+    def _reduce_in_place(self, row: Tensor, share: float, alike: bool) -> None:
+        if alike and self.group.takes_means:
+            self.group.reduce_(row, "mean")
+            return
+        if share == 0:
+            row.zero_()  # it may hold NaN, and 0 · NaN is NaN
+        else:
+            row.mul_(share)
+        self.group.reduce_(row, "sum")
+
+    def _wire(self, block: Block, extra: int = 0) -> Tensor:
+        """A buffer like a row of the block, in the dtype that sums are taken in; kept from sync to sync."""
+        size = block.rows.shape[1]
+        key = id(block)
+        wire = self._wires.get(key)
+        if wire is None or len(wire) < size + extra:
+            dtype = ops.accumulate_dtype(block.rows.dtype)
+            self._wires[key] = wire = torch.empty(size + extra, dtype=dtype, device=block.rows.device)
+        return wire[: size + extra]
+
+    def _steps_by_rates(self) -> bool:
+        return any(isinstance(outer, SlowMomentum) and outer.form == "lr-scaled" for outer in self.outers)
+
+    def _header(
+        self, purpose: int, stats: Stats, steps_in_round: int, flags: Any = None, weights: Any = None
+    ) -> Header:
+        ones = [1] * len(self.rows)
+        return Header(
+            purpose=purpose,
+            rounds=stats.rounds,
+            local_steps=stats.local_steps,
+            steps_in_round=steps_in_round,
+            rates=0.0,
+            elements=0,
+            interval=0,
+            message_bytes=0,
+            flags=tuple(map(bool, flags or ones)),
+            weights=tuple(map(float, weights or ones)),
+        )
+
+
+def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:
+    """Each row's two sums in every block; `sums` runs through the blocks, then the rows."""
+    blocks = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
+    return [tuple(value for block in blocks for value in block[2 * row : 2 * row + 2]) for row in range(rows)]

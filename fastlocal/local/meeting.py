@@ -1,0 +1,113 @@
+"""Where processes meet: each says where it stands before they exchange tensors, so that a difference is an error.
+
+Tensors of another length, or another collective, would hang the group or corrupt it in silence.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+from fastlocal.comm import Group
+
+_PURPOSES = ("begin a round", "close a round", "average gradients")
+BEGIN, CLOSE, GRADIENTS = range(len(_PURPOSES))
+_SHOWN = 6
+"""How many differences an error lists."""
+
+
+class DisagreementError(RuntimeError):
+    """The processes of a group were set up differently, or are not at the same step."""
+
+
+class Header(NamedTuple):
+    """What a process says when they meet; the first six numbers must be everybody's."""
+
+    purpose: int
+    rounds: int
+    local_steps: int
+    steps_in_round: int
+    rates: float  # sum of the learning rates that the outer step reads
+    elements: int  # of the buffers, which are exchanged too
+    interval: int  # which rank 0 has chosen
+    message_bytes: int  # of what rank 0 sends after this
+    flags: tuple[bool, ...]  # one a row: whether it counts
+    weights: tuple[float, ...]  # one a row
+
+
+_COMPARED = ("purpose", "round", "local step", "step in the round", "sum of learning rates", "elements of buffers")
+
+
+def meet(group: Group, own: Header) -> list[Header]:
+    """Everybody's header, in the group's order.
+
+    Raises:
+        DisagreementError: on every process, if they are not at the same point.
+        LostRankError: one has not come in time.
+    """
+    group.arrive(_PURPOSES[own.purpose], own.local_steps)
+    numbers, rows = own[:-2], len(own.flags)
+    table = []
+    for said in group.gather([*map(float, numbers), *map(float, own.flags), *own.weights]):
+        flags, weights = said[len(numbers) : len(numbers) + rows], said[len(numbers) + rows :]
+        purpose, rounds, steps, in_round, rates, *rest = said[: len(numbers)]
+        integers: list[Any] = [int(purpose), int(rounds), int(steps), int(in_round), rates, *map(int, rest)]
+        table.append(Header(*integers, flags=tuple(map(bool, flags)), weights=tuple(weights)))
+    differences = [
+        f"rank {rank} is at {what} {_shown(what, theirs)}, rank {group.ranks[0]} at {_shown(what, first)}"
+        for rank, header in zip(group.ranks[1:], table[1:], strict=True)
+        for what, theirs, first in zip(_COMPARED, header, table[0], strict=False)
+        if theirs != first
+    ]
+    if differences:
+        raise DisagreementError(
+            f"the processes are not at the same point: {_listed(differences)}. All must take equally many steps, "
+            "with the same learning rates, and call sync() together"
+        )
+    return table
+
+
+def compare(group: Group, settings: dict[str, Any], tensors: list[tuple], local_steps: int) -> None:
+    """Raise unless every process has the same settings, and tensors of the same names, shapes, strides and dtypes.
+
+    Args:
+        group: the processes.
+        settings: name -> value, anything that can be pickled and compared.
+        tensors: a description of each tensor that will be exchanged.
+        local_steps: for the error, should a process be missing.
+
+    Raises:
+        DisagreementError: on every process, naming the ranks that differ and in what.
+    """
+    group.arrive("compare settings", local_steps)
+    digest = hashlib.sha256(repr(tensors).encode()).hexdigest()
+    everybody = group.gather_objects((settings, digest))
+    first, first_digest = everybody[0]
+    differences = [
+        f"rank {rank} has {name} {theirs.get(name)!r}, rank {group.ranks[0]} has {first.get(name)!r}"
+        for rank, (theirs, _) in zip(group.ranks, everybody, strict=True)
+        for name in first | theirs
+        if theirs.get(name) != first.get(name)
+    ]
+    if any(other != first_digest for _, other in everybody):
+        tables = group.gather_objects(tensors)
+        for rank, table in zip(group.ranks, tables, strict=True):
+            pairs = [(table[i : i + 1], tables[0][i : i + 1]) for i in range(max(len(table), len(tables[0])))]
+            wrong = next(((theirs, ours) for theirs, ours in pairs if theirs != ours), None)
+            if wrong:
+                differences.append(
+                    f"rank {rank} has the tensor {_described(wrong[0])}, rank {group.ranks[0]} {_described(wrong[1])}"
+                )
+    if differences:
+        raise DisagreementError(f"the processes were set up differently: {_listed(differences)}")
+
+
+def _described(rows: list[tuple]) -> str:
+    return " ".join(map(str, rows[0])) if rows else "none"
+
+
+def _shown(what: str, value: float) -> str:
+    return repr(_PURPOSES[int(value)]) if what == "purpose" else f"{value:g}"
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - _SHOWN
+    return "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

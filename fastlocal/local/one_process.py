@@ -1,0 +1,165 @@
+"""A sync among the workers of one process: no message is sent."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlocal import buffers as module_buffers
+from fastlocal import comm
+from fastlocal.buffers import Buffers
+from fastlocal.flat import Rows
+from fastlocal.inner import (
+    InnerState,
+    Twins,
+    average_gradients_,
+    average_state_,
+    reset_state_,
+    state_num_bytes,
+)
+from fastlocal.ops.averaging import finite_rows
+from fastlocal.ops.implementation import Implementation
+from fastlocal.outer import Average, SlowMomentum
+from fastlocal.policy import Policy, Stats
+
+
+class DivergedError(RuntimeError):
+    """No worker's parameters are finite: there is nothing to average."""
+
+    def __init__(self, local_steps: int) -> None:
+        super().__init__(
+            f"after {local_steps} local steps no worker's parameters are finite: training has "
+            "diverged; nothing was averaged. Lower the learning rate, or go on from a checkpoint"
+        )
+
+
+class Choices(NamedTuple):
+    """What the user chose for a sync, see LocalSGD."""
+
+    inner_state: InnerState
+    buffers: Buffers
+    impl: Implementation
+
+
+class Outcome(NamedTuple):
+    """What a sync found and sent."""
+
+    drift: float  # mean over the workers that count of ‖x_k − x̄‖; nan where it was not measured
+    excluded: int  # workers left out
+    payload: int  # bytes of one worker that were averaged
+
+
+class Round(NamedTuple):
+    """The round that a sync closes."""
+
+    stats: Stats
+    steps: int  # local steps in it
+    weights: Sequence[float]  # of this process's rows
+    rates: list[list[float]]  # of each block's parameters
+    reads_drift: bool  # whether somebody wants to know it
+
+
+class OneProcess:
+    """The workers are the rows of this process, and no others.
+
+    Args:
+        rows: their parameters.
+        outers: what the mean of each block becomes.
+        inner: the optimizer of the local steps.
+        choices: what the user chose.
+    """
+
+    num_processes = 1
+
+    def __init__(
+        self,
+        rows: Rows,
+        outers: list[Average | SlowMomentum],
+        inner: torch.optim.Optimizer,
+        choices: Choices,
+    ) -> None:
+        self.rows, self.outers, self.inner, self.choices = rows, outers, inner, choices
+
+    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+        """Nobody else to compare with."""
+
+    def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
+        """What the policy says."""
+        return decide()
+
+    def forget_message(self) -> None:
+        """Nothing was sent to anybody."""
+
+    def average_gradients(self, stats: Stats, finite: bool) -> bool:
+        """Give every worker the mean gradient; returns whether the step may be taken."""
+        average_gradients_(self.twins())
+        return True
+
+    def close_round(self, closing: Round) -> Outcome:
+        """Average everything that is to be averaged, and take the outer step.
+
+        Raises:
+            DivergedError: no worker's parameters are finite; then nothing is written.
+        """
+        buffers = module_buffers.collect(self.rows.modules)
+        self.rows.pull()
+        finite = self.finite()
+        weights = finite.to(torch.float32)
+        if any(weight != 1 for weight in closing.weights):
+            weights *= torch.tensor(closing.weights, dtype=torch.float32, device=weights.device)
+        squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
+        for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
+            own = outer.step_(weights.to(block.rows.device), rates)
+            squares += whole(own, block.owner).to(finite.device)
+        # The one read from the device: which rows counted, and how far apart they were.
+        included, squared_drift = finite.tolist(), squares.tolist()
+        if not any(included):
+            raise DivergedError(closing.stats.local_steps)
+        self.rows.push()
+        for outer, rates in zip(self.outers, closing.rates, strict=True):
+            outer.commit(rates)
+        payload = self.rows.num_bytes
+        payload += module_buffers.merge_(buffers, self.choices.buffers, included)
+        payload += self._merge_inner_state(included)
+        drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
+        return Outcome(sum(drifts) / len(drifts), included.count(False), payload)
+
+    def finite(self) -> Tensor:
+        """Bool, shape (k,): which rows are finite, in all the pieces that other processes hold too."""
+        device = self.rows.blocks[0].rows.device
+        finite = torch.ones(len(self.rows), dtype=torch.int32, device=device)
+        for block in self.rows.blocks:
+            finite *= finite_rows(block.rows, impl=self.choices.impl).to(device)
+        for owner in self.rows.owners():
+            comm.take_least_on_mesh_(finite, owner)
+        return finite.to(torch.bool)
+
+    def twins(self) -> list[Twins]:
+        """Each parameter in every worker of this process."""
+        names = self.rows.parameters[0]
+        return [tuple(parameters[name] for parameters in self.rows.parameters) for name in names]
+
+    def _merge_inner_state(self, included: list[bool]) -> int:
+        """Apply the choice for the inner state; returns the bytes of one worker's that were sent."""
+        if self.choices.inner_state == "average":
+            payload = state_num_bytes(self.inner.state, self.rows.parameters[included.index(True)].values())
+            average_state_(self.inner.state, self.twins(), included)
+            return payload
+        self.reset_inner_state(included)
+        return 0
+
+    def reset_inner_state(self, included: Sequence[bool]) -> None:
+        """Forget the inner state of the workers that are left out, or of all where that was chosen."""
+        for parameters, counts in zip(self.rows.parameters, included, strict=True):
+            # What drove a row to infinity is still in its momentum.
+            if self.choices.inner_state == "reset" or not counts:
+                reset_state_(self.inner, parameters.values())
+
+
+def whole(squares: Tensor, owner: Tensor | None) -> Tensor:
+    """Sums of squares over a block, with those of the pieces that other processes hold."""
+    if owner is not None:
+        comm.sum_over_pieces_(squares.view(1, -1), [owner])
+    return squares

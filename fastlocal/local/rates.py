@@ -1,0 +1,65 @@
+"""Which learning rate each parameter had in the last step: what the outer step needs to know."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlocal.flat import Rows
+
+
+class Rates:
+    """The learning rates of the last step, by parameter.
+
+    Args:
+        rows: the workers' parameters.
+        optimizer: whose groups they are in.
+
+    Attributes:
+        last: of the last step, one a group.
+
+    Raises:
+        ValueError: a parameter is in no row, or in different groups for different workers.
+    """
+
+    def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
+        self._rows, self._optimizer = rows, optimizer
+        self.last: list[Any] = []
+        self.find_groups()
+
+    def find_groups(self) -> None:
+        """Look up again which group each parameter is in; worker k's is in the same one as worker 0's."""
+        groups = self._optimizer.param_groups
+        group_of = {p: index for index, group in enumerate(groups) for p in group["params"]}
+        known = {parameter for parameters in self._rows.parameters for parameter in parameters.values()}
+        for parameter in group_of:
+            if parameter not in known and parameter.requires_grad:
+                raise ValueError(
+                    f"inner has a parameter of shape {tuple(parameter.shape)} that is no trainable parameter of "
+                    "model: it would never be averaged"
+                )
+        for name in self._rows.parameters[0]:
+            places = [group_of.get(parameters[name]) for parameters in self._rows.parameters]
+            if len(set(places)) > 1:
+                raise ValueError(
+                    f"parameter {name!r} is in the groups {places} for the workers 0 to {len(places) - 1}: "
+                    "all workers must have it in the same group"
+                )
+        self._group_of = group_of
+
+    def note(self) -> None:
+        """Remember the rates of the step that is taken now: a scheduler may change them before a sync."""
+        self.last = [_copied(group["lr"]) for group in self._optimizer.param_groups]
+
+    def of_blocks(self) -> list[list[float]]:
+        """The last step's rate of each parameter in each block; 1 if no optimizer moves it."""
+        values = [float(rate) for rate in self.last]
+        # A group added since the last step has a rate too.
+        values += [float(group["lr"]) for group in self._optimizer.param_groups[len(values) :]]
+        first = self._rows.parameters[0]
+        groups = [[self._group_of.get(first[slot.name]) for slot in block.slots] for block in self._rows.blocks]
+        return [[1.0 if group is None else values[group] for group in own] for own in groups]
+
+
+def _copied(rate: float | Tensor) -> float | Tensor:
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate

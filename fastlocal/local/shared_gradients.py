@@ -1,0 +1,48 @@
+"""The mean gradient over the workers of several processes."""
+
+import torch
+from torch import Tensor
+
+from fastlocal import comm
+from fastlocal.comm import Group
+from fastlocal.flat import Block, Rows
+
+
+@torch.no_grad()
+def average_gradients_across_(rows: Rows, block: Block, wire: Tensor, group: Group) -> None:
+    """Give every worker the mean gradient, in one all-reduce. A worker without one counts as zero, unless nobody
+    has one: whether anybody does is agreed in the same message, never told from this process's own gradients.
+
+    Args:
+        rows: the parameters of this process's workers.
+        block: those that are averaged.
+        wire: shape (n + number of slots,) for a block of n columns; overwritten.
+        group: the processes.
+
+    Raises:
+        RuntimeError: a gradient is sparse.
+    """
+    wire.zero_()
+    has_gradient = wire[block.rows.shape[1] :]
+    for index, slot in enumerate(block.slots):
+        total = wire.as_strided(slot.shape, slot.stride, wire.storage_offset() + slot.start)
+        for parameters in rows.parameters:
+            gradient = parameters[slot.name].grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
+            total.add_(comm.held_here(gradient))
+            has_gradient[index] = 1
+    group.reduce_(wire, "sum")
+    anybody = has_gradient.tolist()
+    wire.mul_(1 / (len(group) * len(rows)))
+    for slot, count in zip(block.slots, anybody, strict=True):
+        if not count:
+            continue
+        mean = wire.as_strided(slot.shape, slot.stride, wire.storage_offset() + slot.start)
+        for parameters in rows.parameters:
+            parameter = parameters[slot.name]
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            comm.held_here(parameter.grad).copy_(mean)

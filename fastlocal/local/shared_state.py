@@ -1,0 +1,148 @@
+"""The inner optimizer's state, averaged over the workers of several processes."""
+
+import copy
+import hashlib
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlocal import comm
+from fastlocal.comm import Group
+from fastlocal.flat import Rows
+
+Entry = tuple[str, str, torch.dtype]
+"""A parameter's name, the key of one of its tensors, and that one's dtype."""
+
+
+@torch.no_grad()
+def average_state_across_(
+    inner: torch.optim.Optimizer, rows: Rows, included: Sequence[Sequence[bool]], group: Group
+) -> int:
+    """Average the parameter-shaped state over the included workers; the excluded ones take theirs over whole.
+
+    As inner.average_state_: scalars are left alone, and so is a tensor that not every included worker has.
+
+    Args:
+        inner: the optimizer whose state it is.
+        rows: the parameters of this process's workers.
+        included: for every process, which of its workers count.
+        group: the processes.
+
+    Returns:
+        The bytes of one worker's state that were sent.
+    """
+    own = included[group.rank]
+    donors = [p for p, counts in zip(rows.parameters, own, strict=True) if counts]
+    entries = _agree(_held(inner, donors), bool(donors), group)
+    count = sum(flags.count(True) for flags in included)
+    means = _means(inner, rows, donors, entries, count, group)
+    for parameters in donors:
+        for (name, key, _), mean in zip(entries, means, strict=True):
+            comm.held_here(inner.state[parameters[name]][key]).copy_(mean)
+    for parameters, counts in zip(rows.parameters, own, strict=True):
+        for name, parameter in parameters.items():
+            if donors and not counts and parameter in inner.state:
+                inner.state[parameter] = copy.deepcopy(inner.state[donors[0][name]])
+    if not all(map(any, included)):
+        _take_over(inner, rows, donors, dict(zip(entries, means, strict=True)), included, group)
+    return sum(rows.parameters[0][name].numel() * dtype.itemsize for name, _, dtype in entries)
+
+
+def _held(inner: torch.optim.Optimizer, donors: list[dict[str, Any]]) -> list[Entry]:
+    """The floating-point tensors, shaped like their parameters, that every donor has."""
+    if not donors:
+        return []
+    held = []
+    for name, first in donors[0].items():
+        for key, value in sorted(inner.state.get(first, {}).items()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == first.shape:
+                others = [inner.state.get(parameters[name], {}).get(key) for parameters in donors]
+                if all(isinstance(other, Tensor) for other in others):
+                    held.append((name, key, value.dtype))
+    return held
+
+
+def _agree(held: list[Entry], counts: bool, group: Group) -> list[Entry]:
+    """What every process with a worker that counts holds, in the same order everywhere."""
+    # 48 bits pass through a float64 unchanged. Usually all hold the same, and one number tells.
+    digest = int(hashlib.sha256(repr(held).encode()).hexdigest()[:12], 16) if counts else -1
+    if len({number for (number,) in group.gather([digest])}) == 1:
+        return held
+    lists = group.gather_objects(held if counts else None)
+    given = [theirs for theirs in lists if theirs is not None]
+    return [entry for entry in given[0] if all(entry in theirs for theirs in given)]
+
+
+def _means(
+    inner: torch.optim.Optimizer,
+    rows: Rows,
+    donors: list[dict[str, Any]],
+    entries: list[Entry],
+    count: int,
+    group: Group,
+) -> list[Tensor]:
+    """The mean of each entry, one flat message a device and dtype."""
+    totals = []
+    for name, key, dtype in entries:
+        like = comm.held_here(rows.parameters[0][name])
+        total = torch.zeros_like(like, dtype=torch.promote_types(dtype, torch.float32))
+        for parameters in donors:
+            total += comm.held_here(inner.state[parameters[name]][key])
+        totals.append(total)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, total in enumerate(totals):
+        kinds.setdefault((total.device, total.dtype), []).append(index)
+    for indices in kinds.values():
+        flat = torch.cat([totals[index].flatten() for index in indices])
+        group.reduce_(flat, "sum")
+        for index, part in zip(indices, flat.split([totals[i].numel() for i in indices]), strict=True):
+            totals[index] = part.view(totals[index].shape) / count
+    return totals
+
+
+def _take_over(
+    inner: torch.optim.Optimizer,
+    rows: Rows,
+    donors: list[dict[str, Any]],
+    averaged: dict[Entry, Tensor],
+    included: Sequence[Sequence[bool]],
+    group: Group,
+) -> None:
+    """Processes without a worker that counts take the first one's state that does: its mean is known already."""
+    source = next(rank for rank, flags in enumerate(included) if any(flags))
+    known = {(name, key) for name, key, _ in averaged}
+    packed = b""
+    if group.rank == source:
+        rest = {
+            name: {
+                key: value.cpu() if isinstance(value, Tensor) else value
+                for key, value in inner.state.get(parameter, {}).items()
+                if (name, key) not in known and not (isinstance(value, Tensor) and comm.is_sharded(value))
+            }
+            for name, parameter in donors[0].items()
+        }
+        packed = pickle.dumps(rest)
+    size = int(group.gather([len(packed)])[source][0])
+    packed = group.broadcast_bytes(packed or None, size, source)
+    if donors:
+        return
+    rest = pickle.loads(packed)
+    for parameters in rows.parameters:
+        for name, parameter in parameters.items():
+            before = inner.state.pop(parameter, {})
+            for key, value in rest[name].items():
+                inner.state[parameter][key] = _placed(value, before.get(key), parameter)
+        for (name, key, dtype), mean in averaged.items():
+            value = torch.zeros_like(parameters[name], dtype=dtype)
+            comm.held_here(value).copy_(mean)
+            inner.state[parameters[name]][key] = value
+
+
+def _placed(value: Any, before: Any, parameter: Tensor) -> Any:
+    """On the device where this process's own value was: some optimizers keep step counts on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(before.device if isinstance(before, Tensor) else parameter.device, copy=True)

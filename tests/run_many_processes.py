@@ -1,0 +1,594 @@
+"""The processes of test_many_processes.py: four ranks that run every scenario below, one after the other.
+
+Each rank writes FOLDER/SCENARIO.RANK: "ok", or the traceback. A scenario has groups of its own, so that one that
+fails does not break the next.
+"""
+
+import copy
+import functools
+import io
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal.comm import LostRankError
+from fastlocal.local import DisagreementError, DivergedError
+
+WORLD = 4
+KINDS = (LocalSGD, SlowMo, DiLoCo)
+# Four terms summed in another order differ by at most 3 · 2⁻²⁴ of their size in each of three syncs; the steps in
+# between carry it on. Weights here are below 1.
+ROUNDED = {"rtol": 3e-6, "atol": 3e-6}
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def build(kind, k, interval=3, group=None, model=None, optimizer="sgd", seed=0, **options):
+    team = Workers(model or network(seed), k)
+    if optimizer == "sgd":
+        inner = torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
+    else:
+        inner = torch.optim.AdamW(team.parameters(), lr=0.01)
+    # A group of one process is none: the run to compare with.
+    return kind(inner, team, interval, process_group=group or ALONE, timeout=20.0, **options), team
+
+
+def backward(model, step, worker):
+    generator = torch.Generator().manual_seed(1000 * step + worker)
+    model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+
+
+def run(optimizer, team, steps, first=0, worker=0):
+    """`worker` is the number of this process's first worker among all."""
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        for number, model in enumerate(team, start=worker):
+            backward(model, step, number)
+        optimizer.step()
+
+
+def parameters_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def tensors_of(model):
+    return [*(p.detach() for p in model.parameters()), *model.buffers()]
+
+
+def stats_of(optimizer):
+    counted = dict(vars(optimizer.stats))
+    del counted["seconds_in_sync"], counted["drift"]
+    return counted
+
+
+def assert_equal_everywhere(tensor, group):
+    everybody = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, tensor.contiguous(), group=group)
+    assert all(torch.equal(tensor, other) for other in everybody)
+
+
+def against_one_process(kind, rank, group, k, tolerance, steps=8, **options):
+    """The same training in `group` and with all workers in this process."""
+    workers = k * dist.get_world_size(group)
+    spread, own = build(kind, k, group=group, **options)
+    run(spread, own, steps, worker=k * dist.get_rank(group))
+    spread.sync()
+    single, team = build(kind, workers, **options)
+    run(single, team, steps)
+    single.sync()
+    for ours, theirs in zip(tensors_of(own[0]), tensors_of(team[0]), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    assert stats_of(spread) == stats_of(single)
+    assert_equal_everywhere(parameters_of(own[0]), group)
+    assert all(torch.equal(parameters_of(own[0]), parameters_of(model)) for model in own)
+    return spread, single
+
+
+def four_times_one_equals_one_times_four(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        spread, _ = against_one_process(kind, rank, group, 1, ROUNDED)
+        assert math.isnan(spread.stats.drift)
+        assert 0 < spread.stats.seconds_in_sync < 60
+
+
+def two_times_two_equals_one_times_four_and_measures_drift(rank, new_group):
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    for kind in KINDS:
+        spread, single = against_one_process(kind, rank, pairs[rank // 2], 2, ROUNDED)
+        assert spread.stats.drift == pytest.approx(single.stats.drift, rel=1e-4)
+
+
+def two_times_one_is_bit_equal_to_one_times_two(rank, new_group):
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    exact = {"rtol": 0, "atol": 0}
+    for kind in KINDS:
+        against_one_process(kind, rank, pairs[rank // 2], 1, exact)
+    for inner_state in ("average", "reset"):
+        for optimizer in ("sgd", "adamw"):
+            options = {"inner_state": inner_state, "optimizer": optimizer}
+            against_one_process(SlowMo, rank, pairs[rank // 2], 1, exact, **options)
+    against_one_process(DiLoCo, rank, pairs[rank // 2], 1, exact, warmup_steps=3)
+
+
+def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group(), seed=rank)
+    with torch.no_grad():
+        team[0][1].running_mean.fill_(rank + 1.0)
+        optimizer.zero_grad()
+        for parameter in team.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameters_of(team[0]), parameters_of(network(0)))
+    assert team[0][1].running_mean.tolist() == [1.0] * 4
+
+
+class Motley(nn.Module):
+    """Everything that a flat exchange may trip over."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4, bias=False)
+        self.tied = nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.first.weight
+        self.low = nn.Linear(4, 3).bfloat16()
+        self.exact = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.one = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("seen", torch.tensor([3, 4], dtype=torch.int32))
+        self.register_buffer("flag", torch.tensor(False))
+        self.register_buffer("rotary", torch.tensor([1 + 1j, 2.0]))
+        self.register_buffer("low_buffer", torch.tensor([1.0], dtype=torch.bfloat16))
+
+    def forward(self, x, use=False):
+        y = self.low(self.tied(self.first(x)).bfloat16()).double() * self.exact * self.one
+        return y + self.unused.sum() if use else y
+
+
+def odd_tensors_are_averaged_and_keep_their_storage(rank, new_group):
+    group, outcomes = new_group(), []
+    for k, own_group, first in ((1, group, rank), (4, None, 0)):
+        optimizer, team = build(SlowMo, k, 2, group=own_group, model=Motley())
+        places = [(p.data_ptr(), p.stride()) for p in team.parameters()]
+        for step in range(5):
+            for worker, model in enumerate(team, start=first):
+                model.zero_grad(set_to_none=True)
+                x = torch.randn(4, 4, generator=torch.Generator().manual_seed(10 * step + worker))
+                model(x, use=step > 1 and worker == 2).square().mean().backward()
+                model.one.grad = None if worker % 2 else model.one.grad  # by rank
+                model.seen[0] = worker + step
+                model.flag.fill_(worker == 3)
+                model.rotary.imag[0] = worker
+                model.low_buffer.fill_(worker)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.sync()
+        assert [(p.data_ptr(), p.stride()) for p in team.parameters()] == places
+        outcomes.append((tensors_of(team[0]), dict(team[0].named_buffers()), stats_of(optimizer)))
+    (ours, buffers, counted), (theirs, _, expected) = outcomes
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, **ROUNDED)
+    assert buffers["seen"].tolist() == [3 + 4, 4]
+    assert buffers["flag"].item()
+    assert buffers["rotary"].tolist() == [1 + 1.5j, 2.0]
+    assert buffers["low_buffer"].item() == 1.5
+    assert counted == expected
+
+
+def buffers_are_kept_or_broadcast_as_chosen(rank, new_group):
+    group = new_group()
+    for choice in ("broadcast", "keep"):
+        optimizer, team = build(LocalSGD, 1, 100, group=group, buffers=choice)
+        run(optimizer, team, 1, worker=rank)
+        team[0][1].running_mean.fill_(torch.nan if rank == 0 else rank)
+        team[0][1].num_batches_tracked.fill_(7 + rank)
+        if rank == 1 and choice == "keep":
+            poison(team[0])
+        optimizer.sync()
+        mean = team[0][1].running_mean[0].item()
+        if choice == "broadcast":
+            assert mean == 1.0  # rank 0's was not finite
+            assert team[0][1].num_batches_tracked.item() == 7
+        elif rank == 1:
+            assert mean == 2.0  # left out, and rank 2 is the first of the others whose buffer is finite
+            assert team[0][1].num_batches_tracked.item() == 7
+        else:
+            assert math.isnan(mean) if rank == 0 else mean == rank
+
+
+def settings_that_differ_are_named_on_every_rank(rank, new_group):
+    group = new_group()
+    optimizer, team = build(SlowMo, 1, 5 if rank == 1 else 4, group=group, slow_lr=0.5 if rank == 3 else 1.0)
+    with pytest.raises(DisagreementError) as error:
+        run(optimizer, team, 1)
+    assert "rank 1 has FixedInterval.interval 5, rank 0 has 4" in str(error.value)
+    assert "rank 3 has slow_lr 0.5, rank 0 has 1.0" in str(error.value)
+    model = nn.Sequential(nn.Linear(3, 2 + (rank == 2)))
+    optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, process_group=group)
+    with pytest.raises(
+        DisagreementError, match=r"rank 2 has the tensor 0.weight \(3, 3\) .*, rank 0 0.weight \(2, 3\)"
+    ):
+        optimizer.step()
+
+
+def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group())
+    run(optimizer, team, 2 if rank == 2 else 3)
+    with pytest.raises(DisagreementError) as error:
+        optimizer.sync()
+    assert "rank 2 is at local step 2, rank 0 at 3;" in str(error.value)
+    optimizer, team = build(SlowMo, 1, 100, group=new_group())
+    run(optimizer, team, 1)
+    optimizer.param_groups[0]["lr"] = 0.05 * (1 + rank)
+    run(optimizer, team, 1)
+    with pytest.raises(DisagreementError, match="rank 1 is at sum of learning rates"):
+        optimizer.sync()
+
+
+def rank_0_alone_decides_the_interval(rank, new_group):
+    group = new_group()
+    optimizer, team = build(LocalSGD, 1, ValidationLoss(4, total_epochs=100), group=group)
+    intervals = []
+    for epoch in range(6):
+        run(optimizer, team, 4, first=4 * epoch, worker=rank)
+        optimizer.sync()
+        optimizer.observe(val_loss=1.0 - 0.001 * epoch if rank == 0 else 5.0 + rank * epoch)
+        intervals.append(optimizer.stats.interval)
+    assert intervals == [4, 4, 8, 16, 32, 64]
+    run(optimizer, team, 1, first=99, worker=rank)
+    assert optimizer.stats.val_loss == 0.995
+    state = optimizer.state_dict()["fastlocal"]
+    said = [({}, 0)] * WORLD
+    dist.all_gather_object(said, (state["policy"], state["stats"]["observations"]), group=group)
+    assert said[0] == said[rank] == ({"name": "ValidationLoss", "state": said[0][0]["state"]}, 6)
+
+
+def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):
+    def make(k, group):
+        return build(LocalSGD, k, ConsensusDistance(0.01, initial=4), group=group)
+
+    optimizer, team = make(1, new_group())
+    run(optimizer, team, 4, worker=rank)
+    single, workers = make(4, None)
+    run(single, workers, 4)
+    assert optimizer.stats.drift == pytest.approx(single.stats.drift, rel=1e-5)
+    torch.testing.assert_close(parameters_of(team[0]), parameters_of(workers[0]), **ROUNDED)
+    run(optimizer, team, 1, first=9, worker=rank)
+    run(single, workers, 1, first=9)
+    assert optimizer.stats.interval == single.stats.interval != 4
+
+
+def poison(model):
+    with torch.no_grad():
+        next(model.parameters())[1, 2, 0, 1] = torch.nan
+
+
+def a_worker_that_is_not_finite_is_left_out_and_healed(rank, new_group):
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    quartet = new_group()
+    for kind, inner_state, optimizer in (
+        (LocalSGD, "keep", "sgd"),
+        (SlowMo, "average", "adamw"),
+        (DiLoCo, "average", "sgd"),
+    ):
+        for k, group in ((1, quartet), (2, pairs[rank // 2])):
+            outcomes = []
+            for rows, own_group in ((k, group), (4, None)):
+                wrapped, team = build(kind, rows, 100, own_group, inner_state=inner_state, optimizer=optimizer)
+                first = rows * dist.get_rank(own_group) if own_group else 0
+                run(wrapped, team, 3, worker=first)
+                for worker, model in enumerate(team, start=first):
+                    if worker in (0, 3):
+                        poison(model)
+                wrapped.sync()
+                assert wrapped.stats.excluded == 2
+                run(wrapped, team, 3, first=3, worker=first)
+                wrapped.sync()
+                assert wrapped.stats.excluded == 2
+                outcomes.append((tensors_of(team[0]), stats_of(wrapped)))
+            for ours, theirs in zip(outcomes[0][0], outcomes[1][0], strict=True):
+                torch.testing.assert_close(ours, theirs, **ROUNDED)
+            assert outcomes[0][1] == outcomes[1][1]
+
+
+def without_a_finite_worker_every_rank_raises(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group())
+    run(optimizer, team, 2)
+    poison(team[0])
+    with pytest.raises(DivergedError, match="after 2 local steps no worker's parameters are finite"):
+        optimizer.sync()
+
+
+def a_step_that_gradscaler_skips_on_one_rank_counts_there_too(rank, new_group):
+    for fused in (False, True):
+        for warmup in (0, 2):
+            group = new_group()
+            model = network()
+            inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+            optimizer = SlowMo(inner, model, 4, process_group=group, timeout=20.0, warmup_steps=warmup)
+            twin = copy.deepcopy(model)
+            plain = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            for step in range(4 + warmup):
+                optimizer.zero_grad()
+                plain.zero_grad()
+                generator = torch.Generator().manual_seed(step)
+                x = torch.randn(8, 3, 6, 6, generator=generator)
+                scaler.scale(model(x).square().mean()).backward()
+                twin(x).square().mean().backward()
+                skipped = step == 1
+                if skipped and rank == 2:
+                    model[4].bias.grad.fill_(torch.inf)
+                before = parameters_of(model)
+                scaler.step(optimizer)
+                scaler.update()
+                if not skipped or (rank != 2 and not warmup):
+                    plain.step()
+                if optimizer.stats.local_steps < 4 + warmup:
+                    torch.testing.assert_close(parameters_of(model), parameters_of(twin), **ROUNDED)
+                    assert torch.equal(before, parameters_of(model)) == (skipped and (rank == 2 or warmup > 0))
+            assert optimizer.stats.local_steps == 4 + warmup
+            assert optimizer.stats.rounds == 1 + warmup
+            assert not hasattr(inner, "found_inf")
+            assert scaler.get_scale() == (2.0**9 if rank == 2 else 2.0**10)
+            assert_equal_everywhere(parameters_of(model), group)
+
+
+def warmup_averages_gradients_that_only_some_ranks_have(rank, new_group):
+    model = nn.ParameterList([torch.zeros(2), torch.zeros(3), torch.zeros(4, dtype=torch.float64)])
+    model[1].data.fill_(5.0)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+    optimizer = LocalSGD(inner, model, 5, process_group=new_group(), warmup_steps=1)
+    if rank == 1:
+        model[0].grad = torch.tensor([4.0, 8.0])
+    if rank > 1:
+        model[2].grad = torch.full((4,), 2.0 * rank, dtype=torch.float64)
+    optimizer.step()
+    assert model[0].tolist() == [-1.0, -2.0]
+    assert model[1].tolist() == [5.0] * 3  # nobody had a gradient: no weight decay either
+    assert model[2].tolist() == [-2.5] * 4
+
+
+def warmup_equals_the_one_process_run(rank, new_group):
+    group = new_group()
+    against_one_process(SlowMo, rank, group, 1, ROUNDED, warmup_steps=4)
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    against_one_process(LocalSGD, rank, pairs[rank // 2], 2, ROUNDED, warmup_steps=6)
+
+
+def weights_weigh_the_workers_of_all_ranks(rank, new_group):
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = LocalSGD(
+        torch.optim.SGD(model.parameters(), lr=1.0), model, 1, process_group=new_group(), weights=[1.0 + rank]
+    )
+    with torch.no_grad():
+        model.weight.zero_()
+    model.weight.grad = torch.full((1, 1), -10.0 * rank)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx((0 * 1 + 10 * 2 + 20 * 3 + 30 * 4) / 10, rel=1e-6)
+    optimizer.weights = [1.0 if rank < 2 else 1e-9]
+    model.weight.grad = torch.full((1, 1), -10.0 * rank)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(20 + 5, rel=1e-6)
+
+
+def resume_is_bit_exact_in_the_middle_of_a_round(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        straight, team = build(kind, 1, 4, group, optimizer="adamw")
+        run(straight, team, 11, worker=rank)
+        first, first_team = build(kind, 1, 4, group, optimizer="adamw")
+        run(first, first_team, 6, worker=rank)
+        file = io.BytesIO()
+        torch.save({"model": first_team.state_dict(), "optimizer": first.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        second, second_team = build(kind, 1, 4, group, optimizer="adamw", seed=5 + rank)
+        second_team.load_state_dict(saved["model"])
+        second.load_state_dict(saved["optimizer"])
+        run(second, second_team, 5, first=6, worker=rank)
+        for ours, theirs in zip(tensors_of(second_team[0]), tensors_of(team[0]), strict=True):
+            assert torch.equal(ours, theirs)
+        assert stats_of(second) == stats_of(straight)
+
+
+def a_state_goes_on_in_another_number_of_processes_at_a_rounds_end(rank, new_group):
+    first, team = build(SlowMo, 1, 4, new_group())
+    run(first, team, 8, worker=rank)
+    state, model = copy.deepcopy(first.state_dict()), copy.deepcopy(team.state_dict())
+    run(first, team, 1, first=8, worker=rank)
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    second, pair = build(SlowMo, 1, 4, pairs[rank // 2], seed=3)
+    pair.load_state_dict(model)
+    second.load_state_dict(state)
+    anchor = second.state_dict()["fastlocal"]["outer"][0]["anchor"]
+    assert torch.equal(anchor, state["fastlocal"]["outer"][0]["anchor"])
+    run(second, pair, 4, first=8, worker=rank % 2)
+    assert second.stats.rounds == 3
+    assert_equal_everywhere(parameters_of(pair[0]), pairs[rank // 2])
+    with pytest.raises(ValueError, match="of the number of workers 4 in the middle of a round, this optimizer has 2"):
+        second.load_state_dict(first.state_dict())
+
+
+def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
+    group = new_group()
+    plain, team = build(SlowMo, 1, 3, group)
+    run(plain, team, 6, worker=rank)
+    model = network()
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
+    inner = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
+    optimizer = SlowMo(inner, wrapped, 3, process_group=group)
+    for step in range(6):
+        optimizer.zero_grad()
+        with wrapped.no_sync():
+            backward(wrapped, step, rank)
+        optimizer.step()
+    assert torch.equal(parameters_of(model), parameters_of(team[0]))
+
+
+def copies_talk_to_the_copies_in_the_other_processes(rank, new_group):
+    group = new_group()
+    optimizer, team = build(SlowMo, 1, 3, group)
+    run(optimizer, team, 4, worker=rank)
+    twin = copy.deepcopy(optimizer)
+    run(optimizer, team, 4, first=4, worker=rank)
+    run(twin, twin.rows.modules, 4, first=4, worker=rank)
+    assert torch.equal(parameters_of(team[0]), parameters_of(twin.rows.modules[0]))
+
+
+def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    replicas, shards = mesh.get_group("replicate"), mesh.get_group("shard")
+    own = dist.get_rank(replicas)
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def train(optimizer, workers, first, poisoned=False):
+        for step in range(8):
+            optimizer.zero_grad()
+            for worker, net in enumerate(workers, start=first):
+                x = torch.randn(6, 5, generator=torch.Generator().manual_seed(10 * step + worker))
+                net(x).square().mean().backward()
+            optimizer.step()
+            if poisoned and step == 4:  # one value, in one piece of one worker
+                for worker, net in enumerate(workers, start=first):
+                    parameter = net[2].weight
+                    piece = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                    if worker == 1 and (first == 0 or dist.get_rank(shards) == 0):
+                        with torch.no_grad():
+                            piece[0, 0] = torch.inf
+        optimizer.sync()
+
+    def sharded(kind, interval, **options):
+        net = model()
+        for layer in (net[0], net[2]):
+            fully_shard(layer, mesh=mesh["shard"])
+        fully_shard(net, mesh=mesh["shard"])
+        inner = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        return net, kind(inner, net, interval, process_group=replicas, timeout=20.0, **options)
+
+    for kind in (LocalSGD, SlowMo):
+        for poisoned, options in ((False, {"warmup_steps": 2}), (True, {}), (True, {"inner_state": "average"})):
+            net, optimizer = sharded(kind, ConsensusDistance(1.0, initial=3), **options)
+            places = [p.to_local().data_ptr() for p in net.parameters()]
+            train(optimizer, [net], own, poisoned)
+            team = Workers(model(), 2)
+            inner = torch.optim.SGD(team.parameters(), lr=0.1, momentum=0.9)
+            single = kind(inner, team, ConsensusDistance(1.0, initial=3), process_group=ALONE, **options)
+            train(single, team, 0, poisoned)
+            for ours, theirs in zip(net.parameters(), team[0].parameters(), strict=True):
+                torch.testing.assert_close(ours.full_tensor().detach(), theirs.detach(), **ROUNDED)
+            assert [p.to_local().data_ptr() for p in net.parameters()] == places
+            assert stats_of(optimizer) == stats_of(single)
+            assert optimizer.stats.excluded == poisoned
+            assert optimizer.stats.drift == pytest.approx(single.stats.drift, rel=1e-4)
+    net = sharded(LocalSGD, 2)[0]
+    with pytest.raises(ValueError, match=r"the ranks \[0, 1\] hold pieces of the same one|the ranks \[2, 3\] hold"):
+        LocalSGD(torch.optim.SGD(net.parameters(), lr=0.1), net, 2, process_group=shards)
+
+
+def a_rank_that_stalls_is_named_by_the_others(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 3, group=new_group())
+    optimizer._group.timeout = 2.0
+    run(optimizer, team, 3)
+    if rank == 3:  # an exception in the data loader, say: this one never comes
+        run(optimizer, team, 1)
+        dist.barrier()
+        return
+    run(optimizer, team, 2)
+    with pytest.raises(LostRankError) as error:
+        run(optimizer, team, 1)
+    dist.barrier()
+    said = str(error.value)
+    assert f"rank {rank} waited 2." in said
+    assert "to close a round at local step 6" in said
+    assert "rank 3 has not arrived (last seen at local step 3)" in said
+    assert all(f"rank {other} has" not in said for other in range(3))
+
+
+def a_rank_that_is_killed_is_named_by_the_others(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 2, group=new_group())
+    run(optimizer, team, 2)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(LostRankError, match=r"rank 2 has not arrived \(last seen at local step 2\)") as error:
+        run(optimizer, team, 3)
+    assert time.monotonic() - started < 15
+    assert all(f"rank {other} has" not in str(error.value) for other in (0, 1, 3))
+
+
+SCENARIOS = [
+    four_times_one_equals_one_times_four,
+    two_times_two_equals_one_times_four_and_measures_drift,
+    two_times_one_is_bit_equal_to_one_times_two,
+    rank_0_gives_parameters_and_buffers_to_begin_with,
+    odd_tensors_are_averaged_and_keep_their_storage,
+    buffers_are_kept_or_broadcast_as_chosen,
+    settings_that_differ_are_named_on_every_rank,
+    other_numbers_of_steps_and_rates_are_errors_on_every_rank,
+    rank_0_alone_decides_the_interval,
+    drift_is_measured_for_a_policy_that_reads_it,
+    a_worker_that_is_not_finite_is_left_out_and_healed,
+    without_a_finite_worker_every_rank_raises,
+    a_step_that_gradscaler_skips_on_one_rank_counts_there_too,
+    warmup_averages_gradients_that_only_some_ranks_have,
+    warmup_equals_the_one_process_run,
+    weights_weigh_the_workers_of_all_ranks,
+    resume_is_bit_exact_in_the_middle_of_a_round,
+    a_state_goes_on_in_another_number_of_processes_at_a_rounds_end,
+    a_model_under_ddp_without_its_own_sync_is_averaged,
+    copies_talk_to_the_copies_in_the_other_processes,
+    pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be,
+    a_rank_that_stalls_is_named_by_the_others,
+    a_rank_that_is_killed_is_named_by_the_others,  # the last one: rank 2 is gone after it
+]
+ALONE = None
+
+
+def main(rank, folder, chosen=()):
+    global ALONE
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for number in range(WORLD):
+        group = dist.new_group([number])
+        ALONE = group if number == rank else ALONE
+    for scenario in SCENARIOS:
+        if chosen and scenario.__name__ not in chosen:
+            continue
+        started = time.monotonic()
+        try:
+            scenario(rank, functools.partial(dist.new_group, timeout=timedelta(seconds=30)))
+            outcome = "ok"
+        except BaseException:
+            outcome = traceback.format_exc()
+        Path(folder, f"{scenario.__name__}.{rank}").write_text(outcome)
+        if chosen or os.environ.get("FASTLOCAL_TIMES"):
+            print(f"{rank} {time.monotonic() - started:6.2f} s {scenario.__name__} {outcome}", flush=True)
+    os._exit(0)  # a broken group cannot be destroyed in order
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,39 @@
+"""Training in several processes: real ones, that talk through gloo. What they do is in run_many_processes.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import run_many_processes as program
+
+KILLED = program.a_rank_that_is_killed_is_named_by_the_others
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Scenario and rank -> what the rank wrote; all scenarios ran in the same four processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "error", program.__file__]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(program.WORLD)]
+    try:
+        for process in ranks:
+            process.wait(timeout=240)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return {tuple(path.name.split(".")): path.read_text() for path in folder.glob("*.?")}
+
+
+@pytest.mark.parametrize("scenario", program.SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_in_four_processes(outcomes, scenario):
+    for rank in range(program.WORLD):
+        if scenario is KILLED and rank == 2:
+            assert (scenario.__name__, "2") not in outcomes
+        else:
+            assert outcomes.get((scenario.__name__, str(rank)), "never finished") == "ok"
