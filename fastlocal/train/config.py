@@ -9,7 +9,7 @@ from fastlocal.train.errors import UsageError
 
 Dataset = Literal["synthetic", "cifar100"]
 Method = Literal["sync", "local-sgd", "slowmo", "diloco"]
-PolicyName = Literal["fixed", "post-local", "val-loss", "qsr", "adacomm", "consensus"]
+PolicyName = Literal["fixed", "post-local", "val-loss", "val-loss-original", "qsr", "adacomm", "consensus"]
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
@@ -39,13 +39,13 @@ class Config:
     """What happens between workers: gradients averaged in every step (sync), or parameters once a round."""
 
     policy: PolicyName = "fixed"
-    """What chooses the local steps of the next round."""
+    """What chooses the local steps of the next round; val-loss-original is the study's rule, without smoothing."""
 
     interval: int = 16
     """Local steps between two syncs; where the policy starts from."""
 
     min_interval: int = 4
-    """The val-loss and consensus policies never go below it."""
+    """The two val-loss policies and consensus never go below it."""
 
     max_interval: int = 64
     """No policy but fixed and post-local goes above it."""
@@ -163,7 +163,7 @@ class Config:
             raise UsageError(
                 f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"
             )
-        adaptive = self.policy in ("val-loss", "consensus")
+        adaptive = self.policy in ("val-loss", "val-loss-original", "consensus")
         if adaptive and not self.min_interval <= self.interval <= self.max_interval:
             raise UsageError(
                 f"--interval must lie between --min-interval {self.min_interval} and --max-interval "
