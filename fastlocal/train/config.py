@@ -15,7 +15,7 @@ ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 
-_NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
+NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
 """Fields that may change when a run is resumed."""
 
 
@@ -103,6 +103,9 @@ class Config:
 
     eval_every: int = 1
     """Epochs between two evaluations; each closes the round under way and evaluates the averaged model."""
+
+    test: bool = True
+    """Evaluate the test images once, at the end. A search does not."""
 
     precision: Precision = "fp32"
     """bf16: automatic mixed precision."""
@@ -203,13 +206,16 @@ class Config:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
-        """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field."""
+        """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field.
+
+        A field younger than the saved run had its default.
+        """
         mine = self.as_dict()
-        names = [field.name for field in fields(self) if field.name not in _NOT_PART_OF_A_RUN]
+        before = {field.name: saved.get(field.name, field.default) for field in fields(self)}
         return [
-            f"--{name.replace('_', '-')} {mine[name]} (it was {saved.get(name)})"
-            for name in names
-            if mine[name] != saved.get(name)
+            f"--{name.replace('_', '-')} {mine[name]} (it was {before[name]})"
+            for name in before
+            if name not in NOT_PART_OF_A_RUN and mine[name] != before[name]
         ]
 
 
