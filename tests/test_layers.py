@@ -14,7 +14,7 @@ ARROWS = {
     "reference": set(),
     "kernels": {"kernels"},
     "ops": {"reference", "ops", "kernels"},
-    "policy": set(),
+    "policy": {"policy"},
     "comm": {"comm"},
     "buffers": set(),
     "flat": {"buffers", "comm"},

@@ -1,16 +1,19 @@
 """Policies: replayed traces with hand-computed intervals."""
 
+import json
 import math
+import random
 
 import pytest
 
 from fastlocal import QSR, AdaComm, ConsensusDistance, FixedInterval, PostLocal, Stats, ValidationLoss
-from fastlocal.policy import Policy
+from fastlocal.policy import OriginalValidationLoss, Policy
 
 ALL = [
     FixedInterval(3),
     PostLocal(10, 4),
     ValidationLoss(16, total_epochs=10),
+    OriginalValidationLoss(16, total_epochs=10),
     QSR(4, 0.1),
     AdaComm(8),
     ConsensusDistance(0.5),
@@ -39,25 +42,25 @@ def test_fixed_and_post_local_intervals():
     assert [policy.next_interval(Stats(local_steps=n)) for n in (0, 9, 10, 50)] == [1, 1, 4, 4]
 
 
-def test_validation_loss_doubles_below_the_threshold_of_its_phase():
+def test_the_original_rule_doubles_below_the_threshold_of_its_phase():
     # 10 epochs: threshold 0.02 for epochs 1-2, 0.005 for 3-8, 0.001 for 9-10.
     # δ:      -     .01    .01   .004    .1     .004   .0009  .0009  .0009  .01
     deltas = [None, 0.01, 0.01, 0.004, 0.1, 0.004, 0.006, 0.006, 0.0009, 0.01]
     losses = [4.0]
     for delta in deltas[1:]:
         losses.append(losses[-1] * (1 - delta))
-    policy = ValidationLoss(4, total_epochs=10, minimum=4, maximum=64)
+    policy = OriginalValidationLoss(4, total_epochs=10, minimum=4, maximum=64)
     assert replay(policy, losses) == [4, 8, 8, 16, 16, 32, 32, 32, 64, 64]
 
 
-def test_validation_loss_halves_after_a_rise_but_only_after_30_percent_of_the_epochs():
+def test_the_original_rule_halves_after_a_rise_but_only_after_30_percent_of_the_epochs():
     losses = [4.0, 4.2, 4.4, 4.6, 4.65, 4.8, 5.0]  # δ: −.05 −.048 −.045 −.011 −.032 −.042
-    policy = ValidationLoss(16, total_epochs=10)
+    policy = OriginalValidationLoss(16, total_epochs=10)
     assert replay(policy, losses) == [16, 16, 16, 8, 8, 4, 4]
 
 
-def test_validation_loss_stays_within_its_bounds_and_ignores_a_loss_seen_before():
-    policy = ValidationLoss(32, total_epochs=4, maximum=64)
+def test_the_original_rule_stays_within_its_bounds_and_ignores_a_loss_seen_before():
+    policy = OriginalValidationLoss(32, total_epochs=4, maximum=64)
     stats = Stats(val_loss=4.0, observations=1)
     policy.next_interval(stats)
     stats.val_loss, stats.observations = 3.999, 2
@@ -66,18 +69,79 @@ def test_validation_loss_stays_within_its_bounds_and_ignores_a_loss_seen_before(
     assert policy.next_interval(stats) == 64
 
 
-def test_validation_loss_goes_on_from_its_state():
-    losses = [4.0, 3.99, 3.98, 3.97, 4.5, 4.49, 4.48, 5.0]
-    whole = ValidationLoss(8, total_epochs=8)
-    expected = replay(whole, losses)
-    first, second = ValidationLoss(8, total_epochs=8), ValidationLoss(8, total_epochs=8)
-    stats, intervals = Stats(), []
-    for index, loss in enumerate(losses):
-        if index == 3:
-            second.load_state_dict(first.state_dict())
-        stats.val_loss, stats.observations = loss, index + 1
-        intervals.append((first if index < 3 else second).next_interval(stats))
-    assert intervals == expected
+def test_validation_loss_doubles_after_three_stalls_in_a_row():
+    # 12 epochs: a fall of less than 2 % is a stall in epochs 1-2, of less than 0.5 % in 3-9.
+    # fall in %:         1    .4   .4   .4   1    .4   .4   .4
+    losses = [4.0]
+    for fall in (0.01, 0.004, 0.004, 0.004, 0.01, 0.004, 0.004, 0.004):
+        losses.append(losses[-1] * (1 - fall))
+    policy = ValidationLoss(8, total_epochs=12, smoothing=0.0)
+    # Stalls in a row:               0  1  2  3  1   0   1   2   3
+    assert replay(policy, losses) == [8, 8, 8, 16, 16, 16, 16, 16, 32]
+
+
+def test_validation_loss_counts_a_small_rise_as_a_stall_and_more_than_one_percent_as_none():
+    losses = [4.0, 4.01, 4.02, 4.03, 4.06, 4.05, 4.03]  # above 4.0 by .25 .5 .75 1.5 1.25 .75 %
+    assert replay(ValidationLoss(4, total_epochs=20, smoothing=0.0), losses) == [4, 4, 4, 8, 8, 8, 8]
+
+
+def test_validation_loss_halves_after_three_rises_in_a_row_and_each_halving_needs_another_rise():
+    # 10 epochs, so rises count from the fourth on. The mark is 4.0, then 4.5 once the interval was halved.
+    losses = [4.0, 4.5, 4.5, 4.5, 4.5, 4.5, 4.6, 4.6, 4.6, 4.6]
+    policy = ValidationLoss(32, total_epochs=10, smoothing=0.0)
+    # Rises in a row:                0   0   0   1   2   3   1   2   3   0
+    assert replay(policy, losses) == [32, 32, 32, 32, 32, 16, 16, 16, 8, 8]
+
+
+def test_validation_loss_needs_twice_the_stalls_after_a_halving():
+    # 20 epochs: rises count from the seventh on; the seventh, eighth and ninth halve, then the loss stays.
+    policy = ValidationLoss(32, total_epochs=20, smoothing=0.0)
+    intervals = replay(policy, [4.0, 3.0, 2.0, 1.5, 1.2, 1.0] + [1.05] * 9)
+    assert intervals == [32] * 8 + [16] * 5 + [16, 32]
+
+
+def test_validation_loss_ignores_one_outlier_that_halves_under_the_original_rule():
+    losses = [4.0] + [3.0] * 10
+    losses[6] = 3.3
+    assert replay(OriginalValidationLoss(64, total_epochs=11), losses)[6:8] == [32, 32]
+    assert replay(ValidationLoss(64, total_epochs=11), losses) == [64] * 11
+
+
+def test_validation_loss_smooths_with_an_average_that_starts_at_the_first_loss():
+    policy = ValidationLoss(16, total_epochs=10, smoothing=0.5)
+    replay(policy, [4.0, 2.0, 1.0])
+    # Weights 1, 2, 4 of 7: (4 + 4 + 4)/7.
+    assert policy.weighted_sum / policy.weight == pytest.approx(12 / 7, abs=1e-15)
+
+
+def test_under_noise_the_smoothed_rule_reaches_long_intervals_and_the_original_one_does_not():
+    # A loss that comes to a standstill, with errors of 2 %: the second half of 100 epochs, ten times.
+    def mean_interval(rule):
+        total = 0
+        for seed in range(10):
+            noise = random.Random(seed)
+            losses = [2.0 * (1 + 2 * 0.9**epoch) * (1 + noise.gauss(0, 0.02)) for epoch in range(100)]
+            total += sum(replay(rule(16, total_epochs=100), losses)[50:])
+        return total / 500
+
+    assert mean_interval(ValidationLoss) > 48
+    assert mean_interval(OriginalValidationLoss) < 16
+
+
+@pytest.mark.parametrize("rule", [ValidationLoss, OriginalValidationLoss])
+def test_validation_loss_goes_on_from_its_state(rule):
+    losses = [4.0, 3.99, 3.98, 3.97, 3.96, 3.95, 4.5, 4.6, 4.6, 4.6, 4.6, 4.6, 4.61, 4.6, 4.6]
+    expected = replay(rule(8, total_epochs=15), losses)
+    assert len(set(expected)) > 2
+    for stop in range(len(losses)):
+        first, second = rule(8, total_epochs=15), rule(8, total_epochs=15)
+        assert replay(first, losses[:stop]) == expected[:stop]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        stats, rest = Stats(observations=stop), []
+        for loss in losses[stop:]:
+            stats.val_loss, stats.observations = loss, stats.observations + 1
+            rest.append(second.next_interval(stats))
+        assert rest == expected[stop:]
 
 
 def test_qsr_follows_the_square_of_the_inverse_rate():
@@ -141,6 +205,8 @@ def test_consensus_distance_steers_the_drift_to_its_target():
             lambda: ValidationLoss(8, total_epochs=5, minimum=8, maximum=4),
             "maximum must be at least minimum = 8, got 4",
         ),
+        (lambda: ValidationLoss(8, total_epochs=5, smoothing=1.0), r"smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: ValidationLoss(8, total_epochs=5, patience=0), "patience must be at least 1, got 0"),
         (lambda: QSR(4, math.nan), "alpha must be positive and finite, got nan"),
         (lambda: AdaComm(8, maximum=4), "maximum must be at least initial = 8, got 4"),
         (lambda: ConsensusDistance(0.0), "target must be positive and finite, got 0.0"),

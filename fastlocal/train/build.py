@@ -8,6 +8,7 @@ from fastlocal.policy import (
     AdaComm,
     ConsensusDistance,
     FixedInterval,
+    OriginalValidationLoss,
     Policy,
     PostLocal,
     ValidationLoss,
@@ -101,8 +102,9 @@ def policy(config: Config, total_steps: int) -> Policy:
             return FixedInterval(config.interval)
         case "post-local":
             return PostLocal(config.post_local_steps, config.interval)
-        case "val-loss":
-            return ValidationLoss(
+        case "val-loss" | "val-loss-original":
+            rule = ValidationLoss if config.policy == "val-loss" else OriginalValidationLoss
+            return rule(
                 config.interval,
                 total_epochs=-(-config.epochs // config.eval_every),
                 minimum=config.min_interval,

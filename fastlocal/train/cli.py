@@ -1,17 +1,22 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
+import fnmatch
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import fastlocal
+from fastlocal.train import cells
+from fastlocal.train import study as studies
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.run import run
+from fastlocal.train.study_display import StudyDisplay
 
 app = App(
     name="fastlocal",
@@ -32,6 +37,119 @@ def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  #
     display.summary(summary)
 
 
+@app.command
+def study(
+    file: Path,
+    /,
+    *,
+    out: Path | None = None,
+    epochs: int | None = None,
+    parallel: int = 1,
+    only: str = "*",
+    data_dir: Path | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    retry: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Run the grid of a TOML file cell by cell; the same command goes on with what is missing.
+
+    Parameters
+    ----------
+    file
+        The study: [base], [grid], [[cells]], seeds and what the original reported.
+    out
+        Folder of the study. Default: runs/study/ and its name.
+    epochs
+        Instead of the file's, for all cells: a smaller budget, kept in a folder of its own.
+    parallel
+        Cells at a time, each in its own process.
+    only
+        Names of the cells to run, with * and ?.
+    data_dir
+        Instead of the file's.
+    device
+        Instead of the file's.
+    threads
+        CPU threads of each cell. Default: the machine's, divided by --parallel, if that is above 1.
+    retry
+        Run cells that diverged again, from the beginning.
+    dry_run
+        Show the cells and where they stand, and stop.
+    """
+    for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    if threads is None and parallel > 1:
+        threads = max(1, (os.cpu_count() or 1) // parallel)
+    read = studies.load(file, epochs=epochs)
+    folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
+    root = out or Path("runs") / "study" / folder
+    places = cells.places(read, root, data_dir=data_dir, threads=threads, device=device, retry=retry)
+    chosen = [place for place in places if fnmatch.fnmatchcase(place.cell.name, only)]
+    if not chosen:
+        raise UsageError(f"--only {only} is none of {', '.join(place.cell.name for place in places)}")
+    display = StudyDisplay(Console(), chosen)
+    if dry_run:
+        display.plan()
+        return
+    cells.begin(read, root)
+    with display:
+        cells.run_all(chosen, parallel, display.update)
+    display.counts()
+    broken = [place for place in chosen if place.state == "broken"]
+    if broken:
+        raise RunError(
+            f"{len(broken)} of {len(chosen)} cells did not end ({broken[0].cell.name}: {broken[0].message}); "
+            "the same command goes on with them"
+        )
+
+
+@app.command
+def report(folder: Path, /) -> None:
+    """Write FOLDER/report/index.html: tables and plots of all runs below a folder, on one page."""
+    from fastlocal.train import page  # jinja2 and the drawing are for this command alone
+
+    Console().print(f"written: {page.write(folder)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command
+def search(
+    file: Path,
+    /,
+    *,
+    out: Path | None = None,
+    trials: int | None = None,
+    epochs: int | None = None,
+    data_dir: Path | None = None,
+    threads: int | None = None,
+) -> None:
+    """Search hyper-parameters on the validation images with Optuna; the same command goes on.
+
+    Parameters
+    ----------
+    file
+        The search: [base], [space], sampler, objective, trials and seed.
+    out
+        Folder of the search. Default: runs/search/ and its name.
+    trials
+        Instead of the file's, counting those already made.
+    epochs
+        Instead of the file's, for each trial; kept in a folder of its own.
+    data_dir
+        Instead of the file's.
+    threads
+        CPU threads.
+    """
+    try:
+        from fastlocal.train import search as searching
+    except ModuleNotFoundError as error:
+        raise UsageError(f"a search needs {error.name}: pip install 'fastlocal[search]'") from None
+    read = searching.load(file, trials=trials, epochs=epochs)
+    folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
+    searching.search(read, out or Path("runs") / "search" / folder, Console(), data_dir=data_dir, threads=threads)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for a wrong request, 1 for a failure on the way."""
     errors = Console(stderr=True)
@@ -44,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(errors, error)
         return 1
     except KeyboardInterrupt:
-        errors.print("stopped; the same command with --resume goes on")
+        arguments = sys.argv[1:] if argv is None else argv
+        errors.print(f"stopped; the same command {'with --resume ' if arguments[0] == 'train' else ''}goes on")
         return 130
     return 0
 

@@ -9,13 +9,13 @@ from fastlocal.train.errors import UsageError
 
 Dataset = Literal["synthetic", "cifar100"]
 Method = Literal["sync", "local-sgd", "slowmo", "diloco"]
-PolicyName = Literal["fixed", "post-local", "val-loss", "qsr", "adacomm", "consensus"]
+PolicyName = Literal["fixed", "post-local", "val-loss", "val-loss-original", "qsr", "adacomm", "consensus"]
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 
-_NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
+NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
 """Fields that may change when a run is resumed."""
 
 
@@ -39,13 +39,13 @@ class Config:
     """What happens between workers: gradients averaged in every step (sync), or parameters once a round."""
 
     policy: PolicyName = "fixed"
-    """What chooses the local steps of the next round."""
+    """What chooses the local steps of the next round; val-loss-original is the study's rule, without smoothing."""
 
     interval: int = 16
     """Local steps between two syncs; where the policy starts from."""
 
     min_interval: int = 4
-    """The val-loss and consensus policies never go below it."""
+    """The two val-loss policies and consensus never go below it."""
 
     max_interval: int = 64
     """No policy but fixed and post-local goes above it."""
@@ -103,6 +103,9 @@ class Config:
 
     eval_every: int = 1
     """Epochs between two evaluations; each closes the round under way and evaluates the averaged model."""
+
+    test: bool = True
+    """Evaluate the test images once, at the end. A search does not."""
 
     precision: Precision = "fp32"
     """bf16: automatic mixed precision."""
@@ -163,7 +166,7 @@ class Config:
             raise UsageError(
                 f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"
             )
-        adaptive = self.policy in ("val-loss", "consensus")
+        adaptive = self.policy in ("val-loss", "val-loss-original", "consensus")
         if adaptive and not self.min_interval <= self.interval <= self.max_interval:
             raise UsageError(
                 f"--interval must lie between --min-interval {self.min_interval} and --max-interval "
@@ -203,13 +206,16 @@ class Config:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
-        """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field."""
+        """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field.
+
+        A field younger than the saved run had its default.
+        """
         mine = self.as_dict()
-        names = [field.name for field in fields(self) if field.name not in _NOT_PART_OF_A_RUN]
+        before = {field.name: saved.get(field.name, field.default) for field in fields(self)}
         return [
-            f"--{name.replace('_', '-')} {mine[name]} (it was {saved.get(name)})"
-            for name in names
-            if mine[name] != saved.get(name)
+            f"--{name.replace('_', '-')} {mine[name]} (it was {before[name]})"
+            for name in before
+            if name not in NOT_PART_OF_A_RUN and mine[name] != before[name]
         ]
 
 

@@ -77,9 +77,9 @@ class Display:
     def summary(self, summary: dict[str, Any]) -> None:
         """The table at the end."""
         table = Table(show_header=False, box=None, pad_edge=False)
-        reduction = summary["communication_reduction"]
+        reduction, tested = summary["communication_reduction"], summary["test_accuracy"]
         for name, value in (
-            ("test accuracy", f"{summary['test_accuracy']:.2f} %"),
+            ("test accuracy", "not looked at" if tested is None else f"{tested:.2f} %"),
             ("best validation accuracy", f"{summary['best_val_accuracy']:.2f} %"),
             ("rounds", f"{summary['rounds']:,} in {summary['local_steps']:,} local steps"),
             ("bytes sent by a worker", megabytes(summary["bytes_on_wire"])),

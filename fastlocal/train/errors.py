@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """Something failed on the way: training diverged, the disk is full. Exit code 1."""
+
+
+class RunDivergedError(RunError):
+    """The loss or all workers' parameters are no longer finite: the same run would end so again."""

@@ -19,7 +19,7 @@ from fastlocal.train import build, checkpoint
 from fastlocal.train.augment import Augmenter, Normalizer
 from fastlocal.train.config import Config
 from fastlocal.train.data import ImageSet, Splits
-from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.errors import RunDivergedError, UsageError
 from fastlocal.train.schedule import learning_rate
 from fastlocal.train.step import Gradients, forward
 
@@ -114,7 +114,8 @@ class Training:
         """Train to the end, from wherever the run stands; one record an epoch.
 
         Raises:
-            RunError: training diverged, or a checkpoint cannot be written.
+            RunDivergedError: training diverged.
+            RunError: a checkpoint cannot be written.
         """
         while self.epoch < self.config.epochs:
             self._train_epoch()
@@ -213,10 +214,10 @@ class Training:
         try:
             sync()
         except DivergedError as error:
-            raise RunError(str(error)) from None
+            raise RunDivergedError(str(error)) from None
 
     def _train_loss(self) -> float:
-        """Mean over the epoch so far and over the workers; RunError if none of them was finite."""
+        """Mean over the epoch so far and over the workers; RunDivergedError if none of them was finite."""
         total, count = self.gradients.losses.sum(dim=0).tolist()
         train_loss = total / count if count else math.nan
         self._require_finite(train_loss, "training")
@@ -224,7 +225,7 @@ class Training:
 
     def _require_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
-            raise RunError(
+            raise RunDivergedError(
                 f"the {what} loss is {loss} in epoch {self.epoch + 1}: training has diverged; lower --lr "
                 f"(now {self.config.learning_rate:g}) or raise --lr-warmup-epochs"
             )

@@ -44,8 +44,8 @@ def summarise(
     config: Config,
     records: Sequence[Record],
     *,
-    test_loss: float,
-    test_accuracy: float,
+    test_loss: float | None,
+    test_accuracy: float | None,
     train_samples: int,
     interval_trace: list[list[int]],
     device: torch.device,
@@ -55,8 +55,8 @@ def summarise(
     Args:
         config: the run.
         records: all its epochs.
-        test_loss: cross-entropy on the test images.
-        test_accuracy: percent.
+        test_loss: cross-entropy on the test images; None where they were not looked at.
+        test_accuracy: percent, or None.
         train_samples: images trained on, all workers together.
         interval_trace: [local step, interval] wherever the interval changed.
         device: where it ran.

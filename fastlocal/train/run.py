@@ -21,7 +21,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 
     Raises:
         UsageError: the folder, the data, the device or the checkpoint cannot be used.
-        RunError: training diverged, or a file could not be written on the way.
+        RunDivergedError: training diverged.
+        RunError: a file could not be written on the way.
     """
     folder = config.folder
     finished = _look(folder, config)
@@ -47,7 +48,7 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     for record in training.epochs():
         report.write_records(folder / "records.jsonl", training.records)
         display.epoch(record, config.epochs, training.train_samples)
-    test_loss, test_accuracy = training.test()
+    test_loss, test_accuracy = training.test() if config.test else (None, None)
     summary = report.summarise(
         config,
         training.records,

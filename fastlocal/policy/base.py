@@ -1,0 +1,77 @@
+"""What a policy is, and the numbers it decides from. Standard library only."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass
+class Stats:
+    """What a wrapper has counted so far; policies read it, and so may anybody.
+
+    Bytes are those of one worker under a ring all-reduce: 2(W − 1)/W times the payload for W workers.
+    """
+
+    rounds: int = 0  # syncs done; during warm-up each step is one
+    local_steps: int = 0  # optimizer steps completed, of each worker
+    bytes_on_wire: int = 0  # sent by one worker
+    bytes_synchronous: int = 0  # what averaging the gradients in every step would have sent
+    seconds_in_sync: float = 0.0  # on CUDA with what the device had still to do before
+    interval: int = 1  # local steps of the round under way
+    round_steps: int = 0  # local steps of the last round; 0 before the first and during warm-up
+    drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync; nan if it was not measured
+    excluded: int = 0  # rows left out of a mean so far because they were not finite
+    lr: float = 0.0  # the largest learning rate when the round began
+    observations: int = 0  # validation losses observed
+    val_loss: float | None = None  # the last one observed
+    train_loss: float | None = None  # the last one observed
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What a wrapper asks for its interval. Anything with these three methods will do.
+
+    In several processes rank 0's decides, and the others' load its state. There the drift costs a pass over the
+    parameters and a message: a policy that does not read it says so with `reads_drift = False`.
+    """
+
+    def next_interval(self, stats: Stats) -> int:
+        """Local steps of the round that begins now, at least 1."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be kept to go on after a restart: plain numbers, strings and lists."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned."""
+        ...
+
+
+class Stateless:
+    """A policy whose answer depends on the stats and its settings alone."""
+
+    reads_drift = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing needs to be kept."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing was kept."""
+
+
+def require_interval(name: str, interval: int) -> int:
+    """Return `interval`, or raise TypeError or ValueError if it is not a whole number of at least 1."""
+    if isinstance(interval, bool) or not isinstance(interval, int):
+        raise TypeError(f"{name} must be an int, got {interval!r}")
+    if interval < 1:
+        raise ValueError(f"{name} must be at least 1, got {interval}")
+    return interval
+
+
+def require_bounds(minimum: int, maximum: int, name: str = "minimum") -> tuple[int, int]:
+    """Return both, or raise ValueError unless 1 ≤ minimum ≤ maximum."""
+    require_interval(name, minimum)
+    if require_interval("maximum", maximum) < minimum:
+        raise ValueError(f"maximum must be at least {name} = {minimum}, got {maximum}")
+    return minimum, maximum

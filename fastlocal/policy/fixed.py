@@ -1,0 +1,40 @@
+"""Intervals that are settled before the run."""
+
+from fastlocal.policy.base import Stateless, Stats, require_interval
+
+
+class FixedInterval(Stateless):
+    """The same number of local steps in every round.
+
+    Args:
+        interval: local steps a round, at least 1.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = require_interval("interval", interval)
+
+    def next_interval(self, stats: Stats) -> int:
+        """The interval."""
+        return self.interval
+
+
+class PostLocal(Stateless):
+    """A sync after every step at first, then an interval.
+
+    Args:
+        start_step: local steps before the interval applies, at least 0.
+        interval: local steps a round from there on, at least 1.
+
+    References:
+        Lin et al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, 2020
+    """
+
+    def __init__(self, start_step: int, interval: int) -> None:
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {start_step}")
+        self.start_step = start_step
+        self.interval = require_interval("interval", interval)
+
+    def next_interval(self, stats: Stats) -> int:
+        """1 before the start step, then the interval."""
+        return self.interval if stats.local_steps >= self.start_step else 1

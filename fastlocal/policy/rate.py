@@ -1,0 +1,38 @@
+"""An interval from the learning rate."""
+
+import math
+
+from fastlocal.policy.base import Stateless, Stats, require_bounds
+
+
+class QSR(Stateless):
+    """The quadratic synchronisation rule: max(base, ⌊(alpha/lr)²⌋), so the interval grows as the rate decays.
+
+    A rate of 0 asks for no limit at all, so it gives `maximum`.
+
+    Args:
+        base: the least number of local steps.
+        alpha: the rate at which the rule gives 1; larger is rarer.
+        maximum: the interval never rises above it.
+        start_step: local steps before the rule applies; until then, base. A warm-up's small rates are no reason
+            to sync rarely.
+
+    References:
+        Gu et al., `A Quadratic Synchronization Rule <https://arxiv.org/abs/2310.14423>`_, 2024, equation 2
+    """
+
+    def __init__(self, base: int, alpha: float, *, maximum: int = 1024, start_step: int = 0) -> None:
+        self.base, self.maximum = require_bounds(base, maximum, "base")
+        if not (alpha > 0 and math.isfinite(alpha)):
+            raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {start_step}")
+        self.alpha, self.start_step = alpha, start_step
+
+    def next_interval(self, stats: Stats) -> int:
+        """From the learning rate at the beginning of the round."""
+        if stats.local_steps < self.start_step:
+            return self.base
+        if stats.lr <= 0 or self.alpha / stats.lr >= math.sqrt(self.maximum):
+            return self.maximum
+        return max(self.base, math.floor((self.alpha / stats.lr) ** 2))

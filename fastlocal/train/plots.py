@@ -1,0 +1,161 @@
+"""The plots of a report, as PNG bytes. Readable at the width of a phone: few ticks, large type."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from fastlocal.train.collect import Group, Run
+
+_MARKERS = "osD^vPX*<>"
+
+
+def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
+    """Every plot that the groups have data for: file name -> (what it shows, PNG)."""
+    plots: dict[str, tuple[str, bytes]] = {}
+    tested = [group for group in groups if group.spread("test_accuracy")]
+    local = [group for group in tested if group.config["method"] != "sync"]
+    if tested:
+        plots["accuracy-bytes.png"] = ("Test accuracy over megabytes sent by a worker", _pareto(tested))
+    if len({group.config["workers"] for group in tested}) > 1:
+        plots["accuracy-workers.png"] = ("Test accuracy over the workers K", _against("workers", "interval", tested))
+    if len({group.config["interval"] for group in local}) > 1:
+        plots["accuracy-interval.png"] = ("Test accuracy over the interval J", _against("interval", "workers", local))
+    if len({group.config["batch_size"] for group in tested}) > 1:
+        plots["accuracy-batch.png"] = ("Test accuracy over the batch", _against("batch_size", "optimizer", tested))
+    adaptive = [group for group in groups if len(group.runs[0].summary["interval_trace"]) > 1]
+    if adaptive:
+        plots["interval.png"] = ("Interval over time", _curves(adaptive, "interval (local steps)", _intervals))
+    plots["accuracy.png"] = (
+        "Validation accuracy over the epochs",
+        _curves(groups, "validation accuracy (%)", _column("val_accuracy")),
+    )
+    plots["val-loss.png"] = (
+        "Validation loss over the epochs",
+        _curves(groups, "cross-entropy (nats)", _column("val_loss")),
+    )
+    plots["train-loss.png"] = (
+        "Training loss over the epochs",
+        _curves(groups, "cross-entropy (nats)", _column("train_loss")),
+    )
+    return plots
+
+
+def _figure(legend_entries: int) -> tuple[Figure, Axes]:
+    """A figure with room for its legend below the axes."""
+    with matplotlib.rc_context({"font.size": 13}):
+        figure = Figure(figsize=(6.4, 4.6 + 0.27 * legend_entries), layout="constrained")
+        axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes) -> bytes:
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=12, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _style(index: int) -> dict[str, Any]:
+    colours = matplotlib.colormaps["tab10"]
+    return {"color": colours(index % 10), "marker": _MARKERS[index % len(_MARKERS)]}
+
+
+def _pareto(groups: Sequence[Group]) -> bytes:
+    figure, axes = _figure(len(groups))
+    for index, group in enumerate(groups):
+        accuracy, sent = group.spread("test_accuracy"), group.spread("bytes_on_wire")
+        assert accuracy
+        assert sent
+        axes.errorbar(
+            sent.mean / 1e6,
+            accuracy.mean,
+            yerr=accuracy.std or 0.0,
+            markersize=9,
+            linestyle="none",
+            label=group.name,
+            **_style(index),
+        )
+    # One worker alone sends nothing: the scale must have a 0.
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlim(left=-1)
+    axes.set(xlabel="MB sent by a worker", ylabel="test accuracy (%)")
+    return _finish(figure, axes)
+
+
+def _against(x: str, lines: str, groups: Sequence[Group]) -> bytes:
+    """Test accuracy over one field; a line for every other method and value of `lines`."""
+    words = {
+        "workers": "workers, K",
+        "interval": "interval, J (local steps)",
+        "batch_size": "images a step and worker",
+    }
+    families: dict[str, list[Group]] = {}
+    for group in groups:
+        config = group.config
+        shown = {"workers": f"K = {config['workers']}", "interval": f"J = {config['interval']}"}
+        method = config["method"] if config["policy"] == "fixed" else f"{config['method']}, {config['policy']}"
+        detail = "" if config["method"] == "sync" and lines == "interval" else shown.get(lines, config["optimizer"])
+        families.setdefault(f"{method} {detail}".strip(), []).append(group)
+    figure, axes = _figure(len(families))
+    for index, (name, members) in enumerate(families.items()):
+        members = sorted(members, key=lambda group: group.config[x])
+        spreads = [group.spread("test_accuracy") for group in members]
+        axes.errorbar(
+            [group.config[x] for group in members],
+            [spread.mean for spread in spreads if spread],
+            yerr=[spread.std or 0.0 for spread in spreads if spread],
+            label=name,
+            capsize=3,
+            **_style(index),
+        )
+    values = sorted({group.config[x] for group in groups})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel=words[x], ylabel="test accuracy (%)")
+    return _finish(figure, axes)
+
+
+def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[list[float], list[float]]]) -> bytes:
+    """One line a run; runs of a group, which differ in their seed, have one colour and one entry in the legend."""
+    figure, axes = _figure(len(groups))
+    dashes = ("-", "--", ":")
+    for index, group in enumerate(groups):
+        for number, run in enumerate(group.runs):
+            xs, ys = points(run)
+            axes.plot(
+                xs,
+                ys,
+                color=_style(index)["color"],
+                linestyle=dashes[index // 10 % 3],
+                linewidth=1.3,
+                drawstyle="steps-post" if points is _intervals else "default",
+                label=None if number else group.name,
+            )
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    if points is _intervals:
+        axes.set_ylim(bottom=0)
+    return _finish(figure, axes)
+
+
+def _column(name: str) -> Callable[[Run], tuple[list[float], list[float]]]:
+    def points(run: Run) -> tuple[list[float], list[float]]:
+        kept = [record for record in run.records if record[name] is not None]
+        return [record["epoch"] for record in kept], [record[name] for record in kept]
+
+    return points
+
+
+def _intervals(run: Run) -> tuple[list[float], list[float]]:
+    trace, steps = run.summary["interval_trace"], run.summary["local_steps"]
+    per_epoch = steps / run.config["epochs"]
+    return [step / per_epoch for step, _ in [*trace, [steps, 0]]], [*(j for _, j in trace), trace[-1][1]]

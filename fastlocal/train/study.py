@@ -1,0 +1,201 @@
+"""A study file: which runs it asks for, and where each is kept. Runs nothing."""
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
+from fastlocal.train.values import config_from, field_value
+
+FIGURES = ("test_accuracy", "best_val_accuracy", "communication_reduction")
+"""What an original study may have reported: two in percent, one as a fraction."""
+
+_KEYS = {"name", "title", "seeds", "base", "grid", "cells", "original"}
+_NOT_IN_A_FILE = {
+    "seed": "list them in `seeds`",
+    "out": "the study names the folders",
+    "resume": "a study always goes on",
+    "download": "fetch the images with `fastlocal train --download` first",
+}
+_SHORT = {"workers": "k", "interval": "j", "batch_size": "b", "lr": "lr", "weight_decay": "wd", "momentum": "m"}
+SQRT_RATE = "lr_at_batch_64"
+"""A key that is no field: the rate at a batch of 64, which grows with the square root of the batch."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    name: str  # of its folder
+    group: str  # the name without the seed: what is averaged over
+    config: Config
+    original: dict[str, float]  # what the original study reported; some of FIGURES
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read."""
+
+    name: str
+    title: str
+    epochs: int | None  # what --epochs replaced the file's own with
+    cells: tuple[Cell, ...]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        UsageError: it cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML file: {error}") from None
+
+
+def load(path: Path, *, epochs: int | None = None) -> Study:
+    """Read a study file and build every cell's Config.
+
+    Args:
+        path: the TOML file.
+        epochs: instead of the epochs in the file, for all cells.
+
+    Raises:
+        UsageError: it cannot be read, or a cell is no valid run; names the file and the cell.
+    """
+    content = read_toml(path)
+    try:
+        return _study(content, path.stem, epochs)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
+    unknown = sorted(set(content) - _KEYS)
+    if unknown:
+        raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
+    name, title = content.get("name", stem), content.get("title", "")
+    if not (isinstance(name, str) and name and "/" not in name and isinstance(title, str)):
+        raise UsageError(f"name must be a folder's name and title a string, got {name!r} and {title!r}")
+    seeds = content.get("seeds", [0])
+    if not (isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)):
+        raise UsageError(f"seeds must be a list of different whole numbers, got {seeds!r}")
+    base = table(content, "base")
+    shared = {"epochs": epochs} if epochs is not None else {}
+    cells: list[Cell] = []
+    for group, overrides, where in _combinations(content):
+        for seed in seeds:
+            try:
+                values = base | overrides | shared
+                values["seed"] = field_value("seed", seed)
+                config = config_from(with_rate(values))
+            except UsageError as error:
+                raise UsageError(f"{where} ({group}): {error}") from None
+            cells.append(Cell(f"{group}-s{seed}", group, config, {}))
+    if not cells:
+        raise UsageError("it has no cells: add a [grid] or [[cells]]")
+    names = [cell.name for cell in cells]
+    for cell_name in names:
+        if names.count(cell_name) > 1:
+            raise UsageError(f"two cells have the name {cell_name}")
+    return Study(name, title, epochs, tuple(_with_original(cells, content.get("original", []))))
+
+
+def _combinations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each cell's name, what it sets beyond the base, and its table: the grid's product, then the cells'."""
+    grid = table(content, "grid")
+    if grid:
+        for key, value in grid.items():
+            if not isinstance(value, list):
+                raise UsageError(f"[grid]: {key} must be a list, got {value!r}; put single values in [base]")
+        yield from ((folder_name(overrides), overrides, "[grid]") for overrides in _product(grid, "[grid]"))
+    cells = content.get("cells", [])
+    if not (isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells)):
+        raise UsageError("cells must be tables: [[cells]]")
+    for index, cell in enumerate(cells):
+        where = f"cell {index + 1}"
+        _refuse(cell, where)
+        values = {key: value for key, value in cell.items() if key != "name"}
+        for overrides in _product(values, where):
+            if "name" not in cell:
+                yield folder_name(overrides), overrides, where
+                continue
+            varied = {key: value for key, value in overrides.items() if isinstance(cell[key], list)}
+            yield folder_name({"name": str(cell["name"])} | varied), overrides, where
+
+
+def _product(values: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    choices = [value if isinstance(value, list) else [value] for value in values.values()]
+    for key, choice in zip(values, choices, strict=True):
+        if not choice:
+            raise UsageError(f"{where}: {key} is an empty list")
+    for combination in itertools.product(*choices):
+        yield dict(zip(values, combination, strict=True))
+
+
+def table(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """A table of fields; UsageError if it is none, or holds what a file may not say."""
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise UsageError(f"{key} must be a table: [{key}]")
+    _refuse(value, f"[{key}]")
+    return value
+
+
+def _refuse(values: dict[str, Any], where: str) -> None:
+    for key in values:
+        if key in _NOT_IN_A_FILE:
+            raise UsageError(f"{where}: {key} has no place here: {_NOT_IN_A_FILE[key]}")
+
+
+def with_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, `lr_at_batch_64` turned into the rate: lr = it · √(batch_size / 64)."""
+    if SQRT_RATE not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != SQRT_RATE}
+    if "lr" in rest:
+        raise UsageError(f"lr and {SQRT_RATE} say the same thing: give one of them")
+    rate = field_value("lr", values[SQRT_RATE])
+    batch = field_value("batch_size", rest.get("batch_size", Config().batch_size))
+    return rest | {"lr": rate * (batch / 64) ** 0.5}
+
+
+def folder_name(overrides: dict[str, Any]) -> str:
+    """A readable name of what a cell sets, in the order of the file: "slowmo-k2-j32"."""
+    parts = []
+    for key, value in overrides.items():
+        if isinstance(value, str):
+            parts.append(value)
+        else:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{_SHORT.get(key, key.replace('_', '-') + '-')}{text}")
+    name = "-".join(parts) or "base"
+    return "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in name)
+
+
+def _with_original(cells: list[Cell], tables: Any) -> list[Cell]:
+    """The cells with what the original study reported for them."""
+    if not (isinstance(tables, list) and all(isinstance(entry, dict) for entry in tables)):
+        raise UsageError("original must be tables: [[original]]")
+    for index, entry in enumerate(tables):
+        where_text = f"original {index + 1}"
+        where = entry.get("where", {})
+        figures = {key: value for key, value in entry.items() if key != "where"}
+        for key, value in figures.items():
+            if key not in FIGURES or type(value) not in (int, float):
+                raise UsageError(
+                    f"{where_text}: {key} = {value!r}: it may hold numbers {', '.join(FIGURES)} and where"
+                )
+        wanted = {key: field_value(key, value) for key, value in where.items()}
+        found = [cell for cell in cells if all(getattr(cell.config, key) == value for key, value in wanted.items())]
+        if not found or not figures:
+            raise UsageError(f"{where_text}: no cell is {where}" if figures else f"{where_text} has no figure")
+        cells = [replace(cell, original=cell.original | figures) if cell in found else cell for cell in cells]
+    return cells

@@ -1,0 +1,54 @@
+"""A Config from the values of a file: names and kinds are checked here, ranges by Config itself."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
+
+_HINTS = get_type_hints(Config)
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a string"}
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """A Config of these fields; an absent one, or None where that is allowed, has its default.
+
+    Raises:
+        UsageError: no such field, not its kind, or out of range.
+    """
+    return Config(**{name: field_value(name, value) for name, value in values.items()})
+
+
+def field_value(name: str, value: Any) -> Any:
+    """The value as the field's own type.
+
+    Raises:
+        UsageError: there is no such field, or the value is not of its kind.
+    """
+    if name not in _HINTS:
+        known = ", ".join(sorted(field.name for field in fields(Config)))
+        raise UsageError(f"there is no field {name}; the fields are {known}")
+    hint = _HINTS[name]
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+        elif get_origin(option) is Literal:
+            if value in get_args(option):
+                return value
+        elif option is float and type(value) in (int, float):
+            return float(value)
+        elif option is Path and isinstance(value, str):
+            return Path(value)
+        elif type(value) is option:
+            return value
+    wanted = " or ".join(_kind(option) for option in options if option is not type(None))
+    raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value!r}")
+
+
+def _kind(option: Any) -> str:
+    return ", ".join(get_args(option)) if get_origin(option) is Literal else _KINDS[option]
