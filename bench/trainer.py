@@ -25,7 +25,9 @@ from fastlocal.train import data
 from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
 from fastlocal.train.loop import Progress, Training
+from fastlocal.train.processes import Processes
 
+CPU = torch.device("cpu")
 CASES: list[dict[str, Any]] = [
     *({"workers": k, "interval": 16, "precision": "bf16"} for k in (1, 2, 4, 8)),
     *({"workers": 4, "interval": j, "precision": "bf16"} for j in (1, 4, 64)),
@@ -46,7 +48,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
         moments.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(config, data.load(config), Path(folder) / "checkpoint.pt", on_step)
+        training = Training(config, data.load(config), Path(folder) / "checkpoint.pt", CPU, Processes(), on_step)
         for _ in training.epochs():
             pass
     stats = training.optimizer.stats

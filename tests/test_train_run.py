@@ -16,7 +16,9 @@ from fastlocal.train import data
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
 from fastlocal.train.loop import Training
+from fastlocal.train.processes import Processes
 
+CPU = torch.device("cpu")
 SMALL = ["--batch-size", "16", "--workers", "2", "--interval", "4"]
 THREE_EPOCHS = [*SMALL, "--synthetic-images", "400", "--epochs", "3"]
 ONE_EPOCH = [*SMALL, "--synthetic-images", "400", "--epochs", "1"]
@@ -70,17 +72,17 @@ class SaveAndStop:
 def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, values):
     config = small(tmp_path, checkpoint_seconds=1e9, **values)
     splits = data.load(config)
-    straight = Training(config, splits, tmp_path / "straight.pt")
+    straight = Training(config, splits, tmp_path / "straight.pt", CPU, Processes())
     list(straight.epochs())
     assert straight.optimizer.stats.local_steps == 30
     for stop in (1, 13, 20, 25):
         path = tmp_path / f"{stop}.pt"
 
         stopper = SaveAndStop(stop)
-        first = stopper.training = Training(config, splits, path, stopper)
+        first = stopper.training = Training(config, splits, path, CPU, Processes(), stopper)
         with pytest.raises(Stopped):
             list(first.epochs())
-        second = Training(config, splits, path)
+        second = Training(config, splits, path, CPU, Processes())
         second.resume()
         list(second.epochs())
         assert torch.equal(outcome(second)[0], outcome(straight)[0])
@@ -91,7 +93,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, va
 
 def test_workers_have_parts_of_their_own_and_see_each_image_once_an_epoch(tmp_path):
     config = small(tmp_path, synthetic_images=400)
-    training = Training(config, data.load(config), tmp_path / "c.pt")
+    training = Training(config, data.load(config), tmp_path / "c.pt", CPU, Processes())
     parts = [{bytes(image.numpy()) for image in worker.windows[:, :, 4, 4]} for worker in training.data]
     assert [len(part) for part in parts] == [160, 160]
     assert not parts[0] & parts[1]
@@ -100,7 +102,7 @@ def test_workers_have_parts_of_their_own_and_see_each_image_once_an_epoch(tmp_pa
 
 def test_synchronous_training_sends_what_it_is_compared_with(tmp_path):
     config = small(tmp_path, method="sync", epochs=1)
-    training = Training(config, data.load(config), tmp_path / "c.pt")
+    training = Training(config, data.load(config), tmp_path / "c.pt", CPU, Processes())
     list(training.epochs())
     stats = training.optimizer.stats
     assert stats.bytes_on_wire == stats.bytes_synchronous == 10 * 815_332 * 4
@@ -116,7 +118,7 @@ def test_a_worker_that_diverges_alone_is_healed_and_the_run_goes_on(tmp_path):
             with torch.no_grad():
                 training.workers[1][0].weight.fill_(torch.nan)
 
-    training = Training(config, data.load(config), tmp_path / "c.pt", poison)
+    training = Training(config, data.load(config), tmp_path / "c.pt", CPU, Processes(), poison)
     (record,) = training.epochs()
     assert record.excluded == 1
     assert 0 < record.train_loss < 10
@@ -126,7 +128,7 @@ def test_a_worker_that_diverges_alone_is_healed_and_the_run_goes_on(tmp_path):
 
 def test_a_resnet_trains_and_its_averaged_batchnorm_evaluates(tmp_path):
     config = small(tmp_path, model="resnet18", synthetic_images=40, batch_size=8, epochs=1, interval=1, lr=0.001)
-    training = Training(config, data.load(config), tmp_path / "c.pt")
+    training = Training(config, data.load(config), tmp_path / "c.pt", CPU, Processes())
     (record,) = training.epochs()
     assert record.rounds == 2
     assert record.val_loss is not None
@@ -208,7 +210,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     killed, straight = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("killed", "straight")
     )
-    for ours, theirs in zip(killed["workers"]["workers"], straight["workers"]["workers"], strict=True):
+    for ours, theirs in zip(killed["workers"], straight["workers"], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     records = []
     for name in ("killed", "straight"):

@@ -30,7 +30,7 @@ def setup(device="cpu"):
 
 def test_each_worker_gets_the_gradient_of_its_own_batch():
     workers, data, plans = setup()
-    gradients = Gradients(workers, data, BATCH, "fp32")
+    gradients = Gradients(list(workers), data, BATCH, "fp32")
     gradients(plans[:, :, 8:16])
     gradients(plans[:, :, 16:24])
     losses = []
@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_is_counted_for_no_worker():
     workers, data, plans = setup()
     with torch.no_grad():
         workers[1][0].weight.fill_(torch.inf)
-    gradients = Gradients(workers, data, BATCH, "fp32")
+    gradients = Gradients(list(workers), data, BATCH, "fp32")
     gradients(plans[:, :, :BATCH])
     assert gradients.losses[:, 1].tolist() == [1.0, 0.0, 1.0]
     assert gradients.losses[1, 0] == 0
@@ -76,7 +76,7 @@ class ReadBack(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_read_back_so_it_can_be_recorded_as_a_graph(precision):
     workers, data, plans = setup()
-    gradients = Gradients(workers, data, BATCH, precision)
+    gradients = Gradients(list(workers), data, BATCH, precision)
     with ReadBack() as mode:
         gradients(plans[:, :, :BATCH])
     assert mode.seen == []
@@ -90,7 +90,7 @@ def test_the_replayed_graph_gives_the_gradients_of_the_plain_loop():
     results = []
     for calls_before_capture in (step._CALLS_BEFORE_CAPTURE, 100):
         workers, data, plans = setup("cuda")
-        gradients = Gradients(workers, data, BATCH, "fp32")
+        gradients = Gradients(list(workers), data, BATCH, "fp32")
         gradients.calls = step._CALLS_BEFORE_CAPTURE - calls_before_capture
         optimizer = torch.optim.SGD(workers.parameters(), lr=0.1, momentum=0.9, fused=True)
         for start in range(0, 40, BATCH):

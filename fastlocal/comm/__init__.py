@@ -5,6 +5,11 @@ from fastlocal.comm.group import LostRankError as LostRankError
 from fastlocal.comm.group import Operation as Operation
 from fastlocal.comm.group import find_group as find_group
 from fastlocal.comm.group import several_processes_run as several_processes_run
+from fastlocal.comm.launch import join as join
+from fastlocal.comm.launch import launched_processes as launched_processes
+from fastlocal.comm.launch import leave as leave
+from fastlocal.comm.launch import local_rank as local_rank
+from fastlocal.comm.launch import was_restarted as was_restarted
 from fastlocal.comm.pieces import are_cut_alike as are_cut_alike
 from fastlocal.comm.pieces import cut_of as cut_of
 from fastlocal.comm.pieces import held_here as held_here

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlocal import LAMB, LARS, DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal import LAMB, LARS, DiLoCo, LocalSGD, SlowMo, Workers, comm
 from fastlocal.policy import (
     QSR,
     AdaComm,
@@ -14,47 +14,60 @@ from fastlocal.policy import (
     ValidationLoss,
 )
 from fastlocal.train.config import Config
+from fastlocal.train.data_parallel import DataParallel
 from fastlocal.train.errors import UsageError
 from fastlocal.train.model import build as build_model
 
+Optimizer = LocalSGD | DataParallel
+"""What takes the steps of a run."""
+
 
 def device(config: Config) -> torch.device:
-    """The device of a run.
+    """The device of a run; each process of a machine has a GPU of its own.
 
     Raises:
         UsageError: there is no such device.
     """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and comm.launched_processes() > 1:
+        name = f"cuda:{comm.local_rank()}"
     try:
-        chosen = torch.device(config.device)
+        chosen = torch.device(name)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, got {config.device}")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     return chosen
 
 
-def workers(config: Config, on: torch.device) -> Workers:
-    """The replicas, equal at first, channels_last, on their device."""
+def workers(config: Config, number: int, on: torch.device) -> Workers:
+    """This process's workers, equal at first, channels_last, on their device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config.model)
-    return Workers(model.to(on, memory_format=torch.channels_last), config.workers)  # pyright: ignore[reportCallIssue]
+    return Workers(model.to(on, memory_format=torch.channels_last), number)  # pyright: ignore[reportCallIssue]
 
 
-def optimizer(config: Config, over: Workers, total_steps: int) -> LocalSGD:
+def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group | None = None) -> Optimizer:
     """The wrapper that the config asks for, around its inner optimizer.
 
-    Synchronous training is a LocalSGD whose gradients are averaged in every step to the end.
+    Synchronous training is DistributedDataParallel with one worker a process, and otherwise a LocalSGD whose
+    gradients are averaged in every step to the end.
 
     Args:
         config: the run.
-        over: the workers to train.
+        over: the workers of this process.
         total_steps: local steps of the whole run.
+        group: the processes, if there are several.
     """
     inner = _inner(config, over)
+    if config.method == "sync" and group is not None and len(over) == 1:
+        return DataParallel(inner, over, group)
     match config.method:
         case "sync":
             return LocalSGD(inner, over, 1, warmup_steps=total_steps)

@@ -47,8 +47,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_bytes(path, content + _DIGEST_TAG + hashlib.sha256(content).hexdigest().encode())
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
+def read(path: Path) -> bytes:
+    """The bytes of a checkpoint, found whole.
 
     Raises:
         UsageError: it cannot be read, or is damaged.
@@ -60,4 +60,9 @@ def load(path: Path) -> dict[str, Any]:
     body, trailer = content[:-_TRAILER_LENGTH], content[-_TRAILER_LENGTH:]
     if trailer != _DIGEST_TAG + hashlib.sha256(body).hexdigest().encode():
         raise UsageError(f"{path} is damaged (its SHA-256 does not match): delete it to begin the run again")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    return body
+
+
+def decode(content: bytes) -> dict[str, Any]:
+    """The state in what read() returned."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

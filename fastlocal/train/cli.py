@@ -30,9 +30,8 @@ app = App(
 @app.command
 def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  # noqa: B008  (frozen)
     """Train on CIFAR-100 or the synthetic set, and report accuracy beside bytes sent."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("the trainer runs in one process: start it without torchrun, and choose --workers")
-    with Display(Console()) as display:
+    first = int(os.environ.get("RANK", "0")) == 0
+    with Display(Console(quiet=not first)) as display:
         summary = run(config, display)
     display.summary(summary)
 
@@ -170,4 +169,5 @@ def main(argv: list[str] | None = None) -> int:
 
 def _say(errors: Console, error: Exception) -> None:
     line = " ".join(str(error).split())
-    errors.print(f"error: {line}", highlight=False, markup=False, soft_wrap=True)
+    rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    errors.print(f"error{rank}: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -71,8 +71,6 @@ def load(config: Config) -> Splits:
         train = synthetic(config.synthetic_images, seed=0)
         test = synthetic(max(1, config.synthetic_images // 6), seed=1)
     else:
-        if config.download:
-            _download(config.data_dir)
         folder = config.data_dir / "cifar-100-python"
         train, test = read_cifar100(folder / "train"), read_cifar100(folder / "test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
@@ -169,7 +167,12 @@ def synthetic(num_images: int, seed: int) -> ImageSet:
     return ImageSet((127.5 + 45 * images).clamp_(0, 255).to(torch.uint8), labels)
 
 
-def _download(data_dir: Path) -> None:
+def download(data_dir: Path) -> None:
+    """Fetch CIFAR-100 into the folder, if it is not there.
+
+    Raises:
+        UsageError: torchvision is missing, or the files cannot be fetched.
+    """
     try:
         from torchvision.datasets import CIFAR100  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:

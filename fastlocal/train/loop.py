@@ -19,11 +19,15 @@ from fastlocal.train import build, checkpoint
 from fastlocal.train.augment import Augmenter, Normalizer
 from fastlocal.train.config import Config
 from fastlocal.train.data import ImageSet, Splits
+from fastlocal.train.data_parallel import DataParallel
 from fastlocal.train.errors import RunDivergedError, UsageError
+from fastlocal.train.processes import Processes
 from fastlocal.train.schedule import learning_rate
+from fastlocal.train.state import collect, optimizer_state
 from fastlocal.train.step import Gradients, forward
 
 _EVAL_BATCH = 1000
+_STEPS_BETWEEN_QUESTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Record:
     bytes_on_wire: int
     bytes_synchronous: int
     interval: int
-    drift: float
+    drift: float | None  # None where it was not measured
     excluded: int
     lr: float  # of the last step
     train_loss: float  # mean over the epoch, as seen while training
@@ -65,10 +69,9 @@ class Training:
         config: the run.
         splits: its images.
         checkpoint_path: where the state is kept.
+        device: where it trains.
+        processes: among which the workers are shared; every process calls the same methods.
         on_step: called after each local step.
-
-    Raises:
-        UsageError: the device does not exist.
     """
 
     def __init__(
@@ -76,12 +79,16 @@ class Training:
         config: Config,
         splits: Splits,
         checkpoint_path: Path,
+        device: torch.device,
+        processes: Processes,
         on_step: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.config = config
         self.checkpoint_path = checkpoint_path
         self.on_step = on_step
-        self.device = build.device(config)
+        self.device = device
+        self.processes = processes
+        self.here = processes.share(config.workers)
         self.digest = splits.digest()
         train = _to(splits.train, self.device)
         self.normalize = Normalizer(train.images)
@@ -90,15 +97,15 @@ class Training:
         per_worker = len(train) // config.workers
         order = torch.randperm(len(train), generator=_generator(config.seed, 0)).to(self.device)
         self.data = [
-            Augmenter(train.take(order[k * per_worker : (k + 1) * per_worker]), self.normalize)
-            for k in range(config.workers)
+            Augmenter(train.take(order[k * per_worker : (k + 1) * per_worker]), self.normalize) for k in self.here
         ]
         # A last batch that is not full is left for another epoch's order.
         self.steps_per_epoch = per_worker // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.workers = build.workers(config, self.device)
-        self.gradients = Gradients(self.workers, self.data, config.batch_size, config.precision)
-        self.optimizer = build.optimizer(config, self.workers, self.total_steps)
+        self.workers = build.workers(config, len(self.here), device)
+        self.optimizer = build.optimizer(config, self.workers, self.total_steps, processes.group)
+        models = [self.optimizer.model] if isinstance(self.optimizer, DataParallel) else list(self.workers)
+        self.gradients = Gradients(models, self.data, config.batch_size, config.precision)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
         self.train_seconds = 0.0
@@ -137,7 +144,7 @@ class Training:
                 bytes_on_wire=stats.bytes_on_wire,
                 bytes_synchronous=stats.bytes_synchronous,
                 interval=stats.interval,
-                drift=stats.drift,
+                drift=None if math.isnan(stats.drift) else stats.drift,
                 excluded=stats.excluded,
                 lr=self.optimizer.param_groups[0]["lr"],
                 train_loss=train_loss,
@@ -155,7 +162,9 @@ class Training:
     def _train_epoch(self) -> None:
         config = self.config
         generator = _generator(config.seed, self.epoch + 1)
-        plans = torch.stack([data.plan(generator) for data in self.data])
+        # Every worker's, so that the numbers do not depend on how the workers are shared.
+        plans = [self.data[0].plan(generator) for _ in range(config.workers)]
+        own = torch.stack(plans[self.here.start : self.here.stop])
         self.workers.train()
         saved = started = time.perf_counter()
         while self.step < self.steps_per_epoch:
@@ -165,7 +174,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             first = self.step * config.batch_size
-            self.gradients(plans[:, :, first : first + config.batch_size])
+            self.gradients(own[:, :, first : first + config.batch_size])
             self._guarded(self.optimizer.step)
             self.step += 1
             stats = self.optimizer.stats
@@ -182,9 +191,9 @@ class Training:
                     stats.bytes_synchronous,
                 )
             )
-            now = time.perf_counter()
-            if now - saved > config.checkpoint_seconds and self.step < self.steps_per_epoch:
-                self.train_seconds += now - started
+            self.processes.local_step = stats.local_steps
+            if self.step < self.steps_per_epoch and self._is_time_to_save(saved):
+                self.train_seconds += time.perf_counter() - started
                 self._train_loss()
                 self.save()
                 saved = started = time.perf_counter()
@@ -192,19 +201,29 @@ class Training:
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.perf_counter() - started
 
+    def _is_time_to_save(self, last: float) -> bool:
+        """Process 0 decides by its clock; the others ask now and then, since asking is a message."""
+        if len(self.processes) > 1 and self.step % _STEPS_BETWEEN_QUESTIONS:
+            return False
+        seconds = time.perf_counter() - last
+        return self.processes.from_first(lambda: seconds > self.config.checkpoint_seconds)
+
     @torch.inference_mode()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy in percent of the averaged model."""
+        """Mean cross-entropy and accuracy in percent of the averaged model; each process takes some of the images."""
         model = self.workers.mean().eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start in range(0, len(images), _EVAL_BATCH):
-            labels = images.labels[start : start + _EVAL_BATCH]
-            batch = self.normalize(images.images[start : start + _EVAL_BATCH])
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the losses, and correct ones
+        number, count = self.processes.rank, len(self.processes)
+        own = images.take(torch.arange(number * len(images) // count, (number + 1) * len(images) // count))
+        for start in range(0, len(own), _EVAL_BATCH):
+            labels = own.labels[start : start + _EVAL_BATCH]
+            batch = self.normalize(own.images[start : start + _EVAL_BATCH])
             logits = forward(model, batch, self.config.precision)
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(dim=1) == labels).sum()
-        return loss.item() / len(images), 100 * correct.item() / len(images)
+            totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            totals[1] += (logits.argmax(dim=1) == labels).sum()
+        self.processes.sum_(totals)
+        loss, correct = totals.tolist()
+        return loss / len(images), 100 * correct / len(images)
 
     def test(self) -> tuple[float, float]:
         """Loss and accuracy on the test images: once, at the end."""
@@ -218,7 +237,9 @@ class Training:
 
     def _train_loss(self) -> float:
         """Mean over the epoch so far and over the workers; RunDivergedError if none of them was finite."""
-        total, count = self.gradients.losses.sum(dim=0).tolist()
+        totals = self.gradients.losses.sum(dim=0)
+        self.processes.sum_(totals)
+        total, count = totals.tolist()
         train_loss = total / count if count else math.nan
         self._require_finite(train_loss, "training")
         return train_loss
@@ -236,21 +257,17 @@ class Training:
         Raises:
             RunError: it cannot be written; the last one is untouched.
         """
-        checkpoint.save(
-            self.checkpoint_path,
-            {
-                "config": self.config.as_dict(),
-                "images": self.digest,
-                "epoch": self.epoch,
-                "step": self.step,
-                "losses": self.gradients.losses,
-                "train_seconds": self.train_seconds,
-                "interval_trace": self.interval_trace,
-                "records": [asdict(record) for record in self.records],
-                "workers": self.workers.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
+        state = {
+            "config": self.config.as_dict(),
+            "images": self.digest,
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "interval_trace": self.interval_trace,
+            "records": [asdict(record) for record in self.records],
+            **collect(self.workers.state_dict()["workers"], self.gradients.losses, self.optimizer, self.processes),
+        }
+        self.processes.from_first(lambda: checkpoint.save(self.checkpoint_path, state))
 
     def resume(self) -> None:
         """Take the state back from the checkpoint.
@@ -258,17 +275,18 @@ class Training:
         Raises:
             UsageError: it is damaged, of other images, or of another run.
         """
-        state = checkpoint.load(self.checkpoint_path)
+        state = checkpoint.decode(self.processes.from_first(lambda: checkpoint.read(self.checkpoint_path)))
         try:
             differences = self.config.differences(state["config"])
             if differences:
                 raise UsageError(f"{self.checkpoint_path} is of another run: {', '.join(differences)}")
             if state["images"] != self.digest:
                 raise UsageError(f"{self.checkpoint_path} was made with other images than those in --data-dir")
-            self.workers.load_state_dict(state["workers"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            own = slice(self.here.start, self.here.stop)
+            self.workers.load_state_dict({"workers": state["workers"][own]})
+            self.optimizer.load_state_dict(optimizer_state(state, self.optimizer, self.here))
             self.epoch, self.step = state["epoch"], state["step"]
-            self.gradients.losses.copy_(state["losses"])
+            self.gradients.losses.copy_(state["losses"][own])
             self.train_seconds = state["train_seconds"]
             self.interval_trace = state["interval_trace"]
             self.records = [Record(**record) for record in state["records"]]

@@ -1,17 +1,21 @@
 """One run, from a Config to a finished folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlocal.train import data, report
+from fastlocal import comm
+from fastlocal.local import DisagreementError
+from fastlocal.train import build, data, report
 from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.loop import Training
+from fastlocal.train.processes import Processes
 
 _OUTPUTS = {"records.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
 
@@ -19,23 +23,41 @@ _OUTPUTS = {"records.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
 def run(config: Config, display: Display) -> dict[str, Any]:
     """Train, test and write the folder; returns the summary. A finished run is not run again when resumed.
 
+    Under torchrun the workers are shared among the processes, and process 0 writes. Processes that torchrun has
+    started again resume.
+
     Raises:
         UsageError: the folder, the data, the device or the checkpoint cannot be used.
         RunDivergedError: training diverged.
-        RunError: a file could not be written on the way.
+        RunError: a file could not be written on the way, or another process was lost.
     """
+    device = build.device(config)
+    if comm.was_restarted():
+        config = replace(config, resume=True)
+    try:
+        summary = _run(config, device, Processes(comm.join(device)), display)
+    except (comm.LostRankError, DisagreementError) as error:
+        raise RunError(str(error)) from None
+    comm.leave()
+    return summary
+
+
+def _run(config: Config, device: torch.device, processes: Processes, display: Display) -> dict[str, Any]:
     folder = config.folder
-    finished = _look(folder, config)
+    processes.share(config.workers)
+    finished = processes.from_first(lambda: _look(folder, config))
     if finished is not None:
         display.note(f"{folder} is finished already")
         return finished
     keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.dataset == "cifar100" and config.download:
+        processes.from_first(lambda: data.download(config.data_dir))
     splits = data.load(config)
-    training = Training(config, splits, folder / "checkpoint.pt", display.step)
-    _begin(folder, config)
-    if config.resume and training.checkpoint_path.exists():
+    training = Training(config, splits, folder / "checkpoint.pt", device, processes, display.step)
+    processes.from_first(lambda: _begin(folder, config))
+    if config.resume and processes.from_first(training.checkpoint_path.exists):
         training.resume()
         display.note(f"going on after epoch {training.epoch}, step {training.step}")
     elif config.resume:
@@ -45,10 +67,21 @@ def run(config: Config, display: Display) -> dict[str, Any]:
         f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
         f"{training.device}, {config.precision}, {training.total_steps:,} local steps"
     )
+    if len(processes) > 1:
+        display.note(f"{len(processes)} processes with {config.workers // len(processes)} workers each")
     for record in training.epochs():
-        report.write_records(folder / "records.jsonl", training.records)
+        if processes.rank == 0:
+            report.write_records(folder / "records.jsonl", training.records)
         display.epoch(record, config.epochs, training.train_samples)
     test_loss, test_accuracy = training.test() if config.test else (None, None)
+    return processes.from_first(lambda: _finish(config, training, test_loss, test_accuracy))
+
+
+def _finish(
+    config: Config, training: Training, test_loss: float | None, test_accuracy: float | None
+) -> dict[str, Any]:
+    """Write what a finished run leaves behind."""
+    folder = config.folder
     summary = report.summarise(
         config,
         training.records,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastlocal import Workers
 from fastlocal.train.augment import Augmenter
 from fastlocal.train.config import Precision
 
@@ -27,7 +26,7 @@ class Gradients:
     """Leaves in each worker's `.grad` the gradient of its own batch.
 
     Args:
-        workers: the models.
+        models: the workers, in whatever is to be called instead of them.
         data: each worker's images.
         batch_size: images of each.
         precision: of the forward pass.
@@ -36,13 +35,15 @@ class Gradients:
         losses: float64, (K, 2), each worker's sum and number of finite losses since they were zeroed.
     """
 
-    def __init__(self, workers: Workers, data: Sequence[Augmenter], batch_size: int, precision: Precision) -> None:
-        self.workers, self.data = workers, data
+    def __init__(
+        self, models: Sequence[nn.Module], data: Sequence[Augmenter], batch_size: int, precision: Precision
+    ) -> None:
+        self.models, self.data = list(models), data
         self.precision: Precision = precision
         self.device = data[0].labels.device
-        self.losses = torch.zeros(len(workers), 2, dtype=torch.float64, device=self.device)
-        self.picks = torch.zeros(len(workers), 4, batch_size, dtype=torch.int64, device=self.device)
-        self.streams = [torch.cuda.Stream(self.device) for _ in workers] if self.device.type == "cuda" else []
+        self.losses = torch.zeros(len(models), 2, dtype=torch.float64, device=self.device)
+        self.picks = torch.zeros(len(models), 4, batch_size, dtype=torch.int64, device=self.device)
+        self.streams = [torch.cuda.Stream(self.device) for _ in models] if self.device.type == "cuda" else []
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -55,7 +56,7 @@ class Gradients:
         self.picks.copy_(picks)
         if self.device.type != "cuda":
             self._clear()
-            for worker in range(len(self.workers)):
+            for worker in range(len(self.models)):
                 self._compute(worker)
         elif self.graph is not None:
             self.graph.replay()
@@ -72,8 +73,8 @@ class Gradients:
             self.graph.replay()
 
     def _clear(self) -> None:
-        for parameter in self.workers.parameters():
-            parameter.grad = None
+        for model in self.models:
+            model.zero_grad()
 
     def _compute_on_streams(self) -> None:
         main = torch.cuda.current_stream(self.device)
@@ -86,7 +87,7 @@ class Gradients:
 
     def _compute(self, worker: int) -> None:
         images, labels = self.data[worker].batch(self.picks[worker])
-        loss = nn.functional.cross_entropy(forward(self.workers[worker], images, self.precision), labels)
+        loss = nn.functional.cross_entropy(forward(self.models[worker], images, self.precision), labels)
         loss.backward()
         # A worker that diverges alone is healed by the next sync; its loss says nothing about the others.
         finite = loss.detach().isfinite()

@@ -1,0 +1,42 @@
+"""Under torchrun: join the other processes of the program, and leave them."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fastlocal.comm.group import Group, find_group
+
+TIMEOUT_SECONDS = 300.0
+"""How long a collective waits for a process before the others give it up."""
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started the processes again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def join(device: torch.device) -> Group | None:
+    """Meet the other processes, by NCCL for tensors on GPUs and gloo for the rest; None if there are no others."""
+    if launched_processes() == 1:
+        return None
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    return find_group(None, TIMEOUT_SECONDS, device)
+
+
+def leave() -> None:
+    """End the communication in good order; a process that fails does not wait for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

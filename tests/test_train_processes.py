@@ -1,0 +1,128 @@
+"""Runs under torchrun: the same training, whole folders, and processes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RUN = ["train", "--batch-size", "16", "--interval", "4", "--synthetic-images", "400"]
+FOUR = [*RUN, "--workers", "4", "--epochs", "3"]
+TIMES = ("train_seconds", "sync_seconds")
+
+
+def start(processes, arguments, out, restarts=0):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}", "-m"]
+    return subprocess.Popen(
+        [*command, "fastlocal", *arguments, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    said, errors = process.communicate(timeout=180)
+    return process.returncode, said, errors
+
+
+def run(processes, arguments, out):
+    code, said, errors = finish(start(processes, arguments, out))
+    assert code == 0, errors
+    return said
+
+
+def kept(out):
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    return state, [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def assert_same_run(one, other, ignored=("drift",)):
+    """Equal to float32 rounding; the drift is measured only within a process."""
+    (state, records), (state2, records2) = kept(one), kept(other)
+    for worker, worker2 in zip(state["workers"], state2["workers"], strict=True):
+        for name, value in worker.items():
+            torch.testing.assert_close(value, worker2[name], rtol=1e-4, atol=1e-5)
+    for record, record2 in zip(records, records2, strict=True):
+        for name in record.keys() - set(ignored):
+            assert record[name] == pytest.approx(record2[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("method", ["slowmo", "sync"])
+def test_four_workers_are_the_same_run_in_one_process_and_in_several(tmp_path, method):
+    arguments = [*FOUR, "--method", method]
+    run(1, arguments, tmp_path / "1")
+    processes = {"slowmo": 2, "sync": 4}[method]
+    said = run(processes, arguments, tmp_path / "n")
+    assert said.count("test accuracy") == 1
+    assert f"{processes} processes with {4 // processes} workers each" in said
+    assert_same_run(tmp_path / "1", tmp_path / "n")
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("1", "n")]
+    for name in ("bytes_on_wire", "bytes_synchronous", "rounds", "local_steps", "train_samples"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+def stop_in_the_middle(process, out):
+    """Kill everything once a checkpoint lies within an epoch."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (out / "checkpoint.pt").exists():
+            break
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    workers_of(process, signal.SIGKILL, everybody=True)
+    process.kill()
+    process.communicate()
+
+
+def workers_of(process, number, everybody=False):
+    """Send a signal to the last of the processes that torchrun started, or to all."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children if everybody else children[-1:]:
+        os.kill(int(child), number)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_run_goes_on_with_its_workers_in_another_number_of_processes(tmp_path):
+    arguments = [*FOUR, "--method", "slowmo", "--checkpoint-seconds", "0"]
+    run(1, arguments, tmp_path / "straight")
+    stop_in_the_middle(start(1, arguments, tmp_path / "moved"), tmp_path / "moved")
+    run(4, [*arguments, "--resume"], tmp_path / "moved")
+    assert_same_run(tmp_path / "straight", tmp_path / "moved")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_with_the_same_bits(tmp_path):
+    arguments = [*RUN, "--workers", "2", "--epochs", "12", "--method", "slowmo"]
+    run(2, arguments, tmp_path / "straight")
+    process = start(2, arguments, tmp_path / "killed", restarts=1)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    workers_of(process, signal.SIGKILL)
+    code, said, errors = finish(process)
+    assert code == 0, errors
+    assert "going on after epoch" in said, "the run ended before it could be killed"
+    (state, records), (state2, records2) = kept(tmp_path / "straight"), kept(tmp_path / "killed")
+    assert records == records2
+    for worker, worker2 in zip(state["workers"], state2["workers"], strict=True):
+        assert all(torch.equal(worker[name], worker2[name]) for name in worker)
+
+
+def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
+    code, _, errors = finish(start(2, [*RUN, "--workers", "3"], tmp_path / "out"))
+    assert code != 0
+    for rank in (0, 1):
+        assert f"error on rank {rank}: --workers must be a multiple of the 2 processes, got 3" in errors
+    assert not (tmp_path / "out").exists()
