@@ -22,7 +22,8 @@ ARROWS = {
     "outer": {"ops"},
     "optim": {"ops", "optim", "comm"},
     "local": {"buffers", "flat", "inner", "outer", "policy", "comm", "ops", "local"},
-    "train": {"", "local", "policy", "train"},
+    "bench": {"", "bench", "ops", "optim"},
+    "train": {"", "bench", "local", "policy", "train"},
     "__init__": {"flat", "local", "optim", "policy"},
     "__main__": {"train"},
 }
@@ -40,7 +41,8 @@ TRAIN_ARROWS = {
     "display": {"loop"},
     "report": {"checkpoint", "config", "loop"},
     "run": {"report", "data", "allocator", "config", "display", "errors", "loop"},
-    "cli": {"config", "display", "errors", "run"},
+    "bench": set(),
+    "cli": {"bench", "config", "display", "errors", "run"},
     "__init__": set(),
 }
 

@@ -2,12 +2,17 @@
 
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
+import torch
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import fastlocal
+from fastlocal.bench.cases import Operation
+from fastlocal.bench.run import Plan
+from fastlocal.train.bench import bench as run_bench
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
@@ -30,6 +35,35 @@ def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  #
     with Display(Console()) as display:
         summary = run(config, display)
     display.summary(summary)
+
+
+@app.command
+def bench(
+    *,
+    operation: Operation | None = None,
+    size: str | None = None,
+    quick: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    compiled: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Time LAMB, LARS, averaging and the outer step beside other libraries, in one table.
+
+    Args:
+        operation: Only this one.
+        size: Only the shapes of this model: lenet, resnet18, resnet50, bert-base, bert-large or tiny.
+        quick: Small sizes only, a quarter of a minute.
+        device: Where; auto is CUDA if there is a GPU.
+        compiled: Add torch.compile of a peer's step, which compiles for a minute or more.
+        out: File to append the rows to as JSON lines.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        plan = Plan(operation=operation, size=size, quick=quick, device=device, with_compile=compiled)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    run_bench(plan, out, Console())
 
 
 def main(argv: list[str] | None = None) -> int:
