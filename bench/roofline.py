@@ -2,9 +2,9 @@
 
     python bench/roofline.py [--out roofline.json] [--parameters 100000000] [--workers 1 4 8]
 
-Needs a CUDA device, torch, triton and a checkout. Each configuration is timed with its kernel compiled, in turn with
-the copy; buffers are far larger than the L2 cache. No kernel is autotuned in the library, since it writes what it reads:
-the constants in kernels/average.py are set by hand from this file.
+Needs a CUDA device, torch, triton and a checkout. Each configuration is timed with its kernel compiled, in turn
+with the copy; buffers are far larger than the L2 cache. No kernel is autotuned in the library, since it writes what
+it reads: the constants in kernels/average.py are set by hand from this file.
 """
 
 import argparse
@@ -13,14 +13,15 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastlocal.kernels import average as kernels  # noqa: E402 - a checkout nobody installed must be measurable
-from fastlocal.kernels import slowmo  # noqa: E402
+from fastlocal.kernels import average as kernels
+from fastlocal.kernels import slowmo
 
 BLOCKS = (512, 1024, 2048, 4096)
 WARPS = (2, 4, 8, 16)
@@ -44,29 +45,32 @@ class Buffers:
         self.rows = torch.randn(k, n, device="cuda").to(dtype)
         self.anchor, self.slow = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda")
         self.weights = torch.ones(k, device="cuda")
-        self.parts = torch.empty(k, triton.cdiv(n, min(BLOCKS)), device="cuda")
+        self.parts = torch.empty(k, -(-n // min(BLOCKS)), device="cuda")
         self.finite = torch.ones(k, dtype=torch.int8, device="cuda")
 
 
 def launches(b: Buffers, block: int, warps: int) -> dict[str, tuple[Callable[[], object], int]]:
     """By kernel: a launch at these constants, and its bytes a column."""
-    size, programs = b.rows.element_size(), triton.cdiv(b.n, block)
+    size, programs = b.rows.element_size(), -(-b.n // block)
+    average: Any = kernels._average_kernel
+    outer_step: Any = slowmo._outer_step_kernel
+    finite_rows: Any = kernels._finite_rows_kernel
     constants = {"BLOCK": block, "num_warps": warps}
     rows = (b.rows, b.rows.stride(0))
     parts = (b.parts, b.parts.stride(0), b.n)
     return {
         "average": (
-            lambda: kernels._average_kernel[(programs,)](*rows, b.weights, *parts, K=b.k, **constants),
+            lambda: average[(programs,)](*rows, b.weights, *parts, K=b.k, **constants),
             2 * size * b.k,
         ),
         "outer_step": (
-            lambda: slowmo._outer_step_kernel[(programs,)](
+            lambda: outer_step[(programs,)](
                 *rows, b.anchor, b.slow, b.weights, *parts, 0.0, 1.0, 0.9, 1.0, K=b.k, **constants
             ),
             2 * size * b.k + 16,
         ),
         "finite_rows": (
-            lambda: kernels._finite_rows_kernel[(programs, b.k)](*rows, b.finite, b.n, **constants),
+            lambda: finite_rows[(programs, b.k)](*rows, b.finite, b.n, **constants),
             size * b.k,
         ),
     }

@@ -5,8 +5,13 @@ import torch
 
 from fastlocal.bench.cases import Operation, build
 
-CASES: list[tuple[Operation, int]] = [("lamb", 1), ("lars", 1), ("outer-step", 1)]
-CASES += [(operation, workers) for operation in ("average", "outer-step") for workers in (2, 4, 8, 16)]
+SYNCS: tuple[Operation, ...] = ("average", "outer-step")
+CASES: list[tuple[Operation, int]] = [
+    ("lamb", 1),
+    ("lars", 1),
+    ("outer-step", 1),
+    *((operation, workers) for operation in SYNCS for workers in (2, 4, 8, 16)),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -26,7 +26,7 @@ def pytorch_average_(x: list[Tensor], num_processes: int) -> None:
     flat /= num_processes
     start = 0
     for p in x:
-        p.set_(flat[start : start + p.numel()].view_as(p))
+        p.data = flat[start : start + p.numel()].view_as(p)
         start += p.numel()
 
 
@@ -35,7 +35,7 @@ def accelerate_average_(x: list[Tensor], num_processes: int) -> None:
     for p in x:
         mean = p.clone()
         mean /= num_processes
-        p.set_(mean)
+        p.data = mean
 
 
 def torchft_average_(x: list[Tensor], num_processes: int) -> None:
