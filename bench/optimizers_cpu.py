@@ -23,12 +23,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastlocal import LAMB, LARS  # noqa: E402 - a checkout nobody installed must be measurable
+from fastlocal.bench.shapes import SHAPES  # noqa: E402
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 

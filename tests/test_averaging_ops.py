@@ -18,6 +18,8 @@ COEFFICIENTS = {
     "paused": {"direct": 0.8, "momentum": 0.0, "decay": 1.0, "gain": 0.0},
 }
 SIZES = [(1, 1), (1, 5000), (2, 1024), (3, 1023), (4, 40_000), (5, 16), (8, 2050)]
+# More columns than one block of the portable path, and rows that sum rather than run.
+EQUAL_WEIGHTS = [(1, 400_003), (2, 400_003), (5, 200_001), (16, 100_001)]
 
 
 def make(k, n, dtype, seed=0, device=DEVICE):
@@ -90,6 +92,33 @@ def test_outer_step_kernel_agrees_with_the_reference(form, k, n, dtype):
     torch.testing.assert_close(anchor, expected[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(slow, expected[2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.sum(1), expected[3].sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("k", "n"), EQUAL_WEIGHTS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_portable_outer_step_over_several_blocks_agrees_with_float64(dtype, k, n):
+    rows, anchor, slow, weights, parts = make(k, n, dtype)
+    weights.fill_(1.0)
+    started = anchor.to(dtype).double()
+    mean = rows.double().mean(0)
+    drift = (rows.double() - mean).pow(2).sum(1)
+    v = 0.5 * slow.double() + started - mean
+    new = anchor.double() - 0.9 * v
+    coefficients = {"direct": 0.0, "momentum": 0.9, "decay": 0.5, "gain": 1.0}
+    ops.outer_step_(rows, anchor, slow, weights, parts, impl="portable", **coefficients)
+    torch.testing.assert_close(slow.double(), v, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(anchor.double(), new, rtol=2e-6, atol=2e-6)
+    assert torch.equal(rows, anchor.to(dtype).expand(k, -1))
+    torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-5, atol=1e-9)
+
+
+def test_a_lone_row_with_weight_is_what_the_portable_mean_copies():
+    rows, _, _, _, parts = make(3, 5000, torch.float32)
+    last = rows[2].clone()
+    rows[0] = torch.nan
+    ops.average_(rows, torch.tensor([0.0, 0.0, 0.7], device=DEVICE), parts, impl="portable")
+    assert torch.equal(rows, last.expand(3, -1))
+    assert not parts.any()
 
 
 @pytest.mark.parametrize("impl", ["portable", "triton"])

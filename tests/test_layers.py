@@ -22,7 +22,8 @@ ARROWS = {
     "outer": {"ops"},
     "optim": {"ops", "optim", "comm"},
     "local": {"buffers", "flat", "inner", "outer", "policy", "comm", "ops", "local"},
-    "train": {"", "local", "policy", "train", "comm", "flat"},
+    "bench": {"", "bench", "ops", "optim"},
+    "train": {"", "bench", "local", "policy", "train", "comm", "flat"},
     "__init__": {"flat", "local", "optim", "policy"},
     "__main__": {"train"},
 }
@@ -47,7 +48,8 @@ TRAIN_ARROWS = {
     "display": {"loop"},
     "report": {"checkpoint", "config", "loop"},
     "run": {"report", "build", "data", "allocator", "config", "display", "errors", "loop", "processes"},
-    "cli": {"config", "display", "errors", "run"},
+    "bench": set(),
+    "cli": {"bench", "cells", "config", "display", "errors", "run", "study", "page", "search"},
     "__init__": set(),
 }
 

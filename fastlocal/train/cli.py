@@ -4,14 +4,18 @@ import fnmatch
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 import fastlocal
+from fastlocal.bench.cases import Operation
+from fastlocal.bench.run import Plan
 from fastlocal.train import cells
 from fastlocal.train import study as studies
+from fastlocal.train.bench import bench as run_bench
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
@@ -147,6 +151,35 @@ def search(
     read = searching.load(file, trials=trials, epochs=epochs)
     folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
     searching.search(read, out or Path("runs") / "search" / folder, Console(), data_dir=data_dir, threads=threads)
+
+
+@app.command
+def bench(
+    *,
+    operation: Operation | None = None,
+    size: str | None = None,
+    quick: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    compiled: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Time LAMB, LARS, averaging and the outer step beside other libraries, in one table.
+
+    Args:
+        operation: Only this one.
+        size: Only the shapes of this model: lenet, resnet18, resnet50, bert-base, bert-large or tiny.
+        quick: Small sizes only, a quarter of a minute.
+        device: Where; auto is CUDA if there is a GPU.
+        compiled: Add torch.compile of a peer's step, which compiles for a minute or more.
+        out: File to append the rows to as JSON lines.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        plan = Plan(operation=operation, size=size, quick=quick, device=device, with_compile=compiled)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    run_bench(plan, out, Console())
 
 
 def main(argv: list[str] | None = None) -> int:

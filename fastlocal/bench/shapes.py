@@ -1,6 +1,21 @@
-"""Parameter shapes of the models that the optimizer benchmarks step, so that no model has to be built."""
+"""Parameter shapes of the models that the benchmarks step and average, so that no model has to be built."""
+
+import math
 
 Shapes = list[tuple[int, ...]]
+
+
+def resnet18() -> Shapes:
+    """ResNet-18 with 100 classes and a 3x3 stem, as for CIFAR-100: 62 tensors, 11,220,132 parameters."""
+    shapes: Shapes = [(64, 3, 3, 3), (64,), (64,)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += [(width, channels, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if channels != width:
+                shapes += [(width, channels, 1, 1), (width,), (width,)]
+            channels = width
+    return [*shapes, (100, 512), (100,)]
 
 
 def resnet50() -> Shapes:
@@ -38,7 +53,13 @@ def tiny() -> Shapes:
     return [(1000,)] * 2000
 
 
+def num_parameters(shapes: Shapes) -> int:
+    """Elements of all tensors together."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
 SHAPES = {
+    "resnet18": resnet18,
     "resnet50": resnet50,
     "bert-base": lambda: bert(12, 768),
     "bert-large": lambda: bert(24, 1024),

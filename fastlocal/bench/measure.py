@@ -1,0 +1,75 @@
+"""Time the contenders of a case in turn, in one process, beside a copy.
+
+In turn, so that a noisy neighbour hits all of them; ratios are taken within a turn.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastlocal.bench.cases import OURS, Case
+
+COPY = "copy"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a contender's turns; `ratio` is the median over turns of its seconds by ours."""
+
+    p20: float
+    p50: float
+    p80: float
+    ratio: float
+    first: float
+    """Seconds of the very first call."""
+
+
+def measure(case: Case, device: str, turns: int, warmup: int = 2) -> dict[str, Timing]:
+    """Timings by contender, with that of a copy of `case.parameters` float32 numbers under COPY.
+
+    Args:
+        case: what to time.
+        device: "cpu" or "cuda"; on CUDA, events time the device.
+        turns: timed calls of each contender.
+        warmup: calls before.
+    """
+    clock = _event_seconds if device == "cuda" else _host_seconds
+    calls = {contender.name: contender.calls for contender in case.contenders}
+    calls[COPY] = _copies(case, device)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + turns):
+        for index, (name, sets) in enumerate(calls.items()):
+            seconds[name].append(clock(sets[(turn + index) % len(sets)]))
+    return {name: _timing(all_[warmup:], seconds[OURS][warmup:], all_[0]) for name, all_ in seconds.items()}
+
+
+def _timing(seconds: list[float], ours: list[float], first: float) -> Timing:
+    fifths = statistics.quantiles(seconds, n=5)
+    ratio = statistics.median(s / o for s, o in zip(seconds, ours, strict=True))
+    return Timing(fifths[0], statistics.median(seconds), fifths[-1], ratio, first)
+
+
+def _copies(case: Case, device: str) -> list[Callable[[], object]]:
+    """As many source and target pairs as the contenders have sets."""
+    num_sets = len(case.contenders[0].calls)
+    pairs = [[torch.zeros(case.parameters, device=device) for _ in range(2)] for _ in range(num_sets)]
+    return [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _event_seconds(call: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

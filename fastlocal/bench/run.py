@@ -1,0 +1,171 @@
+"""Which cases are run, and the row that each contender yields."""
+
+import datetime
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastlocal.bench import machine
+from fastlocal.bench.cases import OPERATIONS, Case, Contender, Operation, build, bytes_held
+from fastlocal.bench.count import count
+from fastlocal.bench.measure import COPY, Timing, measure
+from fastlocal.bench.shapes import SHAPES
+
+WORKERS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's result. Times are seconds, from `turns` turns."""
+
+    operation: str
+    size: str
+    workers: int
+    contender: str
+    tensors: int
+    parameters: int
+    dtype: str
+    seconds_p20: float
+    seconds_p50: float
+    seconds_p80: float
+    seconds_first: float
+    ratio: float
+    """Times as long as fastlocal takes: the median over turns."""
+    bytes_a_parameter: float
+    """For fastlocal, what has to move to and from memory; for a peer, what its operations read and write."""
+    launches: int | None
+    """PyTorch operations that run a kernel; None where Triton kernels run, which are not counted here."""
+    share_of_copy: float
+    """Bytes a second by those of a copy in the same turns."""
+    turns: int
+    sets: int
+    """Sets of tensors that the turns rotate over."""
+    rotated_bytes: int
+    cache_bytes: int
+    """A rotation larger than the cache finds its tensors in memory, a smaller one in the cache."""
+    missing: tuple[str, ...]
+    device: str
+    threads: int
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        operation: one operation only.
+        size: one model's shapes only.
+        quick: the small sizes, two and eight workers.
+        device: "cpu" or "cuda".
+        with_compile: add a compiled peer to the optimizers.
+    """
+
+    operation: Operation | None = None
+    size: str | None = None
+    quick: bool = False
+    device: str = "cpu"
+    with_compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.operation is not None and self.operation not in OPERATIONS:
+            raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {self.operation!r}")
+        if self.size is not None and self.size not in SHAPES:
+            raise ValueError(f"size must be one of {', '.join(SHAPES)}, got {self.size!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be 'cpu' here: there is no CUDA device")
+
+    def cases(self) -> Iterator[tuple[Operation, str, int]]:
+        """(operation, size, workers) of each case."""
+        for operation in OPERATIONS if self.operation is None else (self.operation,):
+            optimizer = operation in ("lamb", "lars")
+            sizes = ("lenet", "resnet50") if optimizer else ("lenet", "resnet18", "bert-base")
+            if self.quick:
+                sizes = sizes[:1]
+            for size in sizes if self.size is None else (self.size,):
+                if optimizer:
+                    yield operation, size, 1
+                    continue
+                for workers in (2, 8) if self.quick else WORKERS:
+                    if (operation, workers) != ("average", 1):  # one row is its own mean
+                        yield operation, size, workers
+
+
+def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str], None]) -> list[Row]:
+    """Measure every case of the plan; `show` gets each with its rows, `note` what is left out and why."""
+    found: list[Row] = []
+    for operation, size, workers in plan.cases():
+        free, cache = machine.free_bytes(plan.device), machine.cache_bytes(plan.device)
+        held = bytes_held(operation, size, workers)
+        if 2 * held > free:
+            gigabytes = f"{2 * held / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            note(f"{operation}, {size}, {workers} workers: left out, it needs {gigabytes}")
+            continue
+        sets = max(1, min(1 + math.ceil(2 * cache / held), 8, free // (3 * held)))
+        case = build(operation, size, workers, plan.device, sets, plan.with_compile)
+        rows = _rows(case, plan, held, cache)
+        show(case, rows)
+        found += rows
+    return found
+
+
+def append(rows: list[Row], file: Path) -> None:
+    """One JSON line a row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def _rows(case: Case, plan: Plan, held: int, cache: int) -> list[Row]:
+    turns = 25 if case.parameters * case.workers < 2e7 else 9 if case.parameters * case.workers < 4e8 else 5
+    turns = 30 if plan.device == "cuda" else turns
+    timings = measure(case, plan.device, turns)
+    copy_rate = 8 * case.parameters / timings[COPY].p50
+    copy = Contender(COPY, [lambda: None], 8.0)
+    return [
+        _row(case, plan, contender, timings[contender.name], copy_rate, turns, held, cache)
+        for contender in [*case.contenders, copy]
+    ]
+
+
+def _row(
+    case: Case, plan: Plan, contender: Contender, timing: Timing, copy_rate: float, turns: int, held: int, cache: int
+) -> Row:
+    traffic = count(contender.calls[0])
+    moved = contender.bytes_a_parameter
+    if moved is None:
+        moved = round(traffic.bytes_moved / case.parameters, 2)
+    sets = len(case.contenders[0].calls)
+    return Row(
+        operation=case.operation,
+        size=case.size,
+        workers=case.workers,
+        contender=contender.name,
+        tensors=case.tensors,
+        parameters=case.parameters,
+        dtype="float32",
+        seconds_p20=timing.p20,
+        seconds_p50=timing.p50,
+        seconds_p80=timing.p80,
+        seconds_first=timing.first,
+        ratio=timing.ratio,
+        bytes_a_parameter=moved,
+        launches=1 if contender.name == COPY else traffic.launches or None,
+        share_of_copy=moved * case.parameters / timing.p50 / copy_rate,
+        turns=turns,
+        sets=sets,
+        rotated_bytes=held * (len(case.contenders) if case.operation in ("lamb", "lars") else sets),
+        cache_bytes=cache,
+        missing=tuple(case.missing),
+        device=machine.device_name(plan.device),
+        threads=torch.get_num_threads(),
+        versions=machine.versions(),
+        commit=machine.commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,55 @@
+"""The table of `fastlocal bench`."""
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastlocal.bench.cases import Case
+from fastlocal.bench.run import Plan, Row, append, run
+
+
+def bench(plan: Plan, out: Path | None, console: Console) -> None:
+    """Measure the plan, print one table a case, and append the rows to `out`."""
+
+    def show(case: Case, rows: list[Row]) -> None:
+        console.print(_table(case, rows))
+        if case.missing:
+            console.print(f"not installed, so not compared: {', '.join(case.missing)}", highlight=False)
+        if out is not None:
+            append(rows, out)
+
+    with console.status("measuring"):
+        rows = run(plan, show, lambda text: console.print(text, highlight=False))
+    if rows:
+        last = rows[-1]
+        console.print(
+            f"{last.device}, {last.threads} threads, torch {last.versions['torch']}; medians of interleaved turns, "
+            "20th to 80th percentile; of a blocked fastlocal operation the bytes are those that have to move",
+            highlight=False,
+        )
+
+
+def _table(case: Case, rows: list[Row]) -> Table:
+    workers = "" if case.operation in ("lamb", "lars") else f", {case.workers} workers"
+    resident = "in the cache" if rows[0].rotated_bytes < rows[0].cache_bytes else "from memory"
+    title = (
+        f"{case.operation}, {case.size}{workers}: {case.tensors} tensors, {case.parameters:,} parameters, {resident}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for name in ("ms", "p20", "p80", "× ours", "B/param", "calls", "% copy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.contender,
+            f"{row.seconds_p50 * 1e3:.3f}",
+            f"{row.seconds_p20 * 1e3:.3f}",
+            f"{row.seconds_p80 * 1e3:.3f}",
+            f"{row.ratio:.2f}",
+            f"{row.bytes_a_parameter:.0f}",
+            "—" if row.launches is None else str(row.launches),
+            f"{100 * row.share_of_copy:.0f}",
+        )
+    return table

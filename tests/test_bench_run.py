@@ -1,0 +1,80 @@
+"""The benchmark's plan, its rows, and the command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastlocal.bench import cases
+from fastlocal.bench.measure import _timing
+from fastlocal.bench.run import Plan
+from fastlocal.bench.shapes import SHAPES, num_parameters
+from fastlocal.train.cli import main
+
+
+def test_models_have_the_parameters_of_the_originals():
+    counts = {"lenet": (10, 815_332), "resnet18": (62, 11_220_132), "resnet50": (161, 25_557_032)}
+    for name, expected in counts.items():
+        shapes = SHAPES[name]()
+        assert (len(shapes), num_parameters(shapes)) == expected
+
+
+def test_medians_percentiles_and_ratios_are_those_computed_by_hand():
+    timing = _timing([2.0, 4.0, 6.0, 8.0], [1.0, 1.0, 3.0, 2.0], 9.0)
+    assert (timing.p50, timing.first) == (5.0, 9.0)
+    assert timing.ratio == 3.0  # of 2, 4, 2 and 4
+    assert timing.p20 < 4.0 < 6.0 < timing.p80
+
+
+def test_a_plan_covers_all_operations_and_leaves_out_the_mean_of_one_row():
+    planned = list(Plan().cases())
+    assert {operation for operation, _, _ in planned} == set(cases.OPERATIONS)
+    assert ("outer-step", "lenet", 1) in planned
+    assert ("average", "lenet", 1) not in planned
+    assert {k for operation, _, k in planned if operation == "average"} == {2, 4, 8, 16}
+    with pytest.raises(ValueError, match="size must be one of .* got 'gpt'"):
+        Plan(size="gpt")
+
+
+def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    assert main(["bench", "--operation", "outer-step", "--size", "lenet", "--quick", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["workers"], row["contender"]) for row in rows} == {
+        (k, name) for k in (2, 8) for name in ("fastlocal", "plain PyTorch", "copy")
+    }
+    for row in rows:
+        assert row["seconds_p20"] <= row["seconds_p50"] <= row["seconds_p80"]
+        rate = row["bytes_a_parameter"] * row["parameters"] / row["seconds_p50"]
+        copy = next(r for r in rows if r["workers"] == row["workers"] and r["contender"] == "copy")
+        copy_rate = 8 * copy["parameters"] / copy["seconds_p50"]
+        assert row["share_of_copy"] == pytest.approx(rate / copy_rate)
+        assert row["versions"]["torch"]
+        assert row["device"]
+    ours = next(row for row in rows if row["contender"] == "fastlocal" and row["workers"] == 8)
+    assert ours["bytes_a_parameter"] == 80
+    assert "outer-step, lenet, 8 workers" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unknown_size_is_a_usage_error(capsys):
+    assert main(["bench", "--size", "gpt"]) == 2
+    assert "size must be one of" in capsys.readouterr().err
+
+
+def test_benchmarks_need_torch_alone():
+    code = """
+import sys
+for name in ("rich", "cyclopts", "numpy.testing", "matplotlib", "timm", "pytorch_optimizer"):
+    sys.modules[name] = None
+sys.argv = ["bench", "--operation", "lars", "--size", "lenet"]
+import torch; torch.set_num_threads(1)
+import fastlocal.bench.installed as installed
+installed.importlib.util.find_spec = lambda name: None
+from fastlocal.bench.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch SGD fused" in done.stdout
+    assert "not installed: timm, pytorch_optimizer" in done.stdout
