@@ -40,7 +40,9 @@ TRAIN_ARROWS = {
     "display": {"loop"},
     "report": {"checkpoint", "config", "loop"},
     "run": {"report", "data", "allocator", "config", "display", "errors", "loop"},
-    "cli": {"config", "display", "errors", "run"},
+    "plan": {"errors"},
+    "plan_report": {"errors", "plan"},
+    "cli": {"config", "display", "errors", "plan_report", "run"},
     "__init__": set(),
 }
 

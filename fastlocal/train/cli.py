@@ -11,6 +11,7 @@ import fastlocal
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.run import run
 
 app = App(
@@ -30,6 +31,12 @@ def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  #
     with Display(Console()) as display:
         summary = run(config, display)
     display.summary(summary)
+
+
+@app.command
+def plan(config: Annotated[PlanConfig, Parameter(name="*")]) -> None:
+    """Estimate on paper: seconds a step, bytes and speed-up for any model, number of workers and link."""
+    answer(config, Console())
 
 
 def main(argv: list[str] | None = None) -> int:
