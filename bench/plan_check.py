@@ -3,8 +3,9 @@
 Gloo processes in network namespaces of their own, joined by a bridge, each sending through a token bucket (tc tbf) of
 100 Mb/s. A round is J real steps of LeNet-5 on made-up images and one flat all-reduce of the parameters, through
 torch.distributed alone, so that what is measured is the link and not this library. The prediction is given the link's
-rate, and two figures measured beforehand: the seconds of a step while all processes compute, and the latency, from
-all-reduces of one element. Rounds are timed from barrier to barrier. One JSON line a setting is appended to
+rate, and two measured figures: the latency, from all-reduces of one element, and the seconds of a step while all
+processes compute, from J steps without a sync before each round, since a shared machine is not equally fast all the
+time. Everything is timed from barrier to barrier. One JSON line a setting is appended to
 bench/results/plan_check.jsonl.
 """
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,10 +99,10 @@ def work(rank: int, workers: int, out: Path) -> None:
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
-    def seconds(action) -> float:
+    def seconds(action: Callable[..., object], *arguments: object) -> float:
         dist.barrier()
         started = time.perf_counter()
-        action()
+        action(*arguments)
         dist.barrier()
         return time.perf_counter() - started
 
@@ -112,18 +114,16 @@ def work(rank: int, workers: int, out: Path) -> None:
     sync()
     one = torch.zeros(1)
     barrier = statistics.median(seconds(lambda: None) for _ in range(20))
-    tiny = statistics.median(seconds(lambda: dist.all_reduce(one)) - barrier for _ in range(20))
-    # As long as a round of 16: the slowest process decides, as it does in a round.
-    step = statistics.median((seconds(lambda: steps(16)) - barrier) / 16 for _ in range(3))
-    measured = {"latency_seconds": max(tiny, 0.0) / (2 * (workers - 1)), "step_seconds": step, "rounds": {}}
+    tiny = statistics.median(seconds(dist.all_reduce, one) - barrier for _ in range(20))
+    measured = {"latency_seconds": max(tiny, 0.0) / (2 * (workers - 1)), "rounds": {}}
 
     def a_round(interval: int) -> None:
         steps(interval)
         sync()
 
     for interval, rounds in ROUNDS.items():
-        times = [seconds(lambda interval=interval: a_round(interval)) - barrier for _ in range(rounds)]
-        measured["rounds"][interval] = times
+        pairs = [[seconds(act, interval) - barrier for act in (steps, a_round)] for _ in range(rounds)]
+        measured["rounds"][interval] = pairs
     measured["sync_seconds"] = [seconds(sync) - barrier for _ in range(5)]
     measured["parameters"] = flat.numel()
     if rank == 0:
@@ -159,10 +159,11 @@ def lines(workers: int, measured: dict, commit: str) -> list[dict]:
     """One record an interval: measured and predicted seconds a round."""
     link = Link(RATE_GBPS, measured["latency_seconds"], PAYLOAD_SHARE)
     records = []
-    for interval, times in measured["rounds"].items():
-        plan = Plan(measured["parameters"], workers, measured["step_seconds"], link, interval=int(interval))
-        predicted = estimate(plan)
-        seconds = statistics.median(times)
+    for name, pairs in measured["rounds"].items():
+        interval = int(name)
+        step = statistics.median(alone for alone, _ in pairs) / interval
+        seconds = statistics.median(whole for _, whole in pairs)
+        predicted = estimate(Plan(measured["parameters"], workers, step, link, interval=interval))
         records.append(
             {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,17 +174,17 @@ def lines(workers: int, measured: dict, commit: str) -> list[dict]:
                 "link": f"tc tbf {RATE_GBPS} Gb/s, burst {BURST_BYTES} B, queue {QUEUE_MS} ms; gloo; payload share "
                 f"{PAYLOAD_SHARE:.4f}",
                 "workers": workers,
-                "interval": int(interval),
+                "interval": interval,
                 "parameters": measured["parameters"],
                 "batch": BATCH,
-                "step_seconds": round(measured["step_seconds"], 6),
+                "step_seconds": round(step, 6),
                 "latency_seconds": round(measured["latency_seconds"], 7),
                 "sync_seconds": round(statistics.median(measured["sync_seconds"]), 4),
                 "sync_seconds_predicted": round(predicted.sync_seconds, 4),
                 "round_seconds": round(seconds, 4),
-                "round_seconds_all": [round(value, 4) for value in times],
-                "round_seconds_predicted": round(predicted.step_seconds * int(interval), 4),
-                "error": round(predicted.step_seconds * int(interval) / seconds - 1, 4),
+                "steps_alone_and_round_seconds": [[round(value, 4) for value in pair] for pair in pairs],
+                "round_seconds_predicted": round(predicted.step_seconds * interval, 4),
+                "error": round(predicted.step_seconds * interval / seconds - 1, 4),
             }
         )
     return records
