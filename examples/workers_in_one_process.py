@@ -33,6 +33,7 @@ def main(interval: int = 8) -> tuple[float, int, int]:
     workers = fastlocal.Workers(model, WORKERS)
     inner = torch.optim.SGD(workers.parameters(), lr=0.05, momentum=0.9)
     optimizer = fastlocal.LocalSGD(inner, workers, interval)
+    accuracy = 0.0
     for epoch in range(EPOCHS):
         orders = [torch.randperm(len(part)).split(BATCH_SIZE) for part, _ in parts]
         for batches in zip(*orders, strict=True):  # one batch a worker
