@@ -91,6 +91,10 @@ class LAMB(TrustRatioOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_shared(group)
+        for name in ("betas", "trust_clip"):
+            pair = group[name]
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2) and (pair is not None or name == "betas"):
+                raise ValueError(f"{name} must be two numbers, got {pair!r}")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 from rich.console import Console
 
 import fastlocal
@@ -14,8 +15,21 @@ from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.run import run
 
+
+def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
+    """As cyclopts does, but 1.5 workers are an error and not 2."""
+    if kind in (int, int | None):
+        for token in tokens:
+            try:
+                int(token.value)
+            except ValueError:
+                raise ValueError(f"it must be a whole number, got {token.value!r}") from None
+    return convert(kind, tokens)
+
+
 app = App(
     name="fastlocal",
+    default_parameter=Parameter(converter=_convert),
     help=fastlocal.__doc__,
     version=fastlocal.__version__,
     result_action="return_value",
