@@ -184,7 +184,7 @@ rounds = st.fixed_dictionaries(
 )
 
 
-def replay(policy, trace, stats, restart=None, build=None):
+def replay(policy, trace, stats, restart=None, build=FixedInterval):
     """The intervals of a run whose losses, rates and drifts are drawn; at `restart` the policy is loaded anew."""
     answers = []
     for index, drawn in enumerate(trace):
