@@ -185,6 +185,14 @@ class Workers:
 
     Raises:
         ValueError: num_workers is below 1, or the model has nothing to train.
+
+    Examples:
+        >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)
+        >>> with torch.no_grad():
+        ...     for value, worker in enumerate(workers):
+        ...         _ = worker.weight.fill_(value)
+        >>> workers.mean().weight.tolist()
+        [[1.0, 1.0]]
     """
 
     def __init__(self, model: nn.Module, num_workers: int) -> None:

@@ -49,7 +49,12 @@ TRAIN_ARROWS = {
     "report": {"checkpoint", "config", "loop"},
     "run": {"report", "build", "data", "allocator", "config", "display", "errors", "loop", "processes"},
     "bench": set(),
-    "cli": {"bench", "cells", "config", "display", "errors", "run", "study", "page", "search"},
+    "plan": {"errors"},
+    "plan_report": {"errors", "plan"},
+    "cli": {
+        *("bench", "cells", "config", "display", "errors", "page", "plan_report", "run", "search", "study"),
+        "study_display",
+    },
     "__init__": set(),
 }
 

@@ -99,7 +99,12 @@ class TrustRatioOptimizer(Optimizer):
 
         Options that the checkpoint does not know keep their present values. State stays in at least float32,
         which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
+
+        Raises:
+            ValueError: it does not fit, or an option is out of its range; then nothing has changed.
+            TypeError: a value in it is of the wrong kind; likewise.
         """
+        before = self.state, self.param_groups
         seen: dict[str, Any] = {}
 
         def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,16 +130,24 @@ class TrustRatioOptimizer(Optimizer):
             for key, param in zip(keys, params, strict=True):
                 if key in seen["state"]:
                     self.state[param].update(self._own(param, seen["state"][key]))
+            for group in self.param_groups:
+                self._check_group(group)
 
         hooks = [
             self.register_load_state_dict_pre_hook(translate),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        loaded = False
         try:
             super().load_state_dict(state_dict)
+            loaded = True
+        except (AttributeError, KeyError, IndexError) as error:  # what the base class says of missing entries
+            raise ValueError(f"state_dict is not one of an optimizer: {error!r}") from error
         finally:
             for hook in hooks:
                 hook.remove()
+            if not loaded:
+                self.__setstate__({"state": before[0], "param_groups": before[1]})
 
     def _own(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         """Copies of the saved state this class uses, in its own dtype, device and memory layout."""
@@ -142,7 +155,13 @@ class TrustRatioOptimizer(Optimizer):
         for name, value in saved.items():
             if name == "step":
                 owned[name] = self._new_step(param, float(value))
-            elif (name in self._moments or name == "master") and value is not None:
+                if not owned[name] >= 0:
+                    raise ValueError(f"step must be at least 0, got {value}")
+            elif name in self._moments or name == "master":
+                if value is None and name in ("momentum_buffer", "master"):
+                    continue  # torch.optim.SGD keeps None until there is one
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {value!r}")
                 if value.shape != param.shape:
                     shapes = f"{tuple(param.shape)}, got {tuple(value.shape)}"
                     raise ValueError(f"{name} must have its parameter's shape {shapes}")
@@ -222,7 +241,10 @@ def check_shared(group: Group) -> None:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     if not group["eps"] >= 0.0:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    check_choice(group, "master_weights", True, False)
+    for name in ("master_weights", "maximize", "capturable"):
+        check_choice(group, name, True, False)
+    for name in ("foreach", "fused"):
+        check_choice(group, name, True, False, None)
     check_choice(group, "adapt", "decayed", "all", "matrices")
     if group["foreach"] and group["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -44,6 +44,15 @@ class LAMB(TrustRatioOptimizer):
             steps that: the parameter is its rounding, and steps too small for the parameter's dtype add up.
             Elements of the parameter that something else has written to since the last step are taken over.
 
+    Examples:
+        >>> import torch
+        >>> weights = torch.nn.Parameter(torch.tensor([3.0, 4.0]))  # norm 5
+        >>> optimizer = LAMB([weights], lr=0.1, weight_decay=0.0, eps=0.0, adapt="all")
+        >>> weights.grad = torch.tensor([0.25, -0.25])  # Adam's first step is the sign, here of norm √2
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weights.tolist()]  # 3 and 4 minus and plus 0.1 times 5/√2
+        [2.6464, 4.3536]
+
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv:1904.00962.
     """
@@ -91,6 +100,10 @@ class LAMB(TrustRatioOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_shared(group)
+        for name in ("betas", "trust_clip"):
+            pair = group[name]
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2) and (pair is not None or name == "betas"):
+                raise ValueError(f"{name} must be two numbers, got {pair!r}")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -44,6 +44,15 @@ class LARS(TrustRatioOptimizer):
             steps that: the parameter is its rounding, and steps too small for the parameter's dtype add up.
             Elements of the parameter that something else has written to since the last step are taken over.
 
+    Examples:
+        >>> import torch
+        >>> weights = torch.nn.Parameter(torch.tensor([3.0, 4.0]))  # norm 5
+        >>> optimizer = LARS([weights], lr=1.0, momentum=0.0, trust_coefficient=0.1, eps=0.0, adapt="all")
+        >>> weights.grad = torch.tensor([0.0, 200.0])  # its size does not matter: the step is 0.1 times 5 long
+        >>> optimizer.step()
+        >>> weights.tolist()
+        [3.0, 3.5]
+
     References:
         You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv:1708.03888.
     """

@@ -3,11 +3,12 @@
 import fnmatch
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 from rich.console import Console
 
 import fastlocal
@@ -19,11 +20,25 @@ from fastlocal.train.bench import bench as run_bench
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
 
+
+def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
+    """As cyclopts does, but 1.5 workers are an error and not 2."""
+    if kind in (int, int | None):
+        for token in tokens:
+            try:
+                int(token.value)
+            except ValueError:
+                raise ValueError(f"it must be a whole number, got {token.value!r}") from None
+    return convert(kind, tokens)
+
+
 app = App(
     name="fastlocal",
+    default_parameter=Parameter(converter=_convert),
     help=fastlocal.__doc__,
     version=fastlocal.__version__,
     result_action="return_value",
@@ -180,6 +195,12 @@ def bench(
     except ValueError as error:
         raise UsageError(str(error)) from error
     run_bench(plan, out, Console())
+
+
+@app.command
+def plan(config: Annotated[PlanConfig, Parameter(name="*")]) -> None:
+    """Estimate on paper: seconds a step, bytes and speed-up for any model, number of workers and link."""
+    answer(config, Console())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,135 @@
+"""Damaged state dicts and absurd flags: refused by name, and nothing has changed; or taken whole."""
+
+import copy
+import dataclasses
+import math
+import typing
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from fastlocal import LAMB, LARS
+from fastlocal.train import cli
+from fastlocal.train.config import Config
+
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("ci")
+
+REFUSALS = (ValueError, TypeError)
+
+
+def places(value, path=()):
+    """Every path into a nest of dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def damage(state, path, how):
+    """Remove what lies at the path, or put something else there."""
+    for key in path[:-1]:
+        state = state[key]
+    if how == "remove":
+        del state[path[-1]]
+    else:
+        state[path[-1]] = {"none": None, "text": "x", "minus": -1, "nan": math.nan, "empty": {}, "list": [1, 2]}[how]
+
+
+def equal(first, second):
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(equal(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return type(first) is type(second) and (first == second or first is second)
+
+
+def build(kind, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    return kind(model.parameters(), lr=0.1), model
+
+
+def train(optimizer, model, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_a_damaged_optimizer_state_is_refused_and_changes_nothing_or_is_loaded_and_steps(kind):
+    source, model = build(kind)
+    train(source, model, 3)
+    whole = copy.deepcopy(source.state_dict())
+    paths = list(places(whole))
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(paths), st.sampled_from(["remove", "none", "text", "minus", "nan", "empty", "list"]))
+    def check(path, how):
+        damaged = copy.deepcopy(whole)
+        damage(damaged, path, how)
+        given_ = copy.deepcopy(damaged)
+        optimizer, model = build(kind)
+        train(optimizer, model, 1)
+        before = copy.deepcopy(optimizer.state_dict())
+        try:
+            optimizer.load_state_dict(damaged)
+        except REFUSALS:
+            assert equal(optimizer.state_dict(), before), (path, how)
+        else:
+            train(optimizer, model, 1)
+        assert repr(given_) == repr(damaged)
+
+    check()
+
+
+# What every flag of a kind is tried with. The values are absurd for each of them, or the parser's to refuse.
+ABSURD = {
+    int: ["", "x", "1.5", "-1", "nan", "1e9", "--", "[]"],
+    float: ["", "x", "-1", "nan", "-inf", "1,5", "{}"],
+    str: ["no-such-thing", "", "--"],
+    bool: ["perhaps"],
+}
+
+
+def kinds_of(annotation):
+    """The plain types behind an annotation: Literal["a"] and int | None are str and int."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {str}
+    return {
+        kind for inner in typing.get_args(annotation) or (annotation,) for kind in [inner] if kind is not type(None)
+    }
+
+
+FLAGS = [
+    (f"--{field.name.replace('_', '-')}", value)
+    for field in dataclasses.fields(Config)
+    for kind in kinds_of(typing.get_type_hints(Config)[field.name])
+    for value in ABSURD.get(kind, [])
+    if field.name not in ("resume", "device")  # a bare flag; PyTorch decides about devices when the run begins
+]
+
+
+@pytest.mark.parametrize("flag", sorted({flag for flag, _ in FLAGS}))
+def test_an_absurd_value_ends_in_exit_code_2_and_one_line(flag, capsys, monkeypatch):
+    def ran(config, display):
+        raise AssertionError(f"it would have run with {config}")
+
+    monkeypatch.setattr(cli, "run", ran)
+    for value in [value for other, value in FLAGS if other == flag]:
+        given_ = f"{flag}={value}"
+        assert cli.main(["train", given_]) == 2, given_
+        told = capsys.readouterr().err.strip()
+        assert told.startswith("error: "), given_
+        assert "\n" not in told
+        assert flag in told, (given_, told)
