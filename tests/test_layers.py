@@ -40,7 +40,16 @@ TRAIN_ARROWS = {
     "display": {"loop"},
     "report": {"checkpoint", "config", "loop"},
     "run": {"report", "data", "allocator", "config", "display", "errors", "loop"},
-    "cli": {"config", "display", "errors", "run"},
+    "values": {"config", "errors"},
+    "study": {"config", "errors", "values"},
+    "job": {"display", "errors", "report", "run", "values"},
+    "cells": {"config", "errors", "job", "report", "study"},
+    "study_display": {"cells"},
+    "search": {"checkpoint", "config", "display", "errors", "report", "run", "study", "values"},
+    "collect": {"cells", "config", "errors", "job"},
+    "plots": {"collect"},
+    "page": {"checkpoint", "collect", "config", "display", "errors", "plots"},
+    "cli": {"cells", "config", "display", "errors", "page", "run", "search", "study", "study_display"},
     "__init__": set(),
 }
 
