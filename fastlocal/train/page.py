@@ -14,7 +14,7 @@ from fastlocal.train.display import megabytes
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
 
-_DATASETS = {"cifar100": "CIFAR-100, re-split", "synthetic": "synthetic images"}
+_DATASETS = {"cifar100": "CIFAR-100, re-split", "synthetic": "Synthetic images"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _row(group: Group) -> Row:
         epochs=str(group.config["epochs"]),
         test=percent(test),
         original="" if original is None else f"{original:.2f}",
-        difference="" if original is None or test is None else f"{test.mean - original:+.2f}",
+        difference="" if original is None or test is None else f"{test.mean - original:+.2f}".replace("-", "−"),
         best=percent(group.spread("best_val_accuracy")),
         saved="–" if saved is None else f"{100 * saved.mean:.1f}",
         original_saved="" if original_saved is None else f"{100 * original_saved:.1f}",

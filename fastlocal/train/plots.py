@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from fastlocal.train.collect import Group, Run
 
@@ -47,8 +47,8 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
 
 def _figure(legend_entries: int) -> tuple[Figure, Axes]:
     """A figure with room for its legend below the axes."""
-    with matplotlib.rc_context({"font.size": 13}):
-        figure = Figure(figsize=(6.4, 4.6 + 0.27 * legend_entries), layout="constrained")
+    with matplotlib.rc_context({"font.size": 12}):
+        figure = Figure(figsize=(5.0, 3.9 + 0.25 * legend_entries), layout="constrained")
         axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
@@ -57,9 +57,9 @@ def _figure(legend_entries: int) -> tuple[Figure, Axes]:
 def _finish(figure: Figure, axes: Axes) -> bytes:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=12, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=11, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
 
 
@@ -114,6 +114,7 @@ def _against(x: str, lines: str, groups: Sequence[Group]) -> bytes:
             yerr=[spread.std or 0.0 for spread in spreads if spread],
             label=name,
             capsize=3,
+            linestyle="-" if len({group.config[x] for group in members}) == len(members) else "none",
             **_style(index),
         )
     values = sorted({group.config[x] for group in groups})
@@ -142,6 +143,7 @@ def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[
                 label=None if number else group.name,
             )
     axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if points is _intervals:
         axes.set_ylim(bottom=0)
     return _finish(figure, axes)

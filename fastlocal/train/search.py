@@ -1,5 +1,6 @@
 """`fastlocal search`: hyper-parameters by Optuna, judged on the validation images; never sees the test images."""
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,9 +124,15 @@ def search(asked: Search, root: Path, console: Console, *, data_dir: Path | None
         direction="maximize",
         load_if_exists=True,
     )
-    _take_up_interrupted(study)
-    while sum(trial.state.is_finished() and trial.state != TrialState.FAIL for trial in study.trials) < asked.trials:
-        study.sampler = _sampler(asked, len(study.trials))
+    _take_up_interrupted(study, asked)
+    while len(_tried(study)) < asked.trials:
+        if asked.sampler == "grid":
+            left = [params for params in _grid(asked) if params not in _tried(study)]
+            if not left:
+                break
+            study.enqueue_trial(left[0])
+        # A new one for each trial, so that a search that was stopped draws what it would have drawn.
+        study.sampler = optuna.samplers.TPESampler(seed=asked.seed * 100_003 + len(_tried(study)))
         trial = study.ask(asked.space)
         folder = root / folder_name(trial.params)
         config = replace(config_from(asked.base | trial.params), out=folder, resume=True)
@@ -138,24 +145,27 @@ def search(asked: Search, root: Path, console: Console, *, data_dir: Path | None
         except RunDivergedError as error:
             console.print(f"diverged: {error}", highlight=False, markup=False, soft_wrap=True)
             study.tell(trial, state=TrialState.PRUNED)
-        if asked.sampler == "grid" and cast(optuna.samplers.GridSampler, study.sampler).is_exhausted(study):
-            break
     return _finish(asked, study, root, console)
 
 
-def _sampler(asked: Search, number: int) -> optuna.samplers.BaseSampler:
-    """A new one for each trial, so that a search that was stopped draws what it would have drawn."""
-    if asked.sampler == "grid":
-        choices = {name: list(cast(CategoricalDistribution, choice).choices) for name, choice in asked.space.items()}
-        return optuna.samplers.GridSampler(choices, seed=asked.seed)
-    return optuna.samplers.TPESampler(seed=asked.seed * 100_003 + number)
+def _tried(study: optuna.Study) -> list[dict[str, Any]]:
+    """The parameters of the trials that came to an end, well or not."""
+    ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED])
+    return [trial.params for trial in ended]
 
 
-def _take_up_interrupted(study: optuna.Study) -> None:
+def _grid(asked: Search) -> list[dict[str, Any]]:
+    """Every combination, in the order of the file."""
+    choices = [cast(CategoricalDistribution, choice).choices for choice in asked.space.values()]
+    return [dict(zip(asked.space, combination, strict=True)) for combination in itertools.product(*choices)]
+
+
+def _take_up_interrupted(study: optuna.Study, asked: Search) -> None:
     """Ask again for what a killed search was trying: its run goes on from the checkpoint."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+        if asked.sampler == "tpe":  # a grid comes to it again by itself
+            study.enqueue_trial(trial.params)
 
 
 def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) -> Config:
