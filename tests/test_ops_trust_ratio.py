@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlocal.ops import trust_ratio as ops
-from fastlocal.ops.trust_ratio_portable import _CHUNK
+from fastlocal.ops.cpu_memory import CHUNK
 from fastlocal.reference import trust_ratio as reference
 from fastlocal.reference.trust_ratio import LambOptions, LarsOptions
 
@@ -123,7 +123,7 @@ def test_portable_lars_is_the_reference_to_float32_precision(change):
     assert_within(lars_three_steps(torch.float64, "portable", replace(LARS, **change)), exact, 1e-14)
 
 
-@pytest.mark.parametrize("size", [_CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3])
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 def test_tensors_longer_than_a_chunk_have_one_norm(size):
     shapes = [(size,), *SHAPES[1:]]
     exact = lamb_three_steps(torch.float64, "reference", LAMB, shapes)
@@ -135,7 +135,7 @@ def test_tensors_longer_than_a_chunk_have_one_norm(size):
 @pytest.mark.parametrize("impl", ["reference", "portable", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_norm_of_all_gradients_is_that_of_their_concatenation(impl, dtype):
-    grads = tensors(0, dtype, [(2 * _CHUNK + 3,), *SHAPES[1:]])
+    grads = tensors(0, dtype, [(2 * CHUNK + 3,), *SHAPES[1:]])
     expected = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]))
     actual = ops.grad_norm(grads, impl=impl)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4 if impl == "reference" else 1e-5, atol=0)

@@ -1,6 +1,7 @@
-"""LARS and LAMB on parameters cut in pieces over two processes, as FSDP2 cuts them."""
+"""LARS and LAMB on parameters cut in pieces over processes, as FSDP2 cuts them, along one mesh dimension or two."""
 
 import copy
+import math
 import os
 import socket
 from typing import Any
@@ -24,7 +25,16 @@ from fastlocal import LAMB, LARS
 
 # Uneven pieces, one process left without any, a plain parameter beside them, one whole on both.
 SHAPES = [(5, 3), (1, 4), (7,), (2, 3, 2), (3, 2), (4, 2)]
-PLACEMENTS = [Shard(0), Shard(0), Shard(0), Shard(1), None, Replicate()]
+PLACEMENTS = [(Shard(0),), (Shard(0),), (Shard(0),), (Shard(1),), None, (Replicate(),)]
+# Copies of pieces as hybrid sharding has them, pieces of pieces, pieces along two dimensions, copies of copies.
+PLACEMENTS_2D = [
+    (Replicate(), Shard(0)),
+    (Shard(0), Shard(0)),
+    (Shard(0), Replicate()),
+    (Shard(0), Shard(1)),
+    None,
+    (Replicate(), Replicate()),
+]
 FORMS: list[tuple[Any, dict[str, Any]]] = [
     (LAMB, {}),
     (LAMB, {"max_grad_norm": 0.5, "decay": "l2", "trust_clip": (0.1, 5.0)}),
@@ -38,28 +48,28 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 
 
 def cut(tensor, placement, mesh):
-    return tensor.clone() if placement is None else distribute_tensor(tensor, mesh, [placement])
+    return tensor.clone() if placement is None else distribute_tensor(tensor, mesh, placement)
 
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_form(optimizer, options, mesh):
+def check_form(optimizer, options, mesh, placements):
     options = {"lr": 0.1, "weight_decay": 0.1, **options}
     dtype = options.pop("dtype", torch.float32)
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
     expected = [nn.Parameter(s.clone()) for s in starts]
-    params = [nn.Parameter(cut(s, placement, mesh)) for s, placement in zip(starts, PLACEMENTS, strict=True)]
+    params = [nn.Parameter(cut(s, placement, mesh)) for s, placement in zip(starts, placements, strict=True)]
     plain, opt = optimizer(expected, foreach=False, **options), optimizer(params, **options)
     for number in range(4):
-        for p, e, placement in zip(params, expected, PLACEMENTS, strict=True):
+        for p, e, placement in zip(params, expected, placements, strict=True):
             grad = torch.randn(e.shape, generator=generator).to(dtype)
             e.grad, p.grad = grad, cut(grad, placement, mesh)
         if number == 2:  # only one process has seen the infinity
             opt.found_inf = torch.tensor(float(dist.get_rank() == 1))
-            for p, placement in zip(params, PLACEMENTS, strict=True):
+            for p, placement in zip(params, placements, strict=True):
                 p.grad = None if placement is None else p.grad  # nothing tells the others about a plain one
             before = [whole(p.detach()).clone() for p in params]
             opt.step()
@@ -86,17 +96,19 @@ def compare(params, expected, opt, plain):
                 assert value.placements == p.placements
 
 
-def process(rank, port):
+def process(rank, port, mesh_shape):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=math.prod(mesh_shape))
     try:
-        mesh = init_device_mesh("cpu", (2,))
-        for optimizer, options in FORMS:
-            check_form(optimizer, options, mesh)
+        names = ("replicate", "shard")[-len(mesh_shape) :]
+        mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+        for optimizer, options in FORMS if mesh.ndim == 1 else FORMS[1::3]:  # clipped, joint norm, masters
+            check_form(optimizer, options, mesh, PLACEMENTS if mesh.ndim == 1 else PLACEMENTS_2D)
         for optimizer in (LAMB, LARS):
             check_fsdp(optimizer, mesh)
-        check_errors(mesh)
+        if mesh.ndim == 1:
+            check_errors(mesh)
     finally:
         dist.destroy_process_group()
 
@@ -137,8 +149,9 @@ def check_fsdp(optimizer, mesh):
         torch.testing.assert_close(whole(p.detach()), e.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_pieces_of_parameters_step_as_the_whole_would():
+@pytest.mark.parametrize("mesh_shape", [(2,), (2, 2)], ids=["sharded", "hybrid sharded"])
+def test_pieces_of_parameters_step_as_the_whole_would(mesh_shape):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(process, (port,), nprocs=2)
+    spawn(process, (port, mesh_shape), nprocs=math.prod(mesh_shape))

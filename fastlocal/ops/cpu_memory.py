@@ -1,0 +1,43 @@
+"""Tensors in a CPU's memory as vectors, and sums of their squares."""
+
+import torch
+from torch import Tensor
+
+# 2 MiB of float32: long enough that a call's few microseconds vanish, and short enough that a sum of
+# squares in float32 keeps six digits (torch.linalg.vector_norm of 2.4M elements keeps four).
+CHUNK = 512 * 1024
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether all are contiguous float32 in a CPU's memory, which torch's fused kernels take as they are."""
+    return all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+def as_vectors(*tensors: Tensor) -> list[Tensor] | None:
+    """The tensors as vectors in memory order; None unless they are float32 on a CPU and laid out alike."""
+    if are_plain(*tensors):
+        return [t.view(-1) for t in tensors]
+    if any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
+        return None
+    first = tensors[0]
+    stride = first.stride()
+    if any(t.stride() != stride for t in tensors) or not torch.ops.aten.is_non_overlapping_and_dense(first):
+        return None
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def in_float32(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameter in float32, and the gradient in float32 with the parameter's strides."""
+    if param.dtype == torch.float64:
+        return param, grad
+    w = param.to(torch.float32)
+    if grad.dtype == torch.float32 and grad.stride() == w.stride():
+        return w, grad
+    return w, torch.empty_like(w).copy_(grad)
+
+
+def sum_of_squares(flat: Tensor) -> float:
+    """Σ x² of a float32 vector, chunk by chunk."""
+    if flat.numel() <= CHUNK:
+        return torch.dot(flat, flat).item()
+    return sum(torch.dot(part, part).item() for part in flat.split(CHUNK))

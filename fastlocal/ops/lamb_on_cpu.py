@@ -1,0 +1,168 @@
+"""LAMB on a CPU from torch's fused AdamW kernel, sums of squares and one addition.
+
+AdamW with learning rate 1 and weight decay 1 + λ turns a copy of the weights into −(m̂/(√v̂ + ε) + λw), and
+updates both moments in the same pass over memory. Long tensors go through it a chunk at a time, so that the later
+passes find the chunk in the cache; short ones together, one call for all of them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlocal.ops.cpu_memory import CHUNK, are_plain, as_vectors, in_float32
+from fastlocal.reference.trust_ratio import LambOptions
+
+# Elements. Calls cost more than memory in shorter tensors, and float32 norms of longer ones lose digits.
+_SHORT = 16 * 1024
+
+# β^t is 0 long before: torch's Adam kernel, told this many steps, corrects no bias.
+_NO_CORRECTION = 1e30
+
+Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A parameter with its gradient, its moments and its count of steps."""
+
+
+class LambOnCpu:
+    """One step's options, and memory for updates that lasts from step to step."""
+
+    def __init__(self, params: Sequence[Tensor], options: LambOptions, multiplier: float | Tensor, scratch: dict):
+        self.options = options
+        self.multiplier, self.lr = float(multiplier), float(options.lr)
+        self.uncorrected = torch.tensor(_NO_CORRECTION)
+        longest = max(p.numel() for p in params if p.is_cpu)
+        # Fresh memory would cost a page fault every 4 KiB, at every step.
+        if "update" not in scratch or scratch["update"].numel() < longest:
+            scratch.clear()
+            scratch["update"] = torch.empty(max(longest, CHUNK), dtype=torch.float32)
+            scratch["gradient"] = torch.empty(CHUNK, dtype=torch.float32)
+        self.update, self.gradient, self.scratch = scratch["update"], scratch["gradient"], scratch
+
+    def step_(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Steps every tensor it can, and returns the others."""
+        rest: list[Entry] = []
+        short: list[Entry] = []
+        batch, room = 0, CHUNK
+        for entry in entries:
+            size = entry[0].numel()
+            if size <= _SHORT and are_plain(*entry[:4]):
+                if size > room:
+                    self._step_short_(short, batch)
+                    short, batch, room = [], batch + 1, CHUNK
+                short.append(entry)
+                room -= size
+            elif not self._step_one_(*entry):
+                rest.append(entry)
+        if short:
+            self._step_short_(short, batch)
+        return rest
+
+    def _step_short_(self, entries: list[Entry], batch: int) -> None:
+        weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*entries, strict=True))
+        updates, own = self._pieces(batch, [w.shape for w in weights])
+        self._shrink_(weights)
+        self._negative_updates_(updates, weights, grads, exp_avgs, exp_avg_sqs, steps, own)
+        norms: list[float] = []
+        if any(map(self.options.adapts, weights)):
+            found = (*torch._foreach_norm(weights), *torch._foreach_norm(updates))  # pyright: ignore[reportPrivateImportUsage]
+            norms = torch.stack(found).tolist()
+        for i, (weight, update, step) in enumerate(zip(weights, updates, steps, strict=True)):
+            ratio = 1.0
+            if norms and self.options.adapts(weight):
+                ratio = self._ratio(norms[i], norms[i + len(weights)])
+            weight.add_(update, alpha=ratio * self._step_size(step))
+
+    def _pieces(self, batch: int, shapes: list[torch.Size]) -> list[list[Tensor]]:
+        """Memory for a batch's updates and gradients, as views that are made anew only for other shapes."""
+        kept = self.scratch.get(batch)
+        if kept is None or kept[0] != shapes:
+            sizes = [shape.numel() for shape in shapes]
+            cut = [t[: sum(sizes)].split(sizes) for t in (self.update, self.gradient)]
+            views = [[t.view(shape) for t, shape in zip(ts, shapes, strict=True)] for ts in cut]
+            kept = self.scratch[batch] = (shapes, views)
+        return kept[1]
+
+    def _step_one_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
+        """Steps one tensor, or returns False where this way cannot."""
+        if not param.is_cpu:
+            return False
+        weight, grad = in_float32(param, grad)
+        flat = as_vectors(weight, grad, exp_avg, exp_avg_sq)
+        if flat is None:
+            return False
+        self._step_vector_(flat, step, self.options.adapts(param))
+        if weight is not param:
+            param.copy_(weight)
+        return True
+
+    def _step_vector_(self, flat: list[Tensor], step: Tensor, adapts: bool) -> None:
+        weight, update = flat[0], self.update[: flat[0].numel()]
+        self._shrink_([weight])
+        weight_square = update_square = 0.0
+        for w, g, m, v, u in zip(*(t.split(CHUNK) for t in (*flat, update)), strict=True):
+            self._negative_updates_([u], [w], [g], [m], [v], [step], [self.gradient[: g.numel()]])
+            if adapts:
+                weight_square += torch.dot(w, w).item()
+                update_square += torch.dot(u, u).item()
+        ratio = self._ratio(math.sqrt(weight_square), math.sqrt(update_square)) if adapts else 1.0
+        weight.add_(update, alpha=ratio * self._step_size(step))
+
+    def _shrink_(self, weights: list[Tensor]) -> None:
+        if self.options.decay == "decoupled" and self.options.weight_decay:
+            factor = 1 - self.lr * self.options.weight_decay
+            torch._foreach_mul_(weights, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _ratio(self, weight_norm: float, update_norm: float) -> float:
+        if not (weight_norm > 0 and update_norm > 0):
+            return 1.0
+        ratio = weight_norm / update_norm
+        if self.options.trust_clip is not None:
+            low, high = self.options.trust_clip
+            ratio = min(max(ratio, low), high)
+        return ratio
+
+    def _step_size(self, step: Tensor) -> float:
+        if self.options.bias_correction != "step":
+            return self.lr
+        beta1, beta2 = self.options.betas
+        t = step.item()
+        return self.lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+
+    def _negative_updates_(
+        self,
+        updates: list[Tensor],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        own: list[Tensor],
+    ) -> None:
+        """updates ← −u, the moments stepped; `own` is memory for gradients that are not as they were given."""
+        options = self.options
+        decayed = options.decay == "update" and options.weight_decay != 0
+        if decayed:
+            torch._foreach_copy_(updates, weights)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_zero_(updates)  # pyright: ignore[reportPrivateImportUsage]
+        if self.multiplier != 1:
+            grads = [torch.mul(g, self.multiplier, out=o) for g, o in zip(grads, own, strict=True)]
+        if options.decay == "l2" and options.weight_decay != 0:
+            alpha = -options.weight_decay if options.maximize else options.weight_decay
+            grads = [torch.add(g, w, alpha=alpha, out=o) for g, w, o in zip(grads, weights, own, strict=True)]
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+            updates,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps if options.bias_correction is True else [self.uncorrected] * len(steps),
+            lr=1.0,
+            beta1=options.betas[0],
+            beta2=options.betas[1],
+            weight_decay=1 + options.weight_decay if decayed else 0.0,
+            eps=options.eps,
+            amsgrad=False,
+            maximize=options.maximize,
+        )
