@@ -19,26 +19,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from shapes import SHAPES
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.multiprocessing.spawn import spawn
 
 import fastlocal
-from fastlocal.train.model import ResNet18
+from fastlocal.bench.shapes import SHAPES
 
 WORLD = 4
 BUCKET_BYTES = 32 * 2**20
 
 
-def shapes_of(size: str) -> list[tuple[int, ...]]:
-    if size == "resnet18":
-        return [tuple(parameter.shape) for parameter in ResNet18().parameters()]
-    return SHAPES[size]()
-
-
 def make(size: str) -> nn.ParameterList:
-    return nn.ParameterList([nn.Parameter(torch.rand(shape)) for shape in shapes_of(size)])
+    return nn.ParameterList([nn.Parameter(torch.rand(shape)) for shape in SHAPES[size]()])
 
 
 def wrapped(kind: type[fastlocal.LocalSGD], size: str) -> tuple[fastlocal.LocalSGD, nn.Module]:
@@ -130,7 +123,7 @@ def main() -> None:
     commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
     rows = []
     for size in arguments.sizes:
-        shapes = shapes_of(size)
+        shapes = SHAPES[size]()
         with tempfile.TemporaryDirectory() as folder:
             spawn(measure, (folder, size, arguments.turns), nprocs=WORLD)
             found = json.loads(Path(folder, "seconds.json").read_text())
