@@ -24,15 +24,34 @@ def local_rank() -> int:
 
 def was_restarted() -> bool:
     """Whether torchrun has started the processes again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join(device: torch.device) -> Group | None:
     """Meet the other processes, by NCCL for tensors on GPUs and gloo for the rest; None if there are no others."""
     if launched_processes() == 1:
         return None
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
+    store = dist.PrefixStore(
+        f"attempt_{_attempt()}",
+        dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0",
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+        ),
+    )
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=launched_processes(),
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+    )
     return find_group(None, TIMEOUT_SECONDS, device)
 
 
