@@ -53,7 +53,7 @@ def pytorch_averager(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 
 def per_tensor(parameters: list[nn.Parameter]) -> None:
-    """accelerate 1.x, LocalSGD._sync_and_avg_model_params: clone, all-reduce, scale, re-point; and a barrier."""
+    """As accelerate's LocalSGD: a barrier; then for each tensor clone, all-reduce, scale, re-point."""
     dist.barrier()
     for parameter in parameters:
         copy = parameter.detach().clone()
@@ -62,7 +62,7 @@ def per_tensor(parameters: list[nn.Parameter]) -> None:
 
 
 def buckets(parameters: list[nn.Parameter]) -> None:
-    """torchft, bucketed: pack what fits in 32 MiB, all-reduce it while the next is packed, divide, unpack."""
+    """Like torchft's buckets: pack, all-reduce, divide, unpack. 32 MiB is our choice; its default is one bucket."""
     groups: list[list[Tensor]] = [[]]
     for parameter in parameters:
         if sum(p.nbytes for p in groups[-1]) + parameter.nbytes > BUCKET_BYTES and groups[-1]:
