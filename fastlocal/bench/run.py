@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastlocal.bench import machine
-from fastlocal.bench.cases import OPERATIONS, Case, Contender, Operation, build, bytes_held
+from fastlocal.bench.cases import OPERATIONS, OURS, Case, Contender, Operation, build, bytes_held
 from fastlocal.bench.count import count
 from fastlocal.bench.measure import COPY, Timing, measure
 from fastlocal.bench.shapes import SHAPES
@@ -142,6 +142,7 @@ def _row(
     if moved is None:
         moved = round(traffic.bytes_moved / case.parameters, 2)
     sets = len(case.contenders[0].calls)
+    runs_triton = contender.name == OURS and plan.device == "cuda"
     return Row(
         operation=case.operation,
         size=case.size,
@@ -156,7 +157,7 @@ def _row(
         seconds_first=timing.first,
         ratio=timing.ratio,
         bytes_a_parameter=moved,
-        launches=1 if contender.name == COPY else traffic.launches or None,
+        launches=1 if contender.name == COPY else None if runs_triton else traffic.launches,
         share_of_copy=moved * case.parameters / timing.p50 / copy_rate,
         turns=turns,
         sets=sets,
