@@ -23,9 +23,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo, Workers
 from fastlocal.comm import LostRankError
 from fastlocal.local import DisagreementError, DivergedError
+from fastlocal.policy import OriginalValidationLoss
 
 WORLD = 4
 KINDS = (LocalSGD, SlowMo, DiLoCo)
@@ -192,7 +193,8 @@ def odd_tensors_are_averaged_and_keep_their_storage(rank, new_group):
     assert buffers["flag"].item()
     assert buffers["rotary"].tolist() == [1 + 1.5j, 2.0]
     assert buffers["low_buffer"].item() == 1.5
-    assert counted == expected
+    # 15 low-precision values travel as float32 between processes: 2 more bytes each, 3 rounds, 2 · 3/4 times.
+    assert counted == expected | {"bytes_on_wire": expected["bytes_on_wire"] + 3 * 15 * 2 * 6 // 4}
 
 
 def buffers_are_kept_or_broadcast_as_chosen(rank, new_group):
@@ -247,7 +249,7 @@ def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
 
 def rank_0_alone_decides_the_interval(rank, new_group):
     group = new_group()
-    optimizer, team = build(LocalSGD, 1, ValidationLoss(4, total_epochs=100), group=group)
+    optimizer, team = build(LocalSGD, 1, OriginalValidationLoss(4, total_epochs=100), group=group)
     intervals = []
     for epoch in range(6):
         run(optimizer, team, 4, first=4 * epoch, worker=rank)
@@ -260,7 +262,7 @@ def rank_0_alone_decides_the_interval(rank, new_group):
     state = optimizer.state_dict()["fastlocal"]
     said = [({}, 0)] * WORLD
     dist.all_gather_object(said, (state["policy"], state["stats"]["observations"]), group=group)
-    assert said[0] == said[rank] == ({"name": "ValidationLoss", "state": said[0][0]["state"]}, 6)
+    assert said[0] == said[rank] == ({"name": "OriginalValidationLoss", "state": said[0][0]["state"]}, 6)
 
 
 def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):

@@ -81,7 +81,7 @@ def test_only_what_makes_another_run_counts_as_a_difference():
 def test_a_checkpoint_comes_back_and_torch_reads_it_too(tmp_path):
     path, state = tmp_path / "c.pt", {"a": torch.arange(5.0), "b": [1, "x", None]}
     checkpoint.save(path, state)
-    for loaded in (checkpoint.load(path), torch.load(path, weights_only=True)):
+    for loaded in (checkpoint.decode(checkpoint.read(path)), torch.load(path, weights_only=True)):
         assert torch.equal(loaded["a"], state["a"])
         assert loaded["b"] == state["b"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.pt"]
@@ -95,7 +95,7 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path, position):
     content[position] ^= 1
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"c.pt is damaged .* delete it to begin the run again"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"y" * 5000])
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_checkpoint_is_found(tmp_path, content):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is damaged"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path):

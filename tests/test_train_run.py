@@ -255,7 +255,8 @@ def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, 
     assert "cannot be used: File name too long" in fails(capsys, ["--out", "x" * 300])
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        assert "start it without torchrun" in fails(capsys, [])
+        patch.delenv("RANK", raising=False)
+        assert "WORLD_SIZE is 2 but RANK is not set: start with torchrun" in fails(capsys, [])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "checkpoint.pt").write_text("precious")
     assert "mine holds checkpoint.pt of something else" in fails(capsys, [*ONE_EPOCH, "--out", "mine"])

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fastlocal.comm.group import Group, find_group
 
@@ -32,13 +33,20 @@ def _attempt() -> int:
 
 
 def join(device: torch.device) -> Group | None:
-    """Meet the other processes, by NCCL for tensors on GPUs and gloo for the rest; None if there are no others."""
+    """Meet the other processes, by NCCL for tensors on GPUs and gloo for the rest; None if there are no others.
+
+    Raises:
+        ValueError: the environment speaks of several processes, but not all that torchrun says.
+    """
     if launched_processes() == 1:
         return None
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"WORLD_SIZE is {launched_processes()} but {name} is not set: start with torchrun")
     # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
-    store = dist.PrefixStore(
+    store = PrefixStore(
         f"attempt_{_attempt()}",
-        dist.TCPStore(
+        dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0",

@@ -229,7 +229,7 @@ class LocalSGD(Checkpointed):
             if finite:
                 scaling.unscale_(self.inner)
             agreed = self._team.average_gradients(self.stats, finite)
-            self.stats.bytes_on_wire += self._ring(self.rows.num_bytes) if agreed else 0
+            self.stats.bytes_on_wire += self._ring(self._team.payload) if agreed else 0
             self.stats.seconds_in_sync += time.perf_counter() - started
             return agreed
 

@@ -51,6 +51,11 @@ class ManyProcesses(OneProcess):
         super().__init__(rows, outers, inner, choices)
         self.group = group
         self.num_processes = len(group)
+        # Low precision travels as float32.
+        self.payload = sum(
+            parameter.numel() * ops.accumulate_dtype(parameter.dtype).itemsize
+            for parameter in rows.parameters[0].values()
+        )
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
         for owner in rows.owners():
@@ -152,7 +157,7 @@ class ManyProcesses(OneProcess):
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
-        payload = self.rows.num_bytes + merge_across_(buffers, self.choices.buffers, included, self.group)
+        payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
         if self.choices.inner_state == "average":
             payload += average_state_across_(self.inner, self.rows, included, self.group)
         else:

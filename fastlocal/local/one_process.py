@@ -81,6 +81,7 @@ class OneProcess:
         choices: Choices,
     ) -> None:
         self.rows, self.outers, self.inner, self.choices = rows, outers, inner, choices
+        self.payload = rows.num_bytes  # of one worker's parameters or gradients, as they are sent
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
         """Nobody else to compare with."""
@@ -120,7 +121,7 @@ class OneProcess:
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
-        payload = self.rows.num_bytes
+        payload = self.payload
         payload += module_buffers.merge_(buffers, self.choices.buffers, included)
         payload += self._merge_inner_state(included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]

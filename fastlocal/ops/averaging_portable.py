@@ -28,8 +28,8 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, mean: Tensor | 
     drift_parts.zero_()
     if rows.shape[0] == 1 and mean is None:  # is its own mean
         return
-    for block, own in _means(rows, weights, drift_parts, mean):
-        rows[:, block] = own
+    for block, total, scale in _sums(rows, weights, drift_parts, mean):
+        rows[:, block] = total if scale == 1 else total.mul_(scale)
 
 
 def outer_step_(
@@ -47,10 +47,10 @@ def outer_step_(
 ) -> None:
     """See fastlocal.ops.averaging.outer_step_."""
     drift_parts.zero_()
-    for block, own in _means(rows, weights, drift_parts, mean):
+    for block, total, scale in _sums(rows, weights, drift_parts, mean):
         x, slow = anchor[block], slow_momentum[block]
         # The workers started from the anchor as their dtype holds it.
-        delta = torch.sub(x.to(rows.dtype).to(x.dtype), own, out=own)
+        delta = torch.sub(x.to(rows.dtype).to(x.dtype), total, alpha=scale, out=total)
         if gain == 1:
             torch.add(delta, slow, alpha=decay, out=slow)
         else:
@@ -75,14 +75,14 @@ def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
             own.add_(rows[k, block], alpha=shares[k])
 
 
-def _means(
+def _sums(
     rows: Tensor, weights: Tensor, drift_parts: Tensor, known: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of columns with their weighted mean, or the one that is known; each row's ‖x_k − x̄‖² goes to the
-    first column of drift_parts.
+) -> Iterator[tuple[slice, Tensor, float]]:
+    """Blocks of columns with Σ w_k x_k and 1/Σ w_k, or a mean that is known and 1; drifts go to drift_parts.
 
-    The caller must overwrite every row of a block before it asks for the next: rows hold x_k − x̄ meanwhile, which
-    saves a temporary as large as the rows.
+    The scale is left to the caller's next operation, which takes it without a pass of its own. The caller must
+    overwrite every row of a block before it asks for the next: rows hold x_k − x̄ meanwhile, which saves a temporary
+    as large as the rows.
     """
     shares = weights.tolist()
     counted = [k for k, share in enumerate(shares) if share > 0]
@@ -91,22 +91,24 @@ def _means(
     dtype = reference.accumulate_dtype(rows.dtype)
     blocks = _blocks(*rows.shape)
     alone = len(shares) == 1 and known is None
-    space = known is None and not alone
-    mean = torch.empty(blocks[0].stop if space else 0, dtype=dtype, device=rows.device)
+    scale = 1 / sum(shares) if len(counted) > 1 and known is None else 1.0
+    space = torch.empty(0 if alone or known is not None else blocks[0].stop, dtype=dtype, device=rows.device)
     squares = torch.zeros(len(shares), dtype=torch.float64, device=rows.device)
     for block in blocks:
         values = rows[:, block].to(dtype)
         if known is not None:
-            own = known[block]
+            total = known[block]
         elif alone:
-            own = values[0]
+            total = values[0]
+        elif len(counted) == 1:
+            total = space[: values.shape[1]].copy_(values[counted[0]])
         else:
-            own = mean[: values.shape[1]]
-            _weighted_mean(values, shares, counted, own)
-        if len(counted) > 1 or known is not None:  # one alone lies where its mean lies
+            total = space[: values.shape[1]]
+            _weighted_sum(values, shares, counted, total)
+        if not alone:
             # A dot a row: a norm along a dimension adds one by one and is out by 1e-5 over 200,000 columns.
-            squares += torch.stack([torch.dot(row, row) for row in values.sub_(own).unbind()])
-        yield block, own
+            squares += torch.stack([torch.dot(row, row) for row in values.sub_(total, alpha=scale).unbind()])
+        yield block, total, scale
     drift_parts[:, 0] = torch.where(weights > 0, squares, 0.0)
 
 
@@ -117,20 +119,18 @@ def _blocks(num_rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + length, columns)) for start in range(0, columns, length)]
 
 
-def _weighted_mean(values: Tensor, shares: list[float], counted: list[int], mean: Tensor) -> None:
-    """Σ w_k x_k / Σ w_k over the rows that count, into `mean`.
+def _weighted_sum(values: Tensor, shares: list[float], counted: list[int], total: Tensor) -> None:
+    """Σ w_k x_k over the rows that count, into `total`.
 
     No matrix product: reduced-precision settings may apply to one.
     """
-    if len(counted) == len(shares) > 4 and len(set(shares)) == 1:
-        torch.sum(values, 0, out=mean).div_(len(shares))
+    if len(counted) == len(shares) > 4 and set(shares) == {1.0}:
+        torch.sum(values, 0, out=total)
         return
-    first, *others = counted
-    if not others:
-        mean.copy_(values[first])
-        return
-    # A running mean needs no pass of its own to divide: m ← m + (w_k / Σ w) (x_k − m).
-    running, total = values[first], shares[first]
+    first, second, *others = counted
+    if shares[first] == 1.0:
+        torch.add(values[first], values[second], alpha=shares[second], out=total)
+    else:
+        torch.mul(values[first], shares[first], out=total).add_(values[second], alpha=shares[second])
     for k in others:
-        total += shares[k]
-        running = torch.lerp(running, values[k], shares[k] / total, out=mean)
+        total.add_(values[k], alpha=shares[k])

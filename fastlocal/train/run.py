@@ -35,7 +35,11 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     if comm.was_restarted():
         config = replace(config, resume=True)
     try:
-        summary = _run(config, device, Processes(comm.join(device)), display)
+        group = comm.join(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        summary = _run(config, device, Processes(group), display)
     except (comm.LostRankError, DisagreementError) as error:
         raise RunError(str(error)) from None
     comm.leave()
