@@ -31,7 +31,8 @@ class Policy(Protocol):
     """What a wrapper asks for its interval. Anything with these three methods will do.
 
     In several processes rank 0's decides, and the others' load its state. There the drift costs a pass over the
-    parameters and a message: a policy that does not read it says so with `reads_drift = False`.
+    parameters and a message: a policy that does not read it says so with `reads_drift = False`. One that decides from
+    the steps and the learning rate alone, the same everywhere, says `decides_alike = True` and needs no message.
     """
 
     def next_interval(self, stats: Stats) -> int:
@@ -51,6 +52,7 @@ class Stateless:
     """A policy whose answer depends on the stats and its settings alone."""
 
     reads_drift = False
+    decides_alike = True
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing needs to be kept."""
