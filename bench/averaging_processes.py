@@ -27,6 +27,7 @@ import fastlocal
 from fastlocal.bench.shapes import SHAPES
 
 WORLD = 4
+PORT = 29_512
 BUCKET_BYTES = 32 * 2**20
 
 
@@ -83,7 +84,7 @@ def buckets(parameters: list[nn.Parameter]) -> None:
 def measure(rank: int, folder: str, size: str, turns: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=rank, world_size=WORLD)
     peers = list(make(size).parameters())
     row = torch.zeros(sum(p.numel() for p in peers))
     average, local, slow = pytorch_averager(peers), wrapped(fastlocal.LocalSGD, size), wrapped(fastlocal.SlowMo, size)

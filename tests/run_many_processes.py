@@ -9,7 +9,6 @@ import functools
 import io
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -527,7 +526,7 @@ def a_rank_that_stalls_is_named_by_the_others(rank, new_group):
     said = str(error.value)
     assert f"rank {rank} waited 2." in said
     assert "to close a round at local step 6" in said
-    assert re.search(r"rank 3 has not arrived \(last noted at local step [0-3]\)", said)
+    assert "rank 3 has not arrived (last seen at local step 3)" in said
     assert all(f"rank {other} has" not in said for other in range(3))
 
 
@@ -537,7 +536,7 @@ def a_rank_that_is_killed_is_named_by_the_others(rank, new_group):
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(LostRankError, match=r"rank 2 has not arrived \(last noted at local step [0-2]\)") as error:
+    with pytest.raises(LostRankError, match=r"rank 2 has not arrived \(last seen at local step 2\)") as error:
         run(optimizer, team, 3)
     assert time.monotonic() - started < 15
     assert all(f"rank {other} has" not in str(error.value) for other in (0, 1, 3))

@@ -1,7 +1,7 @@
 """The processes that train together: collectives that end in an error with a name, not in a hang.
 
-Once a second at most, each process leaves a note in the group's store, saying how far it has come, and one when a
-collective fails there or takes too long. Then all read the notes and say who is missing.
+Before its collectives each process leaves a note in the group's store, saying how far it has come. When a
+collective fails or takes too long, the others read the notes and say who is missing.
 """
 
 import math
@@ -20,8 +20,6 @@ Operation = Literal["sum", "max", "min", "mean"]
 
 _GRACE_SECONDS = 3.0
 """How long the survivors of a broken collective look at the notes before they name who is missing."""
-_SECONDS_BETWEEN_NOTES = 1.0
-"""A note is a message to the store. Whoever survives a failure leaves one; the others need not be up to date."""
 
 
 class LostRankError(RuntimeError):
@@ -96,7 +94,6 @@ class Group:
         number = notes.add(f"wrappers/{self.rank}", 1)
         self._notes = distributed_c10d.PrefixStore(str(number), notes)
         self._own = _Note(0, 0, 0)
-        self._noted = -math.inf  # when the last note was left
         self._purpose = ""
 
     def __len__(self) -> int:
@@ -112,8 +109,7 @@ class Group:
         """Note that this process has come to a point where all meet, and what for."""
         self._purpose = purpose
         self._own = _Note(self._own.meetings + 1, local_steps, 0)
-        if time.monotonic() - self._noted > _SECONDS_BETWEEN_NOTES:
-            self._leave_note()
+        self._leave_note()
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Everybody's numbers, in the group's order; all give equally many."""
@@ -184,7 +180,6 @@ class Group:
     def _leave_note(self) -> None:
         try:
             self._notes.set(str(self.rank), ",".join(map(str, self._own)))
-            self._noted = time.monotonic()
         except RuntimeError as error:
             raise LostRankError(self._without_store()) from error
 
@@ -197,7 +192,8 @@ class Group:
                 notes = self._read_notes()
                 behind = [rank for rank, note in notes.items() if note.meetings < self._own.meetings]
                 silent = [rank for rank, note in notes.items() if not note.failed and rank not in behind]
-                if not (behind or silent) or time.monotonic() > until:
+                late = behind and seconds >= self.timeout
+                if late or not (behind or silent) or time.monotonic() > until:
                     break
                 time.sleep(0.05)
         except RuntimeError:
@@ -231,4 +227,4 @@ class Group:
 
     @staticmethod
     def _last_seen(note: _Note) -> str:
-        return f"last noted at local step {note.local_steps}" if note.meetings else "no note"
+        return f"last seen at local step {note.local_steps}" if note.meetings else "never seen"
