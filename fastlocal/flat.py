@@ -107,7 +107,10 @@ class Rows:
 
     def require_layout(self, saved: list[tuple[str, str, list[tuple[str, list[int]]]]]) -> None:
         """Raise ValueError unless a saved layout has the same parameters in the same order, on whatever device."""
-        then = [(name, dtype, list(shape)) for _, dtype, slots in saved for name, shape in slots]
+        try:
+            then = [(name, dtype, list(shape)) for _, dtype, slots in saved for name, shape in slots]
+        except (TypeError, ValueError):
+            raise ValueError(f"the saved layout must list blocks of parameters, got {str(saved)[:60]}") from None
         now = [(name, dtype, list(shape)) for _, dtype, slots in self.layout for name, shape in slots]
         for old, new in itertools.zip_longest(then, now):
             if old != new:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from fastlocal import LAMB, LARS
+from fastlocal import LAMB, LARS, LocalSGD, SlowMo, Workers
+from fastlocal.policy import OriginalValidationLoss
 from fastlocal.train import cli
 from fastlocal.train.config import Config
 
@@ -91,6 +92,45 @@ def test_a_damaged_optimizer_state_is_refused_and_changes_nothing_or_is_loaded_a
         assert repr(given_) == repr(damaged)
 
     check()
+
+
+def wrapped(kind, steps):
+    torch.manual_seed(0)
+    workers = Workers(nn.Linear(3, 1), 2)
+    inner = torch.optim.SGD(workers.parameters(), lr=0.1, momentum=0.9)
+    optimizer = kind(inner, workers, OriginalValidationLoss(4, total_epochs=10))
+    for step in range(steps):
+        optimizer.zero_grad()
+        for worker in workers:
+            worker(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        if step == 4:
+            optimizer.observe(val_loss=1.0)
+    return optimizer, workers
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_a_damaged_wrapper_state_is_refused_and_changes_nothing_or_is_loaded(kind):
+    whole = copy.deepcopy(wrapped(kind, 10)[0].state_dict())
+    paths = [("fastlocal", *path) for path in places(whole["fastlocal"])] + [("fastlocal",), ("param_groups",)]
+
+    @settings(max_examples=150)
+    @given(st.sampled_from(paths), st.sampled_from(["remove", "none", "text", "minus", "nan", "empty", "list"]))
+    def check(path, how):
+        damaged = copy.deepcopy(whole)
+        damage(damaged, path, how)
+        optimizer, _ = wrapped(kind, 2)
+        before = copy.deepcopy(optimizer.state_dict())
+        try:
+            optimizer.load_state_dict(damaged)
+        except ValueError:
+            assert equal_but_nan(optimizer.state_dict(), before), (path, how)
+
+    check()
+
+
+def equal_but_nan(first, second):
+    return equal(first, second) or repr(first) == repr(second)
 
 
 # What every flag of a kind is tried with. The values are absurd for each of them, or the parser's to refuse.

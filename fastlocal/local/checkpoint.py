@@ -8,6 +8,7 @@ from fastlocal.buffers import Buffers
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
+from fastlocal.local.form import require_form
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
 from fastlocal.local.rates import Rates
@@ -90,9 +91,16 @@ class Checkpointed(Wrapper):
             state_dict = state_dict if replaced is None else replaced
         if "fastlocal" not in state_dict:
             raise ValueError("state_dict has no entry 'fastlocal': it was not saved by a fastlocal wrapper")
-        self._check_saved(state_dict["fastlocal"])
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
-        self._restore(state_dict["fastlocal"])
+        own = state_dict["fastlocal"]
+        self._check_saved(own)
+        policy_before = self.policy.state_dict()
+        try:
+            self.policy.load_state_dict(own["policy"]["state"])
+            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            self.policy.load_state_dict(policy_before)
+            raise ValueError(f"state_dict does not fit the policy or the inner optimizer: {error!r}") from error
+        self._restore(own)
         self._team.forget_message()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -128,7 +136,14 @@ class Checkpointed(Wrapper):
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
-        rows = own.get("num_rows", own["num_workers"])
+        present = self._saved()
+        # What a policy keeps is its own affair, and the layout has an error of its own, before the tensors.
+        skipped: dict[str, Any] = {"layout": [], "policy": {}, "outer": []}
+        saved = {key: skipped.get(key, value) for key, value in own.items()} if isinstance(own, dict) else own
+        require_form(saved, present | skipped, "['fastlocal']")
+        if not isinstance(own["policy"], dict) or own["policy"].keys() != {"name", "state"}:
+            raise ValueError(f"state_dict: the policy must be a dict of name and state, got {own['policy']}")
+        rows = own["num_rows"]
         matches: list[tuple[str, Any, Any]] = [
             ("method", own["method"], type(self).__name__),
             ("policy", own["policy"]["name"], type(self.policy).__name__),
@@ -146,12 +161,12 @@ class Checkpointed(Wrapper):
                 f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
             )
         self.rows.require_layout(own["layout"])
+        require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 
     def _restore(self, own: dict[str, Any]) -> None:
         """Take back what _saved() returned."""
         for outer, state in zip(self._outers, own["outer"], strict=True):
             outer.load_state_dict(state)
-        self.policy.load_state_dict(own["policy"]["state"])
         self.stats = Stats(**own["stats"])
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
