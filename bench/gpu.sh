@@ -24,7 +24,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
   settings=(-p no:cacheprovider)
   # pyproject.toml sets the timeout of a plugin; without it pytest takes no settings from there.
   "$python" -c 'import pytest_timeout' 2>/dev/null || settings+=(-c /dev/null --rootdir "$PWD" -q)
-  part tests 100 "$python" -m pytest "${settings[@]}" -m gpu tests/test_gpu.py
+  part tests 100 "$python" -m pytest "${settings[@]}" -m gpu tests/test_gpu.py tests/test_train_step.py
   part kernels 80 "$python" -m pytest "${settings[@]}" tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py
 else
   echo "== tests: left out, pytest is not installed"
