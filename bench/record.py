@@ -16,7 +16,9 @@ def main() -> None:
     with results.open("a") as file:
         for folder in folders:
             summary = json.loads((folder / "summary.json").read_text())
-            del summary["config"]["data_dir"]  # a path of the machine that ran it says nothing to another
+            for path in ("data_dir", "out"):  # of the machine that ran it, they say nothing to another
+                del summary["config"][path]
+            del summary["folder"]
             records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
             kept = ("val_accuracy", "val_loss", "bytes_on_wire", "rounds")
             epochs = {name: [record[name] for record in records] for name in kept}

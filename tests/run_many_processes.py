@@ -376,6 +376,7 @@ def warmup_equals_the_one_process_run(rank, new_group):
     against_one_process(SlowMo, rank, group, 1, ROUNDED, warmup_steps=4)
     pairs = [new_group([0, 1]), new_group([2, 3])]
     against_one_process(LocalSGD, rank, pairs[rank // 2], 2, ROUNDED, warmup_steps=6)
+    against_one_process(LocalSGD, rank, pairs[rank // 2], 2, ROUNDED, warmup_steps=100)  # sync() merges buffers
 
 
 def weights_weigh_the_workers_of_all_ranks(rank, new_group):

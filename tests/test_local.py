@@ -523,6 +523,21 @@ def test_a_parameter_that_was_replaced_is_found_at_the_next_sync():
         run(optimizer, team, 1)
 
 
+def test_a_sync_after_warmup_steps_merges_the_buffers():
+    team = Workers(nn.BatchNorm1d(2), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 5, warmup_steps=9)
+    for worker, value in zip(team, (1.0, 3.0), strict=True):
+        worker(torch.tensor([[value, value], [value, value]])).sum().backward()
+    optimizer.step()
+    assert team[0].running_mean.tolist() == pytest.approx([0.1, 0.1])
+    sent = optimizer.stats.bytes_on_wire
+    for _ in range(2):
+        optimizer.sync()
+        for worker in team:
+            assert worker.running_mean.tolist() == pytest.approx([0.2, 0.2])
+        assert optimizer.stats.bytes_on_wire == sent + 4 * 4 + 8  # two float32 vectors and a count, 2 · 1/2 times
+
+
 def test_warmup_takes_a_closure_that_is_evaluated_more_than_once():
     torch.manual_seed(0)
     team = Workers(nn.Linear(2, 1), 2)

@@ -59,16 +59,29 @@ def assert_same_run(one, other, ignored=("drift",)):
             assert record[name] == pytest.approx(record2[name], rel=1e-3), name
 
 
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """The folder of a run with a method, four workers in one process; made once."""
+    folder = tmp_path_factory.mktemp("one")
+
+    def made(method):
+        if not (folder / method).exists():
+            run(1, [*FOUR, "--method", method], folder / method)
+        return folder / method
+
+    return made
+
+
 @pytest.mark.parametrize("method", ["slowmo", "sync"])
-def test_four_workers_are_the_same_run_in_one_process_and_in_several(tmp_path, method):
+def test_four_workers_are_the_same_run_in_one_process_and_in_several(tmp_path, method, in_one_process):
     arguments = [*FOUR, "--method", method]
-    run(1, arguments, tmp_path / "1")
+    one = in_one_process(method)
     processes = {"slowmo": 2, "sync": 4}[method]
     said = run(processes, arguments, tmp_path / "n")
     assert said.count("test accuracy") == 1
     assert f"{processes} processes with {4 // processes} workers each" in said
-    assert_same_run(tmp_path / "1", tmp_path / "n")
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("1", "n")]
+    assert_same_run(one, tmp_path / "n")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, tmp_path / "n")]
     for name in ("bytes_on_wire", "bytes_synchronous", "rounds", "local_steps", "train_samples"):
         assert summaries[0][name] == summaries[1][name]
 
@@ -94,12 +107,11 @@ def workers_of(process, number, everybody=False):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_a_run_goes_on_with_its_workers_in_another_number_of_processes(tmp_path):
+def test_a_run_goes_on_with_its_workers_in_another_number_of_processes(tmp_path, in_one_process):
     arguments = [*FOUR, "--method", "slowmo", "--checkpoint-seconds", "0"]
-    run(1, arguments, tmp_path / "straight")
     stop_in_the_middle(start(1, arguments, tmp_path / "moved"), tmp_path / "moved")
-    run(4, [*arguments, "--resume"], tmp_path / "moved")
-    assert_same_run(tmp_path / "straight", tmp_path / "moved")
+    assert "going on after epoch" in run(4, [*arguments, "--resume"], tmp_path / "moved")
+    assert_same_run(in_one_process("slowmo"), tmp_path / "moved")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
@@ -126,3 +138,11 @@ def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
     for rank in (0, 1):
         assert f"error on rank {rank}: --workers must be a multiple of the 2 processes, got 3" in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_refused_is_not_resumed_because_torchrun_tries_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, _, errors = finish(start(2, FOUR, tmp_path, restarts=1))
+    assert code != 0
+    assert errors.count("holds a run already: add --resume") == 4  # two processes, twice
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

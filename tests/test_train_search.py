@@ -45,6 +45,24 @@ def test_a_grid_is_searched_whole_and_a_diverged_trial_is_pruned(tmp_path, capsy
     assert tomllib.loads((root / "best.toml").read_text())["base"]["lr"] == 0.01
 
 
+def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refused_or_left_out(tmp_path, capsys):
+    text = "sampler = 'grid'\n" + BASE + "[space]\nlr = [0.01]\n"
+    root = tmp_path / "out"
+    assert main(["search", str(written(tmp_path, text)), "--out", str(root)]) == 0
+    other = text.replace("epochs = 1", "epochs = 2").replace("[0.01]", "[0.02]")
+    assert main(["search", str(written(tmp_path, other)), "--out", str(root)]) == 2
+    assert "holds a search with another base, space" in " ".join(capsys.readouterr().err.split())
+    clash = BASE + "policy = 'val-loss'\nmin_interval = 1\n[space]\nmin_interval = [2, 3]\n"
+    assert main(["search", str(written(tmp_path, "sampler = 'grid'\n" + clash)), "--out", str(tmp_path / "g")]) == 2
+    assert "--interval must lie between --min-interval 3" in " ".join(capsys.readouterr().err.split())
+    clash = clash.replace("[2, 3]", "{low = 2, high = 3}")
+    search(
+        load(written(tmp_path, "trials = 4\n" + clash)), tmp_path / "t", Console(quiet=True), data_dir=None, threads=1
+    )
+    states = [trial.state.name for trial in trials(tmp_path / "t")[0].trials]
+    assert sorted(set(states)) == ["COMPLETE", "PRUNED"]
+
+
 def test_a_search_that_was_stopped_makes_the_trials_it_would_have_made(tmp_path):
     path, console = written(tmp_path, TPE), Console(quiet=True)
     search(load(path, trials=3), tmp_path / "straight", console, data_dir=None, threads=None)

@@ -9,7 +9,8 @@ from fastlocal.comm.launch import join as join
 from fastlocal.comm.launch import launched_processes as launched_processes
 from fastlocal.comm.launch import leave as leave
 from fastlocal.comm.launch import local_rank as local_rank
-from fastlocal.comm.launch import was_restarted as was_restarted
+from fastlocal.comm.launch import note_for_restarts as note_for_restarts
+from fastlocal.comm.launch import was_noted as was_noted
 from fastlocal.comm.pieces import are_cut_alike as are_cut_alike
 from fastlocal.comm.pieces import cut_of as cut_of
 from fastlocal.comm.pieces import held_here as held_here

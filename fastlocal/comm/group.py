@@ -4,6 +4,7 @@ Before its collectives each process leaves a note in the group's store, saying h
 collective fails or takes too long, the others read the notes and say who is missing.
 """
 
+import ctypes
 import math
 import pickle
 import time
@@ -123,7 +124,7 @@ class Group:
         own = torch.zeros(max(sizes), dtype=torch.uint8)
         own[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         everybody = self._gather_tensors(own.to(self._device))
-        return [pickle.loads(bytes(each[:size].tolist())) for each, size in zip(everybody, sizes, strict=True)]
+        return [pickle.loads(_bytes_of(each, size)) for each, size in zip(everybody, sizes, strict=True)]
 
     def broadcast_bytes(self, packed: bytes | None, size: int, source: int) -> bytes:
         """The bytes that process `source` of the group gives; all know how many they are."""
@@ -132,7 +133,13 @@ class Group:
         else:
             message = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self._device)
         self.broadcast_(message, source)
-        return bytes(message.tolist())
+        return _bytes_of(message, size)
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        """The object that process `source` of the group gives; the others' are ignored."""
+        packed = pickle.dumps(value) if self.rank == source else None
+        sizes = self.gather([0 if packed is None else len(packed)])
+        return pickle.loads(self.broadcast_bytes(packed, int(sizes[source][0]), source))
 
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Overwrite the contiguous tensor with that of process `source` of the group."""
@@ -228,3 +235,7 @@ class Group:
     @staticmethod
     def _last_seen(note: _Note) -> str:
         return f"last seen at local step {note.local_steps}" if note.meetings else "never seen"
+
+
+def _bytes_of(message: Tensor, size: int) -> bytes:
+    return ctypes.string_at(message.cpu().data_ptr(), size)

@@ -2,10 +2,11 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import distributed_c10d
 
 from fastlocal.comm.group import Group, find_group
 
@@ -23,9 +24,23 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def was_restarted() -> bool:
-    """Whether torchrun has started the processes again after a failure."""
-    return _attempt() > 0
+def note_for_restarts(text: str) -> None:
+    """Tell the processes that torchrun may start in this one's place."""
+    if dist.is_initialized():
+        _job_store().set(f"fastlocal/{text}", "1")
+
+
+def was_noted(text: str) -> bool:
+    """Whether a process that failed had left this note."""
+    return _attempt() > 0 and dist.is_initialized() and _job_store().check([f"fastlocal/{text}"])
+
+
+def _job_store() -> Any:
+    """The store that all attempts share."""
+    store = distributed_c10d._get_default_store()
+    while isinstance(store, distributed_c10d.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _attempt() -> int:
@@ -44,7 +59,7 @@ def join(device: torch.device) -> Group | None:
         if name not in os.environ:
             raise ValueError(f"WORLD_SIZE is {launched_processes()} but {name} is not set: start with torchrun")
     # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
-    store = PrefixStore(
+    store = distributed_c10d.PrefixStore(
         f"attempt_{_attempt()}",
         dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],

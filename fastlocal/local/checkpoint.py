@@ -30,6 +30,8 @@ class Checkpointed(Wrapper):
     steps_in_round: int
     _anchored: bool
     _round_is_open: bool
+    _buffers_apart: bool
+    warmup_steps: int
     _group: Group | None
 
     _own_attributes: tuple[str, ...] = (
@@ -45,6 +47,7 @@ class Checkpointed(Wrapper):
         "steps_in_round",
         "_anchored",
         "_round_is_open",
+        "_buffers_apart",
         "_group",
         "_chose_group",
         "_weights",
@@ -171,5 +174,6 @@ class Checkpointed(Wrapper):
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
         self._round_is_open = self.steps_in_round > 0
+        self._buffers_apart = 0 < self.stats.local_steps <= self.warmup_steps
         self._rates.last = list(own["rates"])
         self._rates.find_groups()

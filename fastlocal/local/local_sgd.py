@@ -97,6 +97,7 @@ class LocalSGD(Checkpointed):
         self.steps_in_round = 0
         self._anchored = False  # whether the first round has begun
         self._round_is_open = False
+        self._buffers_apart = False  # whether steps of the warm-up have changed them since they were last merged
         self._chose_group = process_group is not None
         self._group = comm.find_group(process_group, timeout, self.rows.blocks[0].rows.device)
         self._assemble()
@@ -166,7 +167,7 @@ class LocalSGD(Checkpointed):
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
         if warming_up:
-            self._round_is_open = False
+            self._round_is_open, self._buffers_apart = False, True
         elif self.steps_in_round >= self.stats.interval:
             self.sync()
         return loss
@@ -251,6 +252,8 @@ class LocalSGD(Checkpointed):
     def sync(self) -> None:
         """Close the round under way, even if it is not full; without a step since the last sync, do nothing.
 
+        After steps of the warm-up, which leave the parameters equal, it merges the buffers.
+
         A worker whose parameters are not all finite is left out of the mean and goes on from it.
 
         Raises:
@@ -260,6 +263,10 @@ class LocalSGD(Checkpointed):
             RuntimeError: a parameter has left its row, or the workers' buffers differ.
         """
         if self.steps_in_round == 0:
+            if self._buffers_apart:
+                self._compare()
+                self.stats.bytes_on_wire += self._ring(self._team.merge_buffers(self.stats))
+                self._buffers_apart = False
             return
         self._compare()
         started = time.perf_counter()
@@ -274,7 +281,7 @@ class LocalSGD(Checkpointed):
         self.stats.rounds += 1
         self.stats.round_steps = self.steps_in_round
         self.steps_in_round = 0
-        self._round_is_open = False
+        self._round_is_open = self._buffers_apart = False
         self.stats.seconds_in_sync += time.perf_counter() - started
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:

@@ -166,6 +166,14 @@ class ManyProcesses(OneProcess):
             self.reset_inner_state(included[self.group.rank])
         return Outcome(drift, sum(flags.count(False) for flags in included), payload)
 
+    def merge_buffers(self, stats: Stats) -> int:
+        """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
+        buffers = module_buffers.collect(self.rows.modules)
+        elements = sum(own[0].numel() for own in buffers)
+        headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
+        included = [[True] * len(header.flags) for header in headers]
+        return merge_across_(buffers, self.choices.buffers, included, self.group)
+
     def _average_rows(self, closing: Round, shares: list[float], alike: bool) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan."""
         measures = len(self.rows) > 1 or closing.reads_drift

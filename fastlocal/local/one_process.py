@@ -127,6 +127,11 @@ class OneProcess:
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
         return Outcome(sum(drifts) / len(drifts), included.count(False), payload)
 
+    def merge_buffers(self, stats: Stats) -> int:
+        """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
+        buffers = module_buffers.collect(self.rows.modules)
+        return module_buffers.merge_(buffers, self.choices.buffers, [True] * len(self.rows))
+
     def finite(self) -> Tensor:
         """Bool, shape (k,): which rows are finite, in all the pieces that other processes hold too."""
         device = self.rows.blocks[0].rows.device

@@ -31,6 +31,8 @@ def device(config: Config) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and comm.launched_processes() > 1:
+        raise UsageError(f"--device must be auto, cpu or cuda with several processes, got {name}")
     if name == "cuda" and comm.launched_processes() > 1:
         name = f"cuda:{comm.local_rank()}"
     try:

@@ -105,8 +105,14 @@ def begin(study: Study, root: Path) -> None:
         UsageError: the folder cannot be used, or holds the study at another number of epochs.
     """
     path = root / STUDY
-    if path.exists() and (epochs := read_json(path).get("epochs")) != study.epochs:
-        raise UsageError(f"{root} holds the study with --epochs {epochs}, not {study.epochs}: choose another --out")
+    if path.exists():
+        saved = read_json(path)
+        now = {"name": study.name, "epochs": study.epochs}
+        for what in now:
+            if saved.get(what) != now[what]:
+                raise UsageError(
+                    f"{root} holds the study with {what} {saved.get(what)}, not {now[what]}: choose another --out"
+                )
     try:
         root.mkdir(parents=True, exist_ok=True)
         report.write_json(path, as_json(study))

@@ -130,7 +130,9 @@ def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
             cell = cells.get(key)
             bare = run.name.removesuffix(f"-s{run.config['seed']}")
             groups[key] = Group(cell["group"] if cell else bare, [], cell["original"] if cell else {})
-        groups[key].runs.append(run)
+        # Two studies may have made the same run: it counts once.
+        if all(run.config["seed"] != other.config["seed"] for other in groups[key].runs):
+            groups[key].runs.append(run)
     order = {key: position for position, key in enumerate(dict.fromkeys(_key(cell["config"]) for cell in asked))}
     return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
 

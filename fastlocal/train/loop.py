@@ -104,8 +104,9 @@ class Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.workers = build.workers(config, len(self.here), device)
         self.optimizer = build.optimizer(config, self.workers, self.total_steps, processes.group)
+        parallel = isinstance(self.optimizer, DataParallel)
         models = [self.optimizer.model] if isinstance(self.optimizer, DataParallel) else list(self.workers)
-        self.gradients = Gradients(models, self.data, config.batch_size, config.precision)
+        self.gradients = Gradients(models, self.data, config.batch_size, config.precision, record=not parallel)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
         self.train_seconds = 0.0
@@ -193,13 +194,17 @@ class Training:
             )
             self.processes.local_step = stats.local_steps
             if self.step < self.steps_per_epoch and self._is_time_to_save(saved):
+                self._wait_for_device()
                 self.train_seconds += time.perf_counter() - started
                 self._train_loss()
                 self.save()
                 saved = started = time.perf_counter()
+        self._wait_for_device()
+        self.train_seconds += time.perf_counter() - started
+
+    def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.train_seconds += time.perf_counter() - started
 
     def _is_time_to_save(self, last: float) -> bool:
         """Process 0 decides by its clock; the others ask now and then, since asking is a message."""

@@ -64,7 +64,8 @@ class Processes:
                 outcome = (call(), None)
             except (UsageError, RunError) as error:
                 outcome = (None, error)
-        value, error = self.gather(outcome)[0]
+        self.group.arrive("hear from the first", self.local_step)
+        value, error = self.group.broadcast_object(outcome, source=0)
         if error is not None:
             raise error
         return cast(T, value)

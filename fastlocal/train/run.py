@@ -32,8 +32,6 @@ def run(config: Config, display: Display) -> dict[str, Any]:
         RunError: a file could not be written on the way, or another process was lost.
     """
     device = build.device(config)
-    if comm.was_restarted():
-        config = replace(config, resume=True)
     try:
         group = comm.join(device)
     except ValueError as error:
@@ -49,6 +47,8 @@ def run(config: Config, display: Display) -> dict[str, Any]:
 def _run(config: Config, device: torch.device, processes: Processes, display: Display) -> dict[str, Any]:
     folder = config.folder
     processes.share(config.workers)
+    if comm.was_noted(f"began {folder}"):
+        config = replace(config, resume=True)
     finished = processes.from_first(lambda: _look(folder, config))
     if finished is not None:
         display.note(f"{folder} is finished already")
@@ -61,6 +61,7 @@ def _run(config: Config, device: torch.device, processes: Processes, display: Di
     splits = data.load(config)
     training = Training(config, splits, folder / "checkpoint.pt", device, processes, display.step)
     processes.from_first(lambda: _begin(folder, config))
+    comm.note_for_restarts(f"began {folder}")
     if config.resume and processes.from_first(training.checkpoint_path.exists):
         training.resume()
         display.note(f"going on after epoch {training.epoch}, step {training.step}")

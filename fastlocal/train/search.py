@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
-from fastlocal.train.config import Config
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunDivergedError, RunError, UsageError
 from fastlocal.train.run import run
@@ -80,7 +80,10 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | 
     if epochs is not None:
         base["epochs"] = epochs
     config_from(base)
-    return Search(str(content.get("name", stem)), sampler, objective, count, seed, base, space)
+    asked = Search(str(content.get("name", stem)), sampler, objective, count, seed, base, space)
+    for params in _grid(asked) if sampler == "grid" else ():
+        config_from(base | params)
+    return asked
 
 
 def _distribution(name: str, value: Any) -> BaseDistribution:
@@ -124,6 +127,7 @@ def search(asked: Search, root: Path, console: Console, *, data_dir: Path | None
         direction="maximize",
         load_if_exists=True,
     )
+    _require_same(study, asked, root)
     _take_up_interrupted(study, asked)
     while len(_tried(study)) < asked.trials:
         if asked.sampler == "grid":
@@ -135,9 +139,14 @@ def search(asked: Search, root: Path, console: Console, *, data_dir: Path | None
         study.sampler = optuna.samplers.TPESampler(seed=asked.seed * 100_003 + len(_tried(study)))
         trial = study.ask(asked.space)
         folder = root / folder_name(trial.params)
-        config = replace(config_from(asked.base | trial.params), out=folder, resume=True)
-        config = replace(config, data_dir=data_dir or config.data_dir, threads=threads or config.threads)
         console.print(f"trial {trial.number}: {folder.name}", highlight=False, markup=False)
+        try:
+            config = replace(config_from(asked.base | trial.params), out=folder, resume=True)
+        except UsageError as error:  # these values do not go together; others may
+            console.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
+            study.tell(trial, state=TrialState.PRUNED)
+            continue
+        config = replace(config, data_dir=data_dir or config.data_dir, threads=threads or config.threads)
         try:
             with Display(console) as display:
                 summary = run(config, display)
@@ -146,6 +155,19 @@ def search(asked: Search, root: Path, console: Console, *, data_dir: Path | None
             console.print(f"diverged: {error}", highlight=False, markup=False, soft_wrap=True)
             study.tell(trial, state=TrialState.PRUNED)
     return _finish(asked, study, root, console)
+
+
+def _require_same(study: optuna.Study, asked: Search, root: Path) -> None:
+    """Scores of other settings cannot be ranked together: a folder keeps one search."""
+    base = {key: value for key, value in asked.base.items() if key not in NOT_PART_OF_A_RUN}
+    parts = {"base": base, "space": repr(asked.space), "sampler": asked.sampler, "objective": asked.objective}
+    now = json.loads(json.dumps(parts, default=str))
+    before = study.user_attrs.get("asked")
+    if before is None:
+        study.set_user_attr("asked", now)
+    elif before != now:
+        differing = ", ".join(name for name in now if before.get(name) != now[name])
+        raise UsageError(f"{root} holds a search with another {differing}: choose another --out")
 
 
 def _tried(study: optuna.Study) -> list[dict[str, Any]]:

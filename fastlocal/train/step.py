@@ -30,20 +30,28 @@ class Gradients:
         data: each worker's images.
         batch_size: images of each.
         precision: of the forward pass.
+        record: whether to make a CUDA graph of it where there is CUDA; not of models that communicate.
 
     Attributes:
         losses: float64, (K, 2), each worker's sum and number of finite losses since they were zeroed.
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], data: Sequence[Augmenter], batch_size: int, precision: Precision
+        self,
+        models: Sequence[nn.Module],
+        data: Sequence[Augmenter],
+        batch_size: int,
+        precision: Precision,
+        *,
+        record: bool = True,
     ) -> None:
         self.models, self.data = list(models), data
         self.precision: Precision = precision
         self.device = data[0].labels.device
         self.losses = torch.zeros(len(models), 2, dtype=torch.float64, device=self.device)
         self.picks = torch.zeros(len(models), 4, batch_size, dtype=torch.int64, device=self.device)
-        self.streams = [torch.cuda.Stream(self.device) for _ in models] if self.device.type == "cuda" else []
+        self.records = record and self.device.type == "cuda"
+        self.streams = [torch.cuda.Stream(self.device) for _ in models] if self.records else []
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -54,7 +62,7 @@ class Gradients:
             picks: int64, (K, 4, batch_size), columns of the workers' plans.
         """
         self.picks.copy_(picks)
-        if self.device.type != "cuda":
+        if not self.records:
             self._clear()
             for worker in range(len(self.models)):
                 self._compute(worker)
