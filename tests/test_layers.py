@@ -46,7 +46,7 @@ TRAIN_ARROWS = {
         *("state", "step"),
     },
     "display": {"loop"},
-    "report": {"checkpoint", "config", "loop"},
+    "report": {"checkpoint", "config", "errors", "loop"},
     "run": {"report", "build", "data", "allocator", "config", "display", "errors", "loop", "processes"},
     "bench": set(),
     "plan": {"errors"},
@@ -57,7 +57,7 @@ TRAIN_ARROWS = {
     "cells": {"config", "errors", "job", "report", "study"},
     "study_display": {"cells"},
     "search": {"checkpoint", "config", "display", "errors", "report", "run", "study", "values"},
-    "collect": {"cells", "config", "errors", "job"},
+    "collect": {"cells", "config", "errors", "job", "report"},
     "plots": {"collect"},
     "page": {"checkpoint", "collect", "config", "display", "errors", "plots"},
     "cli": {

@@ -77,25 +77,14 @@ def _look(config: Config, retry: bool) -> tuple[State, str]:
     folder = config.folder
     if not (folder / "config.json").exists():
         return "new", ""
-    differences = config.differences(read_json(folder / "config.json"))
+    differences = config.differences(report.read_json(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}; choose another --out")
     if (folder / "summary.json").exists():
         return "finished", ""
     if (folder / FAILED).exists() and not retry:
-        return "diverged", str(read_json(folder / FAILED).get("message", ""))
+        return "diverged", str(report.read_json(folder / FAILED).get("message", ""))
     return "started", ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UsageError if the file holds none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return value
 
 
 def begin(study: Study, root: Path) -> None:
@@ -106,7 +95,7 @@ def begin(study: Study, root: Path) -> None:
     """
     path = root / STUDY
     if path.exists():
-        saved = read_json(path)
+        saved = report.read_json(path)
         now = {"name": study.name, "epochs": study.epochs}
         for what in now:
             if saved.get(what) != now[what]:
@@ -179,7 +168,7 @@ def _ended(place: Place) -> bool:
     assert place.process.stdin
     place.process.stdin.close()
     if (place.folder / FAILED).exists():
-        place.state, place.message = "diverged", str(read_json(place.folder / FAILED)["message"])
+        place.state, place.message = "diverged", str(report.read_json(place.folder / FAILED)["message"])
     elif code == 0:
         place.state = "finished"
     else:

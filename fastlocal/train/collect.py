@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlocal.train.cells import STUDY, read_json
+from fastlocal.train.cells import STUDY
 from fastlocal.train.config import NOT_PART_OF_A_RUN
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED
+from fastlocal.train.report import read_json
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,9 @@ class Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.workers = build.workers(config, len(self.here), device)
         self.optimizer = build.optimizer(config, self.workers, self.total_steps, processes.group)
-        parallel = isinstance(self.optimizer, DataParallel)
-        models = [self.optimizer.model] if isinstance(self.optimizer, DataParallel) else list(self.workers)
-        self.gradients = Gradients(models, self.data, config.batch_size, config.precision, record=not parallel)
+        parallel = self.optimizer if isinstance(self.optimizer, DataParallel) else None
+        models = [parallel.model] if parallel else list(self.workers)
+        self.gradients = Gradients(models, self.data, config.batch_size, config.precision, record=parallel is None)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
         self.train_seconds = 0.0

@@ -15,6 +15,7 @@ import torch
 import fastlocal
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
 from fastlocal.train.loop import Record
 
 
@@ -84,6 +85,17 @@ def summarise(
         "config": config.as_dict(),
         "versions": versions(device),
     }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UsageError if the file holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} does not hold a JSON object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """One run, from a Config to a finished folder."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,12 +113,12 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
         return None
     if not config.resume:
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    differences = config.differences(_read(folder / "config.json"))
+    differences = config.differences(report.read_json(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}")
     if "summary.json" not in present:
         return None
-    summary = _read(folder / "summary.json")
+    summary = report.read_json(folder / "summary.json")
     if "test_accuracy" not in summary:
         raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
     return summary
@@ -136,13 +135,3 @@ def _begin(folder: Path, config: Config) -> None:
             report.write_json(folder / "config.json", config.as_dict())
         except RunError as error:
             raise UsageError(str(error)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return value
