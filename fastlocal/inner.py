@@ -4,6 +4,7 @@ Parameters of the k workers that belong together are passed as one tuple, worker
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -19,23 +20,32 @@ Twins = tuple[nn.Parameter, ...]
 
 
 @torch.no_grad()
-def average_gradients_(twins: Iterable[Twins]) -> None:
-    """Give every worker the mean gradient. A worker without one counts as zero, unless nobody has one."""
+def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None:
+    """Give every worker the weighted mean gradient. A worker without one counts as zero, unless nobody has one.
+
+    Args:
+        twins: the parameters.
+        weights: of each worker.
+    """
+    # Weights that are alike multiply by 1, which rounds nothing.
+    scaled = [weight / max(weights) for weight in weights]
     for parameters in twins:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not gradients:
+        gradients = [parameter.grad for parameter in parameters]
+        first = next((gradient for gradient in gradients if gradient is not None), None)
+        if first is None:
             continue
-        if any(gradient.layout != torch.strided for gradient in gradients):
-            raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
-        mean = gradients[0].clone()
-        for gradient in gradients[1:]:
-            mean.add_(gradient)
-        mean.div_(len(parameters))
+        mean = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
+        for gradient, weight in zip(gradients, scaled, strict=True):
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
+            mean.add_(gradient, alpha=weight)
+        mean.div_(math.fsum(scaled))
         for parameter in parameters:
             if parameter.grad is None:
-                parameter.grad = mean.clone()
-            else:
-                parameter.grad.copy_(mean)
+                parameter.grad = torch.empty_like(first)
+            parameter.grad.copy_(mean)
 
 
 @torch.no_grad()

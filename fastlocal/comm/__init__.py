@@ -5,6 +5,7 @@ from fastlocal.comm.group import LostRankError as LostRankError
 from fastlocal.comm.group import Operation as Operation
 from fastlocal.comm.group import find_group as find_group
 from fastlocal.comm.group import several_processes_run as several_processes_run
+from fastlocal.comm.launch import RendezvousError as RendezvousError
 from fastlocal.comm.launch import join as join
 from fastlocal.comm.launch import launched_processes as launched_processes
 from fastlocal.comm.launch import leave as leave

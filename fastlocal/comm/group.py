@@ -1,22 +1,25 @@
 """The processes that train together: collectives that end in an error with a name, not in a hang.
 
-Before its collectives each process leaves a note in the group's store, saying how far it has come. When a
-collective fails or takes too long, the others read the notes and say who is missing.
+When a collective fails or takes too long, the notes in the group's store say who is missing.
 """
 
 import ctypes
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
+from fastlocal.comm.notes import Notes
+from fastlocal.comm.turn import Turn
+
+T = TypeVar("T")
 Operation = Literal["sum", "max", "min", "mean"]
 
 _GRACE_SECONDS = 3.0
@@ -24,20 +27,20 @@ _GRACE_SECONDS = 3.0
 
 
 class LostRankError(RuntimeError):
-    """A process of the group has ended, stalled, or went another way."""
+    """A process of the group has ended, stalled, or went another way.
+
+    What was to be averaged may be half averaged: go on from a checkpoint.
+    """
 
 
-class _Note(NamedTuple):
-    """What a process has written about itself."""
-
-    meetings: int  # how many points with collectives it has reached
-    local_steps: int
-    failed: int  # 1 once a collective has failed there
+def is_initialized() -> bool:
+    """Whether torch.distributed is there, which some builds of torch leave out, and has begun."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def several_processes_run() -> bool:
     """Whether torch.distributed is initialised with more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return is_initialized() and dist.get_world_size() > 1
 
 
 def find_group(process_group: Any, timeout: float, device: torch.device) -> "Group | None":
@@ -51,6 +54,7 @@ def find_group(process_group: Any, timeout: float, device: torch.device) -> "Gro
     Raises:
         TypeError: process_group is something else.
         ValueError: this process is not in it, or timeout is not positive.
+        RuntimeError: a group was given, and this torch was built without torch.distributed.
     """
     if not (timeout > 0 and math.isfinite(timeout)):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
@@ -58,6 +62,8 @@ def find_group(process_group: Any, timeout: float, device: torch.device) -> "Gro
         if not several_processes_run():
             return None
         process_group = dist.group.WORLD
+    if not dist.is_available():
+        raise RuntimeError("process_group was given, but this torch was built without torch.distributed")
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group must be one that this process is in: it is not")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -79,7 +85,9 @@ class Group:
         ranks: the global rank of every process, in the group's order.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, timeout: float, device: torch.device) -> None:
+    def __init__(self, process_group: "dist.ProcessGroup", timeout: float, device: torch.device) -> None:
+        from torch.distributed import distributed_c10d  # not in a torch that was built without
+
         self.process_group, self.timeout = process_group, timeout
         self.rank = process_group.rank()
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
@@ -88,14 +96,14 @@ class Group:
         # Gloo has no mean.
         self.takes_means = device.type == "cuda" and "cuda:nccl" in backends
         self._device = torch.device("cpu") if sends_from_cpu else device
-        notes = distributed_c10d.PrefixStore(
+        store = distributed_c10d.PrefixStore(
             f"fastlocal/{process_group.group_name}", distributed_c10d._get_default_store()
         )
         # The n-th wrapper in one process is the n-th in every other: each has notes of its own.
-        number = notes.add(f"wrappers/{self.rank}", 1)
-        self._notes = distributed_c10d.PrefixStore(str(number), notes)
-        self._own = _Note(0, 0, 0)
-        self._purpose = ""
+        number = store.add(f"wrappers/{self.rank}", 1)
+        self._store = distributed_c10d.PrefixStore(str(number), store)
+        self._notes = Notes(self._store, self.rank, self.ranks)
+        self._purpose, self._local_steps, self._turns = "", 0, 0
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -108,9 +116,46 @@ class Group:
 
     def arrive(self, purpose: str, local_steps: int) -> None:
         """Note that this process has come to a point where all meet, and what for."""
-        self._purpose = purpose
-        self._own = _Note(self._own.meetings + 1, local_steps, 0)
-        self._leave_note()
+        self._purpose, self._local_steps = purpose, local_steps
+        self._asking(lambda: self._notes.arrive(local_steps))
+
+    @contextmanager
+    def watching(self, purpose: str, local_steps: int) -> Iterator[None]:
+        """Around collectives that others start, such as DistributedDataParallel: who is lost there is named too.
+
+        On CUDA they end in stream order, and a process that is lost is found at the next message between hosts.
+        """
+        self.arrive(purpose, local_steps)
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_a_transfer(error):
+                raise
+            raise self._lost(time.monotonic() - began, error) from error
+
+    def by_one(self, source: int, call: Callable[[], T]) -> T | None:
+        """What the call returns in process `source`, where alone it is made; None in the others.
+
+        They wait for as long as it takes, past `timeout` too, and no longer than that process is alive.
+        """
+        self.gather([source])  # a process that is lost already is found here
+        self._turns += 1
+        turn = Turn(self._store, f"turn/{self._turns}")
+        if self.rank == source:
+            self._asking(turn.begin)
+            try:
+                return call()
+            finally:
+                self._asking(turn.end)
+        began = time.monotonic()
+        silent = self._asking(turn.wait)
+        if silent:
+            raise LostRankError(
+                f"{self._waited(time.monotonic() - began)}: rank {self.ranks[source]}, at work alone, has given no "
+                f"sign of life for {silent:.0f} s. It has ended or is stopped; the group is broken"
+            )
+        return None
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Everybody's numbers, in the group's order; all give equally many."""
@@ -172,7 +217,7 @@ class Group:
         )
         return everybody
 
-    def _run(self, start: Callable[[], dist.Work | None], device: torch.device) -> None:
+    def _run(self, start: "Callable[[], dist.Work | None]", device: torch.device) -> None:
         began = time.monotonic()
         try:
             work = start()
@@ -182,59 +227,40 @@ class Group:
             else:
                 work.wait()  # in stream order; the host goes on
         except RuntimeError as error:
-            raise LostRankError(self._say_who_is_missing(time.monotonic() - began, error)) from error
+            raise self._lost(time.monotonic() - began, error) from error
 
-    def _leave_note(self) -> None:
+    def _asking(self, ask: Callable[[], T]) -> T:
+        """What the store says."""
         try:
-            self._notes.set(str(self.rank), ",".join(map(str, self._own)))
+            return ask()
         except RuntimeError as error:
             raise LostRankError(self._without_store()) from error
 
-    def _say_who_is_missing(self, seconds: float, error: RuntimeError) -> str:
-        self._own = self._own._replace(failed=1)
-        until = time.monotonic() + min(_GRACE_SECONDS, self.timeout)
-        try:
-            self._leave_note()
-            while True:
-                notes = self._read_notes()
-                behind = [rank for rank, note in notes.items() if note.meetings < self._own.meetings]
-                silent = [rank for rank, note in notes.items() if not note.failed and rank not in behind]
-                late = behind and seconds >= self.timeout
-                if late or not (behind or silent) or time.monotonic() > until:
-                    break
-                time.sleep(0.05)
-        except RuntimeError:
-            return self._without_store()
-        own = f"rank {self.ranks[self.rank]} waited {seconds:.1f} s to {self._purpose} at local step "
-        own += f"{self._own.local_steps}"
-        if behind:
-            missing = ", ".join(
-                f"rank {self.ranks[rank]} has not arrived ({self._last_seen(notes[rank])})" for rank in behind
-            )
-        elif silent:
-            missing = ", ".join(f"rank {self.ranks[rank]} arrived and fell silent" for rank in silent)
-        else:
-            missing = f"all ranks had arrived, and the transfer failed: {error}"
-        return f"{own}: {missing}. A process has ended, stalled or takes fewer steps; the group is broken"
+    def _lost(self, seconds: float, error: RuntimeError) -> LostRankError:
+        """Who is missing, now that a collective has failed or taken too long."""
+        late = seconds >= self.timeout
+        missing = self._asking(lambda: self._notes.find_missing(late, min(_GRACE_SECONDS, self.timeout)))
+        said = missing or f"all ranks had arrived, and the transfer failed: {error}"
+        return LostRankError(
+            f"{self._waited(seconds)}: {said}. A process has ended, stalled or takes fewer steps; the group is broken"
+        )
+
+    def _waited(self, seconds: float) -> str:
+        return f"rank {self._named()} waited {seconds:.1f} s to {self._purpose} at local step {self._local_steps}"
 
     def _without_store(self) -> str:
         return (
-            f"rank {self.ranks[self.rank]} wanted to {self._purpose} at local step {self._own.local_steps}, and "
+            f"rank {self._named()} wanted to {self._purpose} at local step {self._local_steps}, and "
             "torch.distributed's store no longer answers: the process that keeps it (rank 0, or torchrun) has ended"
         )
 
-    def _read_notes(self) -> dict[int, _Note]:
-        notes = {}
-        for rank in range(len(self.ranks)):
-            if rank != self.rank:
-                known = self._notes.check([str(rank)])
-                fields = self._notes.get(str(rank)).decode().split(",") if known else ("0", "0", "0")
-                notes[rank] = _Note(*map(int, fields))
-        return notes
+    def _named(self) -> int:
+        return self.ranks[self.rank]
 
-    @staticmethod
-    def _last_seen(note: _Note) -> str:
-        return f"last seen at local step {note.local_steps}" if note.meetings else "never seen"
+
+def _is_of_a_transfer(error: RuntimeError) -> bool:
+    """Whether torch.distributed failed, and not what was computed. Gloo's errors are told by their file alone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _bytes_of(message: Tensor, size: int) -> bytes:

@@ -1,17 +1,21 @@
 """Under torchrun: join the other processes of the program, and leave them."""
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from fastlocal.comm.group import Group, find_group
+from fastlocal.comm.group import Group, find_group, is_initialized
 
 TIMEOUT_SECONDS = 300.0
 """How long a collective waits for a process before the others give it up."""
+
+
+class RendezvousError(RuntimeError):
+    """The processes that were started did not find each other."""
 
 
 def launched_processes() -> int:
@@ -26,17 +30,19 @@ def local_rank() -> int:
 
 def note_for_restarts(text: str) -> None:
     """Tell the processes that torchrun may start in this one's place."""
-    if dist.is_initialized():
+    if is_initialized():
         _job_store().set(f"fastlocal/{text}", "1")
 
 
 def was_noted(text: str) -> bool:
     """Whether a process that failed had left this note."""
-    return _attempt() > 0 and dist.is_initialized() and _job_store().check([f"fastlocal/{text}"])
+    return _attempt() > 0 and is_initialized() and _job_store().check([f"fastlocal/{text}"])
 
 
 def _job_store() -> Any:
     """The store that all attempts share."""
+    from torch.distributed import distributed_c10d  # not in a torch that was built without
+
     store = distributed_c10d._get_default_store()
     while isinstance(store, distributed_c10d.PrefixStore):
         store = store.underlying_store
@@ -47,38 +53,78 @@ def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def join(device: torch.device) -> Group | None:
+def join(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Group | None:
     """Meet the other processes, by NCCL for tensors on GPUs and gloo for the rest; None if there are no others.
 
+    Args:
+        device: of the parameters.
+        timeout: seconds to wait for the others, and that a collective may take.
+
     Raises:
-        ValueError: the environment speaks of several processes, but not all that torchrun says.
+        ValueError: the environment speaks of several processes, but not as torchrun does, or torch has no
+            torch.distributed.
+        RendezvousError: one has not come, or the place to meet cannot be reached.
     """
     if launched_processes() == 1:
         return None
+    rank, port = _read_environment()
+    began, store = time.monotonic(), None
+    try:
+        # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
+        store = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+            f"attempt_{_attempt()}",
+            dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                os.environ["MASTER_ADDR"],
+                port,
+                is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0,
+                timeout=timedelta(seconds=timeout),
+            ),
+        )
+        store.set(_came(rank), "1")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=launched_processes(),
+            timeout=timedelta(seconds=timeout),
+        )
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{port}"
+        raise RendezvousError(
+            f"rank {rank} of {launched_processes()} did not meet the others at {place} (MASTER_ADDR and MASTER_PORT) "
+            f"in {time.monotonic() - began:.1f} s: {_absent(store) or str(error).splitlines()[0]}"
+        ) from error
+    return find_group(None, timeout, device)
+
+
+def _read_environment() -> tuple[int, int]:
+    """This process's rank, and the port where all meet."""
+    processes = launched_processes()
+    if not dist.is_available():
+        raise ValueError(f"WORLD_SIZE is {processes}, but this torch was built without torch.distributed: start one")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ValueError(f"WORLD_SIZE is {launched_processes()} but {name} is not set: start with torchrun")
-    # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
-    store = distributed_c10d.PrefixStore(
-        f"attempt_{_attempt()}",
-        dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0",
-            timeout=timedelta(seconds=TIMEOUT_SECONDS),
-        ),
-    )
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=launched_processes(),
-        timeout=timedelta(seconds=TIMEOUT_SECONDS),
-    )
-    return find_group(None, TIMEOUT_SECONDS, device)
+            raise ValueError(f"WORLD_SIZE is {processes} but {name} is not set: start with torchrun")
+    for name, limit in (("RANK", processes), ("MASTER_PORT", 1 << 16)):
+        if not (os.environ[name].isdecimal() and int(os.environ[name]) < limit):
+            raise ValueError(f"{name} must be a number from 0 to {limit - 1}, got {os.environ[name]!r}")
+    return int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+
+
+def _came(rank: int) -> str:
+    return f"fastlocal/came/{rank}"
+
+
+def _absent(store: Any) -> str:
+    """Which ranks have not come to the store, if it can tell."""
+    try:
+        absent = [] if store is None else [r for r in range(launched_processes()) if not store.check([_came(r)])]
+    except RuntimeError:
+        return ""
+    return f"{', '.join(f'rank {rank}' for rank in absent)} did not come" if absent else ""
 
 
 def leave() -> None:
     """End the communication in good order; a process that fails does not wait for it."""
-    if dist.is_initialized():
+    if is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """A wrapper that can be saved, copied and put together again: its parts, and what of them is kept."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,7 @@ from fastlocal.buffers import Buffers
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
+from fastlocal.local.arguments import checked_weights
 from fastlocal.local.form import require_form
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
@@ -66,6 +68,18 @@ class Checkpointed(Wrapper):
     @abstractmethod
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         """What the mean of a block becomes."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of each worker of this process in the mean; None weighs all alike."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Sequence[float] | None) -> None:
+        self._weights = None if weights is None else checked_weights(weights, len(self.rows))
+
+    def _weights_or_ones(self) -> Sequence[float]:
+        return self._weights or (1.0,) * len(self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state_dict with one more entry, "fastlocal".

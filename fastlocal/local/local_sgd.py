@@ -50,8 +50,9 @@ class LocalSGD(Checkpointed):
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
         timeout: seconds that a process waits for the others at a sync before it raises an error that names who is
             missing. Give more where one process evaluates or saves for longer than that between two steps.
-        weights: of each worker of this process in the mean, such as the samples it sees; None weighs all alike.
-            The attribute may be set between rounds.
+        weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
+            the samples it sees; None weighs all alike. The attribute may be set between rounds. It is not part of
+            the state_dict: it belongs to this process's data, which another number of processes cuts otherwise.
 
     Attributes:
         stats: what was counted so far, see Stats.
@@ -104,15 +105,6 @@ class LocalSGD(Checkpointed):
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         return Average(block.rows, impl=self.impl)
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """Of each worker of this process in the mean; None weighs all alike."""
-        return self._weights
-
-    @weights.setter
-    def weights(self, weights: Sequence[float] | None) -> None:
-        self._weights = None if weights is None else arguments.checked_weights(weights, len(self.rows))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -229,7 +221,7 @@ class LocalSGD(Checkpointed):
             finite = not scaling.overflowed()
             if finite:
                 scaling.unscale_(self.inner)
-            agreed = self._team.average_gradients(self.stats, finite)
+            agreed = self._team.average_gradients(self.stats, finite, self._weights_or_ones())
             self.stats.bytes_on_wire += self._ring(self._team.payload) if agreed else 0
             self.stats.seconds_in_sync += time.perf_counter() - started
             return agreed
@@ -271,9 +263,9 @@ class LocalSGD(Checkpointed):
         self._compare()
         started = time.perf_counter()
         self.rows.check()
-        weights = self._weights or [1.0] * len(self.rows)
         reads_drift = getattr(self.policy, "reads_drift", True)
-        closing = Round(self.stats, self.steps_in_round, weights, self._rates.of_blocks(), reads_drift)
+        rates = self._rates.of_blocks()
+        closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
         outcome = self._team.close_round(closing)
         self.stats.drift = outcome.drift
         self.stats.excluded += outcome.excluded

@@ -6,7 +6,7 @@ then one flat all-reduce for each block of rows, and one for each dtype of what 
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,14 +123,18 @@ class ManyProcesses(OneProcess):
         """The others' policies may have changed: send the state again."""
         self._last_message = None
 
-    def average_gradients(self, stats: Stats, finite: bool) -> bool:
-        """Give every worker the mean gradient, unless one process's overflowed: then nobody takes the step."""
-        headers = meet(self.group, self._header(GRADIENTS, stats, 0, flags=[finite] * len(self.rows)))
+    def average_gradients(self, stats: Stats, finite: bool, weights: Sequence[float]) -> bool:
+        """Give every worker the weighted mean gradient, unless one process's overflowed: then nobody steps."""
+        headers = meet(self.group, self._header(GRADIENTS, stats, 0, [finite] * len(self.rows), weights))
         if not all(flag for header in headers for flag in header.flags):
             return False
+        everybody = [weight for header in headers for weight in header.weights]
+        # Weights that are alike multiply by 1, which rounds nothing.
+        own = [weight / max(everybody) for weight in weights]
+        total = math.fsum(everybody) / max(everybody)
         for block in self.rows.blocks:
             wire = self._wire(block, extra=len(block.slots))
-            average_gradients_across_(self.rows, block, wire, self.group)
+            average_gradients_across_(self.rows, block, own, total, wire, self.group)
         return True
 
     def close_round(self, closing: Round) -> Outcome:

@@ -93,9 +93,9 @@ class OneProcess:
     def forget_message(self) -> None:
         """Nothing was sent to anybody."""
 
-    def average_gradients(self, stats: Stats, finite: bool) -> bool:
-        """Give every worker the mean gradient; returns whether the step may be taken."""
-        average_gradients_(self.twins())
+    def average_gradients(self, stats: Stats, finite: bool, weights: Sequence[float]) -> bool:
+        """Give every worker the weighted mean gradient; returns whether the step may be taken."""
+        average_gradients_(self.twins(), weights)
         return True
 
     def close_round(self, closing: Round) -> Outcome:

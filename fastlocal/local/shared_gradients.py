@@ -1,5 +1,7 @@
 """The mean gradient over the workers of several processes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,17 @@ from fastlocal.flat import Block, Rows
 
 
 @torch.no_grad()
-def average_gradients_across_(rows: Rows, block: Block, wire: Tensor, group: Group) -> None:
-    """Give every worker the mean gradient, in one all-reduce. A worker without one counts as zero, unless nobody
-    has one: whether anybody does is agreed in the same message, never told from this process's own gradients.
+def average_gradients_across_(
+    rows: Rows, block: Block, weights: Sequence[float], total_weight: float, wire: Tensor, group: Group
+) -> None:
+    """Give every worker the weighted mean gradient, in one all-reduce. A worker without one counts as zero, unless
+    nobody has one: whether anybody does is agreed in the same message, never told from this process's own gradients.
 
     Args:
         rows: the parameters of this process's workers.
         block: those that are averaged.
+        weights: of each worker of this process.
+        total_weight: of all processes' workers.
         wire: shape (n + number of slots,) for a block of n columns; overwritten.
         group: the processes.
 
@@ -26,17 +32,17 @@ def average_gradients_across_(rows: Rows, block: Block, wire: Tensor, group: Gro
     has_gradient = wire[block.rows.shape[1] :]
     for index, slot in enumerate(block.slots):
         total = wire.as_strided(slot.shape, slot.stride, wire.storage_offset() + slot.start)
-        for parameters in rows.parameters:
+        for parameters, weight in zip(rows.parameters, weights, strict=True):
             gradient = parameters[slot.name].grad
             if gradient is None:
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
-            total.add_(comm.held_here(gradient))
+            total.add_(comm.held_here(gradient), alpha=weight)
             has_gradient[index] = 1
     group.reduce_(wire, "sum")
     anybody = has_gradient.tolist()
-    wire.mul_(1 / (len(group) * len(rows)))
+    wire.mul_(1 / total_weight)
     for slot, count in zip(block.slots, anybody, strict=True):
         if not count:
             continue

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlocal.comm import Group
 from fastlocal.flat import Workers
+from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.policy import Stats
 
 
@@ -19,6 +21,9 @@ class DataParallel:
     Has the members of a wrapper that the training loop uses. The collectives overlap with the backward pass, so
     the seconds spent in them are not known: `stats.seconds_in_sync` counts those of the buffers alone.
 
+    Buffers are averaged by sync(), as LocalSGD does, and not broadcast before each forward pass: of a model that
+    does not read them while it trains, such as one with BatchNorm, that would be bytes for nothing.
+
     Args:
         inner: takes the steps.
         workers: the one worker of this process.
@@ -27,15 +32,21 @@ class DataParallel:
 
     def __init__(self, inner: torch.optim.Optimizer, workers: Workers, group: Group) -> None:
         self.inner, self.group = inner, group
-        self.model = DistributedDataParallel(workers[0], process_group=group.process_group)
+        with group.watching("build DistributedDataParallel", 0):
+            self.model = DistributedDataParallel(
+                workers[0], process_group=group.process_group, broadcast_buffers=False
+            )
         self.stats = Stats()
-        payload = workers.rows.num_bytes
-        self._bytes_a_step = 2 * (len(group) - 1) * payload // len(group)
+        self._bytes_a_step = self._ring(workers.rows.num_bytes)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's."""
         return self.inner.param_groups
+
+    def watching(self) -> AbstractContextManager[None]:
+        """To be around forward and backward pass: it names a process that is lost there."""
+        return self.group.watching("average gradients", self.stats.local_steps)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Step with the gradients, which are the mean already."""
@@ -47,12 +58,17 @@ class DataParallel:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Take the buffers of process 0, as each forward pass does."""
+        """Average the buffers over the processes."""
         started = time.perf_counter()
-        self.group.arrive("broadcast buffers", self.stats.local_steps)
-        for buffer in self.model.module.buffers():
-            self.group.broadcast_(buffer, 0)
+        self.group.arrive("average buffers", self.stats.local_steps)
+        buffers = [[buffer] for buffer in self.model.module.buffers()]
+        payload = merge_across_(buffers, "average", [[True]] * len(self.group), self.group)
+        self.stats.bytes_on_wire += self._ring(payload)
         self.stats.seconds_in_sync += time.perf_counter() - started
+
+    def _ring(self, payload: int) -> int:
+        """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
+        return 2 * (len(self.group) - 1) * payload // len(self.group)
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:
         """No policy asks for it."""

@@ -4,6 +4,7 @@ Everything random in an epoch is drawn before it begins, from the seed and the e
 a run is its step, the workers and the optimizer, and a resumed run repeats the other one bit by bit.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,7 @@ class Training:
         self.optimizer = build.optimizer(config, self.workers, self.total_steps, processes.group)
         parallel = self.optimizer if isinstance(self.optimizer, DataParallel) else None
         models = [parallel.model] if parallel else list(self.workers)
+        self.watching = parallel.watching if parallel else contextlib.nullcontext
         self.gradients = Gradients(models, self.data, config.batch_size, config.precision, record=parallel is None)
         self.epoch = 0  # completed
         self.step = 0  # completed, of the epoch under way
@@ -175,7 +177,8 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             first = self.step * config.batch_size
-            self.gradients(own[:, :, first : first + config.batch_size])
+            with self.watching():
+                self.gradients(own[:, :, first : first + config.batch_size])
             self._guarded(self.optimizer.step)
             self.step += 1
             stats = self.optimizer.stats
@@ -211,7 +214,7 @@ class Training:
         if len(self.processes) > 1 and self.step % _STEPS_BETWEEN_QUESTIONS:
             return False
         seconds = time.perf_counter() - last
-        return self.processes.from_first(lambda: seconds > self.config.checkpoint_seconds)
+        return self.processes.told_by_first(seconds > self.config.checkpoint_seconds)
 
     @torch.inference_mode()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:

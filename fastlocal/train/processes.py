@@ -54,18 +54,29 @@ class Processes:
         self.group.arrive("gather states", self.local_step)
         return self.group.gather_objects(value)
 
+    def told_by_first(self, value: T) -> T:
+        """Process 0's value."""
+        if self.group is None:
+            return value
+        self.group.arrive("hear from the first", self.local_step)
+        return self.group.broadcast_object(value, source=0)
+
     def from_first(self, call: Callable[[], T]) -> T:
-        """What the call returns in process 0, where alone it is made, or the error that it ends with."""
+        """What the call returns in process 0, where alone it is made, or the error that it ends with.
+
+        The others wait while process 0 is alive, as long as a download takes.
+        """
         if self.group is None:
             return call()
-        outcome: tuple[T | None, UsageError | RunError | None] = (None, None)
-        if self.rank == 0:
+
+        def attempt() -> tuple[T | None, UsageError | RunError | None]:
             try:
-                outcome = (call(), None)
+                return call(), None
             except (UsageError, RunError) as error:
-                outcome = (None, error)
+                return None, error
+
         self.group.arrive("hear from the first", self.local_step)
-        value, error = self.group.broadcast_object(outcome, source=0)
+        value, error = self.group.broadcast_object(self.group.by_one(0, attempt), source=0)
         if error is not None:
             raise error
         return cast(T, value)

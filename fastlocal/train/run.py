@@ -28,13 +28,15 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     Raises:
         UsageError: the folder, the data, the device or the checkpoint cannot be used.
         RunDivergedError: training diverged.
-        RunError: a file could not be written on the way, or another process was lost.
+        RunError: a file could not be written on the way, or another process was lost or did not come.
     """
     device = build.device(config)
     try:
         group = comm.join(device)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except comm.RendezvousError as error:
+        raise RunError(str(error)) from None
     try:
         summary = _run(config, device, Processes(group), display)
     except (comm.LostRankError, DisagreementError) as error:
@@ -59,8 +61,9 @@ def _run(config: Config, device: torch.device, processes: Processes, display: Di
         processes.from_first(lambda: data.download(config.data_dir))
     splits = data.load(config)
     training = Training(config, splits, folder / "checkpoint.pt", device, processes, display.step)
-    processes.from_first(lambda: _begin(folder, config))
+    # First the note: a process that is killed right after the folder was made must be let in again.
     comm.note_for_restarts(f"began {folder}")
+    processes.from_first(lambda: _begin(folder, config))
     if config.resume and processes.from_first(training.checkpoint_path.exists):
         training.resume()
         display.note(f"going on after epoch {training.epoch}, step {training.step}")
