@@ -523,6 +523,29 @@ def test_a_parameter_that_was_replaced_is_found_at_the_next_sync():
         run(optimizer, team, 1)
 
 
+def test_weights_weigh_the_gradients_of_the_warmup():
+    team = Workers(nn.ParameterList([torch.zeros(5), torch.zeros(2), torch.zeros(3, dtype=torch.bfloat16)]), 3)
+    inner = torch.optim.SGD(team.parameters(), lr=1.0)
+    optimizer = LocalSGD(inner, team, 5, warmup_steps=3, weights=[1.0, 2e38, 1e38])
+    gradients = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    for model, gradient, low in zip(team, gradients, (256.0, 1.0, 1.0), strict=True):
+        model[0].grad = gradient.clone()
+        model[2].grad = torch.full((3,), low, dtype=torch.bfloat16)
+    team[1][1].grad = torch.tensor([3.0, 6.0])  # the others count as zero, with their weights
+    optimizer.step()
+    exact = (torch.tensor([1.0, 2e38, 1e38], dtype=torch.float64) @ gradients.double()) / (1.0 + 3e38)
+    for model in team:
+        torch.testing.assert_close(-model[0].detach().double(), exact, rtol=3e-7, atol=3e-7)
+        assert model[1].tolist() == [-2.0, -4.0]
+        model[2].data.zero_()
+    optimizer.zero_grad()
+    for model, low in zip(team, (256.0, 1.0, 1.0), strict=True):
+        model[2].grad = torch.full((3,), low, dtype=torch.bfloat16)
+    optimizer.weights = None
+    optimizer.step()
+    assert team[0][2].tolist() == [-86.0] * 3  # 258 / 3; in bfloat16 256 + 1 is 256
+
+
 def test_a_sync_after_warmup_steps_merges_the_buffers():
     team = Workers(nn.BatchNorm1d(2), 2)
     optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 5, warmup_steps=9)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 ROOT = Path(__file__).parent.parent
 RUN = ["train", "--batch-size", "16", "--interval", "4", "--synthetic-images", "400"]
@@ -130,6 +131,58 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_with_t
     assert records == records2
     for worker, worker2 in zip(state["workers"], state2["workers"], strict=True):
         assert all(torch.equal(worker[name], worker2[name]) for name in worker)
+
+
+DIES = """
+import os, signal, sys
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from fastlocal.train.cli import main
+
+calls = 0
+
+def die(module, inputs, output):
+    global calls
+    calls += isinstance(module, torch.nn.parallel.DistributedDataParallel)
+    if calls == 6 and os.environ["RANK"] == "1":  # after the forward pass of a step, before its backward pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+register_module_forward_hook(die)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_lost_in_the_backward_pass_of_synchronous_training_is_one_line(tmp_path):
+    store = distributed_c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "4",
+    }
+    arguments = [*RUN, "--workers", "4", "--epochs", "3", "--method", "sync", "--out", str(tmp_path / "run")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES, *arguments],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    for rank, (code, _, errors) in enumerate(map(finish, processes)):
+        if rank == 1:
+            assert code == -signal.SIGKILL
+            continue
+        assert code == 1, errors
+        assert "Traceback" not in errors
+        (line,) = [line for line in errors.splitlines() if line.startswith("error")]
+        assert line.startswith(f"error on rank {rank}: rank {rank} waited ")
+        assert " s to average gradients at local step 5: rank 1 arrived and fell silent. A process" in line
 
 
 def test_a_bad_request_ends_every_process_with_one_line(tmp_path):

@@ -128,7 +128,8 @@ class Group:
         self.arrive(purpose, local_steps)
         began = time.monotonic()
         try:
-            yield
+            with self._notes.waiting():
+                yield
         except RuntimeError as error:
             if not _is_of_a_transfer(error):
                 raise
@@ -220,12 +221,13 @@ class Group:
     def _run(self, start: "Callable[[], dist.Work | None]", device: torch.device) -> None:
         began = time.monotonic()
         try:
-            work = start()
-            assert work is not None
-            if device.type == "cpu":
-                work.wait(timedelta(seconds=self.timeout))
-            else:
-                work.wait()  # in stream order; the host goes on
+            with self._notes.waiting():
+                work = start()
+                assert work is not None
+                if device.type == "cpu":
+                    work.wait(timedelta(seconds=self.timeout))
+                else:
+                    work.wait()  # in stream order; the host goes on
         except RuntimeError as error:
             raise self._lost(time.monotonic() - began, error) from error
 

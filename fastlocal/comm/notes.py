@@ -1,12 +1,18 @@
 """What processes write about themselves, so that after a failed collective the others can say who is missing.
 
 Before its collectives each leaves a note in the group's store, saying how far it has come; that costs it
-microseconds, since the store does not answer.
+microseconds, since the store does not answer. While it waits in one, a thread gives signs of life: when a process
+ends, only its neighbours in a ring hear of it, and the others wait on.
 """
 
+import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+_BEAT_SECONDS = 0.25
 
 
 class _Note(NamedTuple):
@@ -29,13 +35,34 @@ class Notes:
     def __init__(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
         self._own = _Note(0, 0, 0)
+        self._waits = False
+        self._beats = 0
+        self._thread: threading.Thread | None = None
 
     def arrive(self, local_steps: int) -> None:
         """This process has come to the next point where all meet."""
         self._leave(_Note(self._own.meetings + 1, local_steps, 0))
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_give_signs, args=(weakref.ref(self),), daemon=True)
+            self._thread.start()
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def give_sign(self) -> None:
+        """If this process waits, tell that it lives."""
+        if self._waits:
+            self._beats += 1
+            self._store.set(f"alive/{self._rank}", str(self._beats))
+
     def find_missing(self, late: bool, grace_seconds: float) -> str | None:
-        """Who has not come; None if all have, and know that the collective failed.
+        """Who has not come, or has ended since; None if all are there.
 
         Args:
             late: whether the others have had all the time they may take.
@@ -43,6 +70,7 @@ class Notes:
         """
         self._leave(self._own._replace(failed=1))
         until = time.monotonic() + grace_seconds
+        signs = self._read_signs()
         while True:
             notes = self._read()
             behind = [rank for rank, note in notes.items() if note.meetings < self._own.meetings]
@@ -50,6 +78,8 @@ class Notes:
             if (late and behind) or not (behind or silent) or time.monotonic() > until:
                 break
             time.sleep(0.05)
+        later = self._read_signs()
+        silent = [rank for rank in silent if later[rank] == signs[rank]]
         if behind:
             return ", ".join(
                 f"rank {self._ranks[rank]} has not arrived ({_last_seen(notes[rank])})" for rank in behind
@@ -68,6 +98,21 @@ class Notes:
                 fields = self._store.get(str(rank)).decode().split(",") if known else ("0", "0", "0")
                 notes[rank] = _Note(*map(int, fields))
         return notes
+
+    def _read_signs(self) -> list[str]:
+        keys = [f"alive/{rank}" for rank in range(len(self._ranks))]
+        return [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]
+
+
+def _give_signs(reference: "weakref.ref[Notes]") -> None:
+    """Until the notes are gone, or the store that they are in."""
+    while (notes := reference()) is not None:
+        try:
+            notes.give_sign()
+        except RuntimeError:
+            return
+        del notes
+        time.sleep(_BEAT_SECONDS)
 
 
 def _last_seen(note: _Note) -> str:

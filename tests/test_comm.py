@@ -1,0 +1,212 @@
+"""Processes that meet, wait for each other and lose each other: real ones, and a torch without torch.distributed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+
+from fastlocal import comm
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def store():
+    """What torchrun keeps for the processes it starts."""
+    return distributed_c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def start(program, port, rank, world, *arguments, **variables):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        **variables,
+    }
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    try:
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, said, errors
+
+
+UNDER_TORCHRUN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+JOIN = """
+import torch
+from fastlocal import comm
+try:
+    comm.join(torch.device("cpu"), timeout=2.0)
+except comm.RendezvousError as error:
+    print(error)
+"""
+
+
+def test_a_process_that_does_not_come_to_the_rendezvous_is_named(store):
+    processes = [start(JOIN, store.port, rank, 3, **UNDER_TORCHRUN) for rank in (0, 2)]
+    for rank, process in zip((0, 2), processes, strict=True):
+        _, said, errors = finish(process)
+        assert said.startswith(f"rank {rank} of 3 did not meet the others at 127.0.0.1:{store.port} "), errors
+        assert said.endswith(" s: rank 1 did not come\n")
+
+
+def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_seconds():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        port = unused.getsockname()[1]
+        _, said, errors = finish(start(JOIN, port, 1, 2))
+    assert said.startswith(f"rank 1 of 2 did not meet the others at 127.0.0.1:{port} "), errors
+    assert "(MASTER_ADDR and MASTER_PORT) in " in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number from 0 to 65535, got 'http'"),
+        ({"RANK": "2"}, "RANK must be a number from 0 to 1, got '2'"),
+        ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set: start with torchrun"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make_is_refused(monkeypatch, changed, message):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", **changed}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        comm.join(torch.device("cpu"))
+
+
+TURN = """
+import sys, time
+import torch
+from fastlocal import comm
+from fastlocal.comm import turn
+
+turn._SILENT_SECONDS = 3.0
+group = comm.join(torch.device("cpu"), timeout=10.0)
+group.timeout = 2.0
+
+def work():
+    print("at work", flush=True)
+    time.sleep(float(sys.argv[1]))
+    return "done"
+
+group.arrive("fetch the images", 7)
+try:
+    print(group.broadcast_object(group.by_one(0, work), source=0))
+except comm.LostRankError as error:
+    print(error)
+else:
+    comm.leave()
+"""
+
+
+def test_work_of_one_process_may_take_longer_than_any_timeout(store):
+    processes = [start(TURN, store.port, rank, 2, 5.0, **UNDER_TORCHRUN) for rank in range(2)]
+    said = [finish(process)[1] for process in processes]
+    assert said == ["at work\ndone\n", "done\n"]
+
+
+def test_a_process_that_is_killed_at_work_alone_is_named_soon(store):
+    first, second = (start(TURN, store.port, rank, 2, 100.0, **UNDER_TORCHRUN) for rank in range(2))
+    assert first.stdout.readline() == "at work\n", first.communicate()[1]
+    os.kill(first.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, said, errors = finish(second)
+    finish(first)
+    assert (
+        "s to fetch the images at local step 7: rank 0, at work alone, has given no sign of life for 3 s" in said
+    ), errors
+    assert time.monotonic() - killed < 20
+
+
+# What a torch built with USE_DISTRIBUTED=0 lacks is taken from torch._C before the rest of torch looks for it.
+WITHOUT_DISTRIBUTED = """
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+
+
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch._C":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            for entry in ("_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init"):
+                if hasattr(module, entry):
+                    delattr(module, entry)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Without())
+import torch
+
+assert not torch.distributed.is_available()
+assert not hasattr(torch.distributed, "ProcessGroup")
+import fastlocal
+from fastlocal import comm
+
+team = fastlocal.Workers(torch.nn.ParameterList([torch.zeros(1)]), 2)
+optimizer = fastlocal.SlowMo(fastlocal.LAMB(team.parameters(), lr=1.0), team, 1, warmup_steps=1)
+for _ in range(2):
+    team[0][0].grad, team[1][0].grad = torch.tensor([1.0]), torch.tensor([3.0])
+    optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+print("rounds", optimizer.stats.rounds)
+inner = torch.optim.SGD(team.parameters(), lr=1.0)
+try:
+    fastlocal.LocalSGD(inner, team, 1, process_group="world")
+except RuntimeError as error:
+    print(error)
+os.environ["WORLD_SIZE"] = "2"
+try:
+    comm.join(torch.device("cpu"))
+except ValueError as error:
+    print(error)
+del os.environ["WORLD_SIZE"]
+from fastlocal.train.cli import main
+
+train = "train --epochs 1 --workers 2 --batch-size 8 --synthetic-images 60 --device cpu"
+print("exit code", main([*train.split(), "--out", sys.argv[1]]))
+"""
+
+
+def test_one_process_needs_no_torch_distributed_and_several_say_what_they_lack(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_DISTRIBUTED, str(tmp_path / "run")]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert "rounds 2" in lines, done.stderr
+    assert "process_group was given, but this torch was built without torch.distributed" in lines
+    assert "WORLD_SIZE is 2, but this torch was built without torch.distributed: start one" in lines
+    assert lines[-1] == "exit code 0"
+    assert (tmp_path / "run" / "summary.json").exists()
