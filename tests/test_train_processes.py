@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import distributed_c10d
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 ROOT = Path(__file__).parent.parent
 RUN = ["train", "--batch-size", "16", "--interval", "4", "--synthetic-images", "400"]
@@ -153,7 +153,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_process_lost_in_the_backward_pass_of_synchronous_training_is_one_line(tmp_path):
-    store = distributed_c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

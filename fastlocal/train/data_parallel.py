@@ -33,9 +33,8 @@ class DataParallel:
     def __init__(self, inner: torch.optim.Optimizer, workers: Workers, group: Group) -> None:
         self.inner, self.group = inner, group
         with group.watching("build DistributedDataParallel", 0):
-            self.model = DistributedDataParallel(
-                workers[0], process_group=group.process_group, broadcast_buffers=False
-            )
+            self.model = DistributedDataParallel(workers[0], process_group=group.process_group)
+        self.model.broadcast_buffers = False  # as an argument it is called otherwise from PyTorch 2.13 on
         self.stats = Stats()
         self._bytes_a_step = self._ring(workers.rows.num_bytes)
 
