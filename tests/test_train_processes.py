@@ -185,6 +185,48 @@ def test_a_process_lost_in_the_backward_pass_of_synchronous_training_is_one_line
         assert " s to average gradients at local step 5: rank 1 arrived and fell silent. A process" in line
 
 
+DIES_WITH_A_NEW_FOLDER = """
+import os, signal, sys
+from fastlocal.train import run
+from fastlocal.train.cli import main
+
+begin = run._begin
+
+def begin_and_die(folder, config):
+    begin(folder, config)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run._begin = begin_and_die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_killed_right_after_it_made_the_folder_is_let_in_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DIES_WITH_A_NEW_FOLDER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
+    arguments = [*RUN, "--workers", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint in" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
     code, _, errors = finish(start(2, [*RUN, "--workers", "3"], tmp_path / "out"))
     assert code != 0
