@@ -40,6 +40,8 @@ def field_value(name: str, value: Any) -> Any:
         elif get_origin(option) is Literal:
             if value in get_args(option):
                 return value
+        elif type(value) is int and abs(value) >= 2**63:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number below 2^63, got {value}")
         elif option is float and type(value) in (int, float):
             return float(value)
         elif option is Path and isinstance(value, str):
