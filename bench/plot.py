@@ -1,7 +1,7 @@
 """Plot recorded runs: python bench/plot.py FIGURE.png RESULTS.jsonl ... [--only PATTERN] (needs the extra train).
 
-Left, validation accuracy over the epochs; right, over what a worker had sent by then. A worker alone sends nothing: on
-the right its best accuracy is a dashed line.
+Left, validation accuracy over the epochs; right, over what a worker had sent by then. A worker alone sends nothing:
+on the right its best accuracy is a dashed line.
 """
 
 import argparse

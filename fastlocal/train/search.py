@@ -87,7 +87,11 @@ def _distribution(name: str, value: Any) -> BaseDistribution:
         return CategoricalDistribution([field_value(name, choice) for choice in value])
     if not isinstance(value, dict) or not {"low", "high"} <= set(value) <= _RANGE_KEYS:
         raise UsageError(f"[space]: {name} must be a list or {{low = ..., high = ..., log = true}}, got {value!r}")
-    low, high, log = field_value(name, value["low"]), field_value(name, value["high"]), value.get("log", False)
+    try:
+        low, high = field_value(name, value["low"]), field_value(name, value["high"])
+    except UsageError as error:
+        raise UsageError(f"[space]: low and high of {name}: {error}") from None
+    log = value.get("log", False)
     if not (type(log) is bool and type(low) in (int, float) and -math.inf < low < high < math.inf) or (
         log and low <= 0
     ):

@@ -1,7 +1,7 @@
 """A study file: which runs it asks for, and where each is kept. Runs nothing."""
 
 import itertools
-import math
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -88,14 +88,16 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
     if not isinstance(title, str):
         raise UsageError(f"title must be a string, got {title!r}")
     seeds = content.get("seeds", [0])
-    if not (isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)):
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)) or len(set(seeds)) < len(
+        seeds
+    ):
         raise UsageError(f"seeds must be a list of different whole numbers, got {seeds!r}")
     base = table(content, "base")
     cells: list[Cell] = []
     for group, overrides, where in _combinations(content):
         for seed in seeds:
             try:
-                config = config_from(with_rate(base | overrides) | {"seed": field_value("seed", seed)})
+                config = config_from(with_rate(base | overrides) | {"seed": seed})
                 file_epochs = config.epochs
                 config = replace(config, epochs=file_epochs if epochs is None else epochs)
             except UsageError as error:
@@ -173,7 +175,7 @@ def with_rate(values: dict[str, Any]) -> dict[str, Any]:
     if "lr" in rest:
         raise UsageError(f"lr and {SQRT_RATE} say the same thing: give one of them")
     rate = values[SQRT_RATE]
-    if type(rate) not in (int, float) or not 0 < rate < math.inf:
+    if type(rate) not in (int, float) or not 0 < rate <= sys.float_info.max:
         raise UsageError(f"{SQRT_RATE} must be a positive and finite number, got {rate!r}")
     config = config_from(rest)  # refuses a wrong batch first
     return rest | {"lr": rate * (config.batch_size / 64) ** 0.5}
