@@ -122,7 +122,7 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
     ]
     assert [figures["k2-j16"][index] for index in (0, 1, 3, 4)] == ["49.00", "", "4", "1"]
     assert "<sup>1</sup> Its best of many." in page
-    assert "CIFAR-100, re-split. 7 finished runs" in page
+    assert "CIFAR-100, re-split. 8 finished runs" in page
     assert "the loss is &lt;nan&gt;" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     files = sorted(path.name for path in (root / "report").glob("*.png"))
@@ -163,8 +163,8 @@ def test_seeds_on_other_images_are_not_averaged(tmp_path):
     finish(places["k2-j8", 1], 60.0, {"source": "official", "sha256": "1"})
     groups = {group.name: group.spread("test_accuracy") for group in collect(tmp_path / "study").groups}
     assert groups == {
-        "k2-j8, images CIFAR-100, re-split": Spread(50.0, None, 1),
-        "k2-j8, images CIFAR-100, official split": Spread(60.0, None, 1),
+        "k2-j8, CIFAR-100, re-split": Spread(50.0, None, 1),
+        "k2-j8, CIFAR-100, official split": Spread(60.0, None, 1),
     }
 
 

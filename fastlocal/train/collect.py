@@ -181,10 +181,12 @@ def _by_name(groups: list[Group]) -> list[list[Group]]:
 
 def _tell_apart(groups: list[Group]) -> None:
     """Groups of the same name, as one study at two budgets has them, get what sets them apart into their names."""
-    settings = [json.loads(_key(group.config)) | {"images": group.images} for group in groups]
-    names = [name for name in settings[0] if len({repr(own.get(name)) for own in settings}) > 1]
+    settings = [json.loads(_key(group.config)) for group in groups]
+    differing = [name for name in settings[0] if len({repr(own.get(name)) for own in settings}) > 1]
+    several_images = len({group.images for group in groups}) > 1
     for group, own in zip(groups, settings, strict=True):
-        group.name = ", ".join([group.name, *(f"{name} {own.get(name)}" for name in names)])
+        parts = [f"{name} {own.get(name)}" for name in differing] + [group.images] * several_images
+        group.name = ", ".join([group.name, *parts])
 
 
 def _key(config: dict[str, Any]) -> str:

@@ -93,7 +93,8 @@ class _Trials:
                 left = [params for params in grid(self.asked) if params not in tried]
                 if not left:
                     return
-                self.study.enqueue_trial(left[0])
+                if not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):  # of a killed search
+                    self.study.enqueue_trial(left[0])
             # A new one for each trial, so that a search that was stopped draws what it would have drawn.
             seed = self.asked.seed * 100_003 + number
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
