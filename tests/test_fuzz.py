@@ -1,7 +1,9 @@
-"""Damaged state dicts and absurd flags: refused by name, and nothing has changed; or taken whole."""
+"""Damaged state dicts, absurd flags and files: refused by name, and nothing has changed; or taken whole."""
 
 import copy
 import dataclasses
+import datetime
+import json
 import math
 import typing
 
@@ -13,8 +15,9 @@ from torch import nn
 
 from fastlocal import LAMB, LARS, LocalSGD, SlowMo, Workers
 from fastlocal.policy import OriginalValidationLoss
-from fastlocal.train import cli
+from fastlocal.train import cells, cli, search, study
 from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
 
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("ci")
@@ -173,3 +176,102 @@ def test_an_absurd_value_ends_in_exit_code_2_and_one_line(flag, capsys, monkeypa
         assert told.startswith("error: "), given_
         assert "\n" not in told
         assert flag in told, (given_, told)
+
+
+STUDY = {
+    "name": "mine",
+    "title": "A study",
+    "seeds": [0, 1],
+    "base": {"epochs": 4, "method": "local-sgd", "test": True, "data_dir": "data"},
+    "grid": {"workers": [2, 4], "policy": ["fixed"]},
+    "cells": [{"name": "big", "batch_size": [128, 256], "lr_at_batch_64": 0.01}, {"interval": 8, "workers": 2}],
+    "original": [{"where": {"workers": 2, "interval": 8}, "test_accuracy": 50.0, "note": "one seed"}],
+}
+SEARCH = {
+    "name": "mine",
+    "sampler": "tpe",
+    "objective": "val_accuracy",
+    "trials": 3,
+    "seed": 1,
+    "base": {"epochs": 2, "precision": "bf16"},
+    "space": {
+        "lr": {"low": 0.01, "high": 0.1, "log": True},
+        "momentum": [0.5, 0.9],
+        "warmup_steps": {"low": 0, "high": 3},
+    },
+}
+WRONG = [
+    *("x", "", "a/b\nc", "\0", -1, 0, 1.5, math.nan, math.inf, True, 10**400, 2**70),
+    *([], [[1]], [1, 2], ["x"], {}, {"unheard_of": 1}, [{}], datetime.date(2026, 1, 1)),
+]
+
+
+def toml(value):
+    """A value as TOML, tables inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, (bool, str)) else str(value)
+
+
+def planned(path):
+    """Every cell of a study file, as far as it goes without training."""
+    folder = path.parent / "none"
+    return cells.places(study.load(path), folder, data_dir=None, threads=None, device=None, retry=False)
+
+
+@pytest.mark.parametrize(("whole", "read"), [(STUDY, planned), (SEARCH, search.load)], ids=["study", "search"])
+def test_a_wrong_value_at_any_key_of_a_file_is_taken_or_ends_in_one_line_that_names_file_and_key(
+    tmp_path, whole, read
+):
+    path = tmp_path / "mine.toml"
+
+    def written(content):
+        path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in content.items()))
+        return path
+
+    read(written(whole))
+    refused = 0
+    for place in places(whole):
+        for wrong in WRONG:
+            content = copy.deepcopy(whole)
+            inside = content
+            for key in place[:-1]:
+                inside = inside[key]
+            inside[place[-1]] = wrong
+            try:
+                read(written(content))
+            except UsageError as error:
+                refused += 1
+                told = str(error)
+                assert told.startswith(f"{path}: "), (place, wrong)
+                assert "\n" not in told
+                keys = [key for key in place if isinstance(key, str)] + (
+                    list(wrong) if isinstance(wrong, dict) else []
+                )
+                # Without its cells a study has none that the original's figures could be about.
+                assert "no cell is" in told or any(
+                    name in told for key in keys for name in (key, key.replace("_", "-"), key.removesuffix("s"))
+                ), (place, wrong, told)
+    assert refused > 150
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("where = 'x'\ntest_accuracy = 50", "original 1: where must be a table of fields, { workers = 2 }, got 'x'"),
+        ("where = { wrkers = 2 }\ntest_accuracy = 50", "original 1: there is no field wrkers; the fields are"),
+        ("test_accuracy = 101", "original 1: test_accuracy must be a number from 0 to 100, got 101"),
+        ("communication_reduction = 84", "communication_reduction must be a number from 0 to 1, got 84"),
+        ("where = { workers = 2 }", "original 1: it has no figure: give one of test_accuracy"),
+    ],
+)
+def test_a_wrong_original_ends_the_command_in_one_line_and_exit_code_2(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[grid]\nworkers = [2]\n[[original]]\n{text}\n")
+    assert cli.main(["study", str(path), "--dry-run"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told
+    assert told.startswith(f"error: {path}: ")
+    assert message in told

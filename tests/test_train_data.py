@@ -1,5 +1,6 @@
 """The images: the official layout, what is refused, and the synthetic set."""
 
+import hashlib
 import os
 import pickle
 import struct
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlocal.train import data
 from fastlocal.train.augment import PADDING, Augmenter, Normalizer
 from fastlocal.train.config import Config
 from fastlocal.train.data import ImageSet, load, read_cifar100, synthetic
@@ -74,6 +76,21 @@ def test_a_fifth_of_the_training_images_validates_whatever_the_seed(tmp_path):
     assert len(set(keys)) == len(
         {bytes(image.numpy()) for image in read_cifar100(tmp_path / "cifar-100-python/train").images}
     )
+
+
+def test_which_cifar_100_it_is_is_told_by_its_bytes(tmp_path, monkeypatch):
+    folder = write_cifar(tmp_path)
+    config = Config(dataset="cifar100", data_dir=tmp_path, batch_size=8)
+    assert load(Config(synthetic_images=500)).source == "synthetic"
+    assert load(config).source == "other"
+    monkeypatch.setattr(data, "_RE_SPLIT", load(config).digest())
+    assert load(config).source == "re-split"
+    digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test")}
+    monkeypatch.setattr(data, "_OFFICIAL_MD5", digests)
+    assert load(config).source == "official"
+    # The same training images with other test images are not the official split.
+    (folder / "test").write_bytes(pickle.dumps(entry_of(90), protocol=4))
+    assert load(config).source == "other"
 
 
 class Evil:

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from fastlocal.train import cells, study
+from fastlocal.train import cells, page, study
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Spread, collect
 
@@ -30,11 +30,15 @@ policy = "val-loss"
 where = { workers = 2, interval = 8, policy = "fixed" }
 test_accuracy = 50.5
 communication_reduction = 0.8
+note = "Its best of many."
 """
 
 
-def finish(place, accuracy):
-    """The files that a finished run leaves, with figures chosen here."""
+RE_SPLIT = {"source": "re-split", "sha256": "e1cd"}
+
+
+def finish(place, accuracy, images=RE_SPLIT):
+    """The files that a finished run leaves, with figures chosen here; none about its images as older versions."""
     place.folder.mkdir(parents=True)
     config = place.config.as_dict()
     (place.folder / "config.json").write_text(json.dumps(config))
@@ -54,25 +58,40 @@ def finish(place, accuracy):
         "config": config,
         "versions": {"torch": "2"},
     }
+    if images:
+        summary |= {"images": images, "resolved": place.config.resolved()}
     (place.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def begun(out, text=TOML, epochs=None):
+    """A study's folder, and its cells in it by group and seed."""
+    out.mkdir(parents=True)
+    path = out / "grids.toml"
+    path.write_text(text)
+    read = study.load(path, epochs=epochs)
+    cells.begin(read, out)
+    places = cells.places(read, out, data_dir=None, threads=None, device=None, retry=False)
+    return {(cell.group, cell.config.seed): place for cell, place in zip(read.cells, places, strict=True)}
+
+
+def rows(page):
+    """The cells of each row of the page's tables, by the first."""
+    found = (re.findall(r"<td[^>]*>(.*?)</td>", line) for line in page.split("<tr>"))
+    return {row[0]: row[1:] for row in found if row}
 
 
 @pytest.fixture
 def root(tmp_path):
-    path = tmp_path / "grids.toml"
-    path.write_text(TOML)
-    read = study.load(path)
     out = tmp_path / "study"
-    cells.begin(read, out)
-    places = cells.places(read, out, data_dir=None, threads=None, device=None, retry=False)
+    places = begun(out)
     accuracies = {"k2-j8": (50.0, 52.0, 54.0), "k2-j16": (49.0,), "k4-j8": (48.0, 48.5), "adaptive": (51.0, 53.0)}
-    for place in places:
-        values = accuracies.get(place.cell.group, ())
-        if place.cell.config.seed < len(values):
-            finish(place, values[place.cell.config.seed])
+    for (group, seed), place in places.items():
+        values = accuracies.get(group, ())
+        if seed < len(values):
+            finish(place, values[seed])
     failed = out / "k4-j16-s0"
     failed.mkdir()
-    (failed / "config.json").write_text(json.dumps(places[9].config.as_dict()))
+    (failed / "config.json").write_text(json.dumps(places["k4-j16", 0].config.as_dict()))
     (failed / "failed.json").write_text('{"message": "the loss is <nan>"}')
     return out
 
@@ -95,18 +114,15 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
     page = (root / "report" / "index.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
     assert not re.search(r"https?://|<script|<link|url\(", page)
-    cells_of = {
-        row[0]: row[1:]
-        for row in (re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in page.split("<tr>"))
-        if len(row) > 3
-    }
-    # seeds, test, original, difference, best validation, saved, the original's, bytes, time, epochs
-    assert cells_of["k2-j8"] == [
-        *("3 seeds", "52.00 ± 2.00", "50.50", "+1.50", "53.00 ± 2.00"),
-        *("87.5", "80.0", "8.0 MB", "60 s", "4"),
+    figures = rows(page[: page.index("<h2>Plots")])
+    # test, original, difference, epochs, seeds, best validation, saved, the original's, bytes, time
+    assert figures["k2-j8"] == [
+        *("52.00 ± 2.00", "50.50<sup>1</sup>", "+1.50", "4", "3", "53.00 ± 2.00"),
+        *("87.5", "80.0", "8.0 MB", "60 s"),
     ]
-    assert cells_of["k2-j16"][:2] == ["one seed", "49.00"]
-    assert "CIFAR-100, re-split" in page
+    assert [figures["k2-j16"][index] for index in (0, 1, 3, 4)] == ["49.00", "", "4", "1"]
+    assert "<sup>1</sup> Its best of many." in page
+    assert "CIFAR-100, re-split. 8 finished runs" in page
     assert "the loss is &lt;nan&gt;" in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     files = sorted(path.name for path in (root / "report").glob("*.png"))
@@ -115,6 +131,76 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
         *("interval.png", "train-loss.png", "val-loss.png"),
     ]
     assert {base64.b64decode(image) for image in images} == {(root / "report" / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize(
+    ("images", "label"),
+    [
+        ({"source": "official", "sha256": "1"}, "CIFAR-100, official split"),
+        ({"source": "other", "sha256": "2"}, "CIFAR-100, not the official files"),
+        (None, "CIFAR-100, split not recorded"),
+    ],
+)
+def test_the_page_says_which_split_was_recorded_and_which_values_were_used(tmp_path, images, label):
+    finish(begun(tmp_path / "study")["k2-j8", 0], 50.0, images)
+    assert main(["report", str(tmp_path / "study")]) == 0
+    page = (tmp_path / "study" / "report" / "index.html").read_text()
+    assert f"<p>{label}. 1 finished run" in page
+    told = re.search("All runs: (.*?)</p>", page).group(1)
+    if images:
+        assert "lr 0.02," in told
+        assert "weight_decay 0.001," in told
+    else:
+        assert "lr default (its value was not recorded)," in told
+        assert "weight_decay default (its value was not recorded)," in told
+    assert "synthetic_images" not in told
+    assert "min_interval" not in told
+
+
+def test_seeds_on_other_images_are_not_averaged(tmp_path):
+    places = begun(tmp_path / "study")
+    finish(places["k2-j8", 0], 50.0)
+    finish(places["k2-j8", 1], 60.0, {"source": "official", "sha256": "1"})
+    groups = {group.name: group.spread("test_accuracy") for group in collect(tmp_path / "study").groups}
+    assert groups == {
+        "k2-j8, CIFAR-100, re-split": Spread(50.0, None, 1),
+        "k2-j8, CIFAR-100, official split": Spread(60.0, None, 1),
+    }
+
+
+def test_another_budget_is_a_group_of_its_own_and_is_not_compared_with_the_originals_figures(tmp_path):
+    for name, epochs, accuracy in (("whole", None, 50.0), ("short", 2, 30.0), ("long", 8, 60.0)):
+        finish(begun(tmp_path / "all" / name, epochs=epochs)["k2-j8", 0], accuracy)
+    assert main(["report", str(tmp_path / "all")]) == 0
+    page = (tmp_path / "all" / "report" / "index.html").read_text()
+    figures = rows(page[: page.index("<h2>Plots")])
+    assert set(figures) == {"k2-j8, epochs 4", "k2-j8, epochs 2", "k2-j8, epochs 8"}
+    assert figures["k2-j8, epochs 4"][:5] == ["50.00", "50.50<sup>1</sup>", "−0.50", "4", "1"]
+    assert figures["k2-j8, epochs 2"][:5] == ["30.00", "50.50 at 4 epochs<sup>1</sup>", "", "2", "1"]
+    assert figures["k2-j8, epochs 8"][7] == "80.0 at 4 epochs"
+    assert "budget: 2, 4, 8 epochs" in page
+    assert "<h1>Two grids (8 epochs instead of 4), Two grids (2 epochs instead of 4), Two grids</h1>" in page
+    assert "Where a run had another number of epochs than the original's cell, no difference is given." in page
+
+
+def test_an_older_study_at_a_budget_of_its_own_is_not_compared_either(tmp_path):
+    place = begun(tmp_path / "study", epochs=2)["k2-j8", 0]
+    finish(place, 30.0)
+    path = tmp_path / "study" / "study.json"
+    saved = json.loads(path.read_text())
+    saved["cells"] = [{k: v for k, v in cell.items() if k not in ("file_epochs", "note")} for cell in saved["cells"]]
+    path.write_text(json.dumps(saved))
+    assert main(["report", str(tmp_path / "study")]) == 0
+    page = (tmp_path / "study" / "report" / "index.html").read_text()
+    assert rows(page)["k2-j8"][0] != "30.00"  # the last table: settings
+    assert rows(page[: page.index("<h2>Plots")])["k2-j8"][:3] == ["30.00", "50.50 at other epochs", ""]
+    assert "Two grids (2 epochs instead of its own)" in page
+
+
+def test_a_training_time_reads_as_people_say_it():
+    assert [page.duration(seconds) for seconds in (59.4, 119.4, 150, 3599, 8790)] == [
+        *("59 s", "119 s", "2 min", "1 h 0 min", "2 h 26 min"),
+    ]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
@@ -132,7 +218,7 @@ def test_a_browser_shows_a_figure_and_decodes_every_plot_and_a_phone_need_not_sc
         f.onload = () => {
           const page = f.contentDocument, row = page.querySelectorAll("#results tr")[1];
           document.body.textContent = JSON.stringify({
-            figure: row.cells[2].innerText, width: page.documentElement.scrollWidth,
+            figure: row.cells[1].innerText, width: page.documentElement.scrollWidth,
             plots: [...page.images].map(image => [image.naturalWidth, image.naturalHeight]),
           }) }</script>""")
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]

@@ -1,7 +1,13 @@
 """The search: real runs on a few images, the same trials when stopped, and never the test images."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
+from pathlib import Path
 
 import optuna
 import pytest
@@ -9,8 +15,10 @@ from rich.console import Console
 
 from fastlocal.train.cli import main
 from fastlocal.train.errors import UsageError
-from fastlocal.train.search import load, search
+from fastlocal.train.search import load
+from fastlocal.train.trials import search
 
+ROOT = Path(__file__).parent.parent
 BASE = "[base]\nsynthetic_images = 60\nbatch_size = 16\nworkers = 2\ninterval = 2\nepochs = 1\n"
 TPE = (
     BASE + "[space]\nlr = {low = 1e-3, high = 0.1, log = true}\nmomentum = [0.5, 0.9]\nwarmup_steps = {low=0, high=3}"
@@ -65,16 +73,68 @@ def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refuse
 
 def test_a_search_that_was_stopped_makes_the_trials_it_would_have_made(tmp_path):
     path, console = written(tmp_path, TPE), Console(quiet=True)
-    search(load(path, trials=3), tmp_path / "straight", console, data_dir=None, threads=None)
-    search(load(path, trials=1), tmp_path / "stopped", console, data_dir=None, threads=None)
+    search(load(path, trials=3), tmp_path / "straight", console, data_dir=None, threads=1)
+    search(load(path, trials=1), tmp_path / "stopped", console, data_dir=None, threads=1)
     study, _ = trials(tmp_path / "stopped")
     study.sampler = optuna.samplers.TPESampler(seed=1)
     killed = study.ask(load(path).space)  # never told: as left behind by a kill
-    search(load(path, trials=3), tmp_path / "stopped", console, data_dir=None, threads=None)
+    search(load(path, trials=3), tmp_path / "stopped", console, data_dir=None, threads=1)
     straight, stopped = trials(tmp_path / "straight")[1], trials(tmp_path / "stopped")[1]
-    assert len(straight) == len(stopped) == 3
-    assert stopped[0] == straight[0]
+    assert len(straight) == 3
+    assert stopped == straight
     assert stopped[1] == killed.params
+
+
+def wait_until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_search_of_two_trials_at_a_time_is_killed_and_the_next_one_goes_on_with_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    long = "[base]\nsynthetic_images = 400\nbatch_size = 16\nworkers = 2\ninterval = 4\nepochs = 5\n"
+    path = written(tmp_path, long + "[space]\nlr = {low = 1e-3, high = 0.1, log = true}\n")
+    root = tmp_path / "out"
+    command = ["search", str(path), "--out", str(root), "--trials", "2", "--parallel", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "fastlocal", *command], env=os.environ)
+    wait_until(lambda: len(list(root.glob("*/checkpoint.pt"))) == 2)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"{root} is in use by process {process.pid} on " in capsys.readouterr().err.replace("\n", " ")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    interrupted = sorted(folder.parent.name for folder in root.glob("*/checkpoint.pt"))
+    assert not list(root.glob("*/summary.json"))
+
+    assert main(command) == 0
+    study, params = trials(root)
+    assert sorted(f"lr{param['lr']:g}" for param in params) == interrupted
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
+    for name in interrupted:
+        summary = json.loads((root / name / "summary.json").read_text())
+        assert summary["test_accuracy"] is None
+        assert "going on after epoch" in (root / f"{name}.log").read_text()
+    shown = capsys.readouterr().out
+    assert all(f"{name}: finished: best_val_accuracy " in shown for name in interrupted)
+    done = {path: path.stat().st_mtime_ns for path in root.glob("*/*.json")}
+    assert main(command) == 0  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in root.glob("*/*.json")} == done
+
+
+def test_a_trial_that_breaks_ends_the_search_and_is_tried_again_by_the_next(tmp_path, capsys):
+    text = "sampler = 'grid'\n" + BASE + "dataset = 'cifar100'\n[space]\nlr = [0.01]\n"
+    command = ["search", str(written(tmp_path, text)), "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path)]
+    assert main(command) == 1
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: lr0.01 did not end: ")
+    assert "train is missing" in told
+    assert "\n" not in told
+    study, params = trials(tmp_path / "out")
+    assert params == [{"lr": 0.01}]
+    assert study.trials[0].state.name == "RUNNING"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +145,8 @@ def test_a_search_that_was_stopped_makes_the_trials_it_would_have_made(tmp_path)
         (BASE + "[space]\nlr = {low = 0.1, high = 0.01}", "lr must have low < high"),
         (BASE + "[space]\nrate = [1]", "there is no field rate"),
         (BASE + "[space]\nseed = [1]", "seed has no place here"),
+        (BASE + "[space]\ntest = [true]", "test has no place here: a search never looks at the test images"),
+        (BASE + "[space]\nthreads = [1, 2]", "threads has no place here: it does not change what is trained"),
         ("sampler = 'grid'\n" + TPE, "the grid sampler needs a list for each field"),
         ("sampler = 'random'\n" + TPE, "sampler must be tpe or grid, got 'random'"),
         ("objective = 'test_accuracy'\n" + TPE, "objective must be best_val_accuracy or val_accuracy"),

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fastlocal.train import search, study
+from fastlocal.train import build, cli, search, study
 from fastlocal.train.cli import main
 from fastlocal.train.errors import UsageError
+from fastlocal.train.schedule import learning_rate
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples" / "studies").glob("*.toml"))
@@ -59,6 +60,58 @@ def test_the_examples_cover_the_grids_of_the_original():
         cell.group: cell.original["test_accuracy"] for cells in grids.values() for cell in cells if cell.original
     }
     assert set(reported.values()) == {55.24, 52.67, 50.96, 52.86, 53.82, 53.47}
+
+
+def test_the_headline_sets_the_originals_figures_beside_its_own_cells_alone():
+    cells = {cell.group: cell for cell in study.load(ROOT / "examples" / "studies" / "headline.toml").cells}
+    reported = {name: cell.original["test_accuracy"] for name, cell in cells.items() if cell.original}
+    assert reported == {
+        "sync-k1": 55.24,
+        "local-sgd-k2-j32-lr0.01": 52.86,
+        "slowmo-k2-j32-lr0.01": 53.82,
+        "adaptive-k2-val-loss-original-lr0.01": 53.47,
+        **dict.fromkeys(("lars-b1024-lr4", "lars-b1024-lr8", "lamb-b1024-lr0.005", "lamb-b1024-lr0.01"), 50.96),
+    }
+    assert {name for name, cell in cells.items() if "communication_reduction" in cell.original} == {
+        "adaptive-k2-val-loss-original-lr0.01"
+    }
+    assert "neither its batch nor its rate" in cells["lars-b1024-lr4"].note
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if not path.stem.endswith("-search")], ids=str)
+def test_every_cell_of_an_example_can_be_planned_at_a_small_budget_and_listed(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for cell in study.load(path, epochs=5).cells:
+        config = cell.config
+        assert (config.epochs, cell.file_epochs) == (5, 150)
+        steps = 40_000 // config.workers // config.batch_size
+        assert steps > 0
+        assert build.policy(config, 5 * steps).state_dict() is not None
+        rates = [
+            learning_rate(config.schedule, config.learning_rate, step, 5 * steps, config.lr_warmup_epochs * steps)
+            for step in range(5 * steps)
+        ]
+        assert 0 < max(rates) <= config.learning_rate
+    count = len(study.load(path).cells)
+    assert main(["study", str(path), "--epochs", "5", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{count} cells: {count} new" in shown
+    assert f"0 of {5 * count} epochs are done" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_originals_figures_find_cells_by_the_values_that_their_defaults_become(tmp_path):
+    text = "[grid]\nworkers = [2, 4]\n[[original]]\nwhere = { lr = 0.02 }\ntest_accuracy = 50\nnote = 'one seed'"
+    cells = study.load(written(tmp_path, text)).cells
+    assert [(cell.original, cell.note) for cell in cells] == [({"test_accuracy": 50}, "one seed"), ({}, "")]
+
+
+def test_threads_are_shared_out_of_the_processors_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 6, 7, 9}, raising=False)
+    assert cli._shared_threads(None, 2, None) == 2
+    assert cli._shared_threads(None, 8, None) == 1
+    assert cli._shared_threads(3, 2, None) == 3
+    assert cli._shared_threads(None, 1, None) is None
 
 
 def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
@@ -113,6 +166,11 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
         ("grids = 3", "there is no key grids; the keys are base, cells"),
         ("[grid]\nlr = [0.1]\n[[original]]\nwhere = {lr = 0.2}\ntest_accuracy = 1", "original 1: no cell is"),
         ("[grid]\nlr = [0.1]\n[[original]]\naccuracy = 1", "original 1: accuracy = 1: it may hold"),
+        ("name = '..'\n[grid]\nlr = [0.1]", "name must be a string that can be a folder's name, got '..'"),
+        (
+            "[[cells]]\nname = ['a', 'b']",
+            "cell 1: name must be a string that can be a folder's name, got \\['a', 'b'\\]",
+        ),
         ("[grid", "is no TOML file"),
     ],
 )
@@ -154,6 +212,11 @@ def test_a_killed_study_leaves_no_process_and_the_next_one_goes_on_and_records_w
     process = subprocess.Popen([sys.executable, "-m", "fastlocal", *command], env=os.environ)
     wait_until((out / "slowmo-s0" / "checkpoint.pt").exists)
     (job,) = jobs_of(process.pid)
+    capsys.readouterr()
+    assert main(command) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(f"error: {out} is in use by process {process.pid} on ")
+    assert "\n" not in told
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_until(lambda: not Path(f"/proc/{job}").exists() or job not in jobs_of(1), 10)
@@ -162,6 +225,7 @@ def test_a_killed_study_leaves_no_process_and_the_next_one_goes_on_and_records_w
     assert main([*command, "--parallel", "2"]) == 0
     shown = capsys.readouterr().out
     assert "2 cells: 1 finished, 1 diverged" in shown
+    assert (out / ".lock").read_text().startswith(f"{os.getpid()} on ")  # the system let the killed one's go
     assert "going on after epoch" in (out / "slowmo-s0.log").read_text()
     assert "diverged" in json.loads((out / "bad-s0" / "failed.json").read_text())["message"]
     summary = json.loads((out / "slowmo-s0" / "summary.json").read_text())
@@ -170,6 +234,8 @@ def test_a_killed_study_leaves_no_process_and_the_next_one_goes_on_and_records_w
     times = {file: file.stat().st_mtime_ns for file in (out / "slowmo-s0").iterdir()}
     assert main(command) == 0
     assert {file: file.stat().st_mtime_ns for file in (out / "slowmo-s0").iterdir()} == times
+    assert summary["resolved"] == {"lr": 0.02, "weight_decay": 0.001, "slow_lr": 1.0, "slow_momentum": 0.5}
+    assert summary["images"]["source"] == "synthetic"
     capsys.readouterr()
     assert main([*command, "--dry-run", "--only", "bad*"]) == 0
     assert "diverged" in capsys.readouterr().out

@@ -82,15 +82,14 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
                 warmup_steps=config.warmup_steps,
             )
         case "slowmo" | "diloco":
-            outer, default_lr, default_momentum = (
-                (SlowMo, 1.0, 0.5) if config.method == "slowmo" else (DiLoCo, 0.7, 0.9)
-            )
+            outer = SlowMo if config.method == "slowmo" else DiLoCo
+            values = config.resolved()
             return outer(
                 inner,
                 over,
                 policy(config, total_steps),
-                slow_lr=default_lr if config.slow_lr is None else config.slow_lr,
-                slow_momentum=default_momentum if config.slow_momentum is None else config.slow_momentum,
+                slow_lr=values["slow_lr"],
+                slow_momentum=values["slow_momentum"],
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
             )
@@ -126,11 +125,10 @@ def policy(config: Config, total_steps: int) -> Policy:
                 maximum=config.max_interval,
             )
         case "qsr":
-            alpha = config.qsr_alpha or config.learning_rate * config.interval**0.5
             warmup = config.lr_warmup_epochs if config.schedule == "warmup-cosine" else 0
             return QSR(
                 config.interval,
-                alpha,
+                config.resolved()["qsr_alpha"],
                 maximum=config.max_interval,
                 start_step=warmup * total_steps // config.epochs,
             )

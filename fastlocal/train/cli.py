@@ -14,12 +14,13 @@ from rich.console import Console
 import fastlocal
 from fastlocal.bench.cases import Operation
 from fastlocal.bench.run import Plan
-from fastlocal.train import cells
+from fastlocal.train import cells, pool
 from fastlocal.train import study as studies
 from fastlocal.train.bench import bench as run_bench
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.lock import hold
 from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
@@ -89,38 +90,54 @@ def study(
     device
         Instead of the file's.
     threads
-        CPU threads of each cell. Default: the machine's, divided by --parallel, if that is above 1.
+        CPU threads of each cell. Default with --parallel above 1: the processors that may be used, divided by it.
     retry
         Run cells that diverged again, from the beginning.
     dry_run
         Show the cells and where they stand, and stop.
     """
-    for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
-    if threads is None and parallel > 1:
-        threads = max(1, (os.cpu_count() or 1) // parallel)
+    threads = _shared_threads(threads, parallel, epochs)
     read = studies.load(file, epochs=epochs)
     folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
     root = out or Path("runs") / "study" / folder
-    places = cells.places(read, root, data_dir=data_dir, threads=threads, device=device, retry=retry)
-    chosen = [place for place in places if fnmatch.fnmatchcase(place.cell.name, only)]
-    if not chosen:
-        raise UsageError(f"--only {only} is none of {', '.join(place.cell.name for place in places)}")
-    display = StudyDisplay(Console(), chosen)
+
+    def chosen_cells() -> list[pool.Place]:
+        places = cells.places(read, root, data_dir=data_dir, threads=threads, device=device, retry=retry)
+        chosen = [place for place in places if fnmatch.fnmatchcase(place.name, only)]
+        if not chosen:
+            raise UsageError(f"--only {only} is none of {', '.join(place.name for place in places)}")
+        return chosen
+
+    chosen = chosen_cells()  # a wrong request leaves no folder behind
+    epochs_of_all = sum(place.config.epochs for place in chosen)
     if dry_run:
-        display.plan()
+        StudyDisplay(Console(), chosen, epochs_of_all).plan()
         return
-    cells.begin(read, root)
-    with display:
-        cells.run_all(chosen, parallel, display.update)
+    with hold(root):
+        cells.begin(read, root)
+        chosen = chosen_cells()  # another study may have ended since
+        display = StudyDisplay(Console(), chosen, epochs_of_all)
+        with display:
+            pool.run_all(chosen, parallel, lambda ended: display.update())
     display.counts()
     broken = [place for place in chosen if place.state == "broken"]
     if broken:
         raise RunError(
-            f"{len(broken)} of {len(chosen)} cells did not end ({broken[0].cell.name}: {broken[0].message}); "
+            f"{len(broken)} of {len(chosen)} cells did not end ({broken[0].name}: {broken[0].message}); "
             "the same command goes on with them"
         )
+
+
+def _shared_threads(threads: int | None, parallel: int, epochs: int | None) -> int | None:
+    """Check what study and search have in common; returns the threads of each process, None for PyTorch's choice."""
+    for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    if threads is not None or parallel == 1:
+        return threads
+    # A container or a batch system may allow fewer processors than the machine has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // parallel)
 
 
 @app.command
@@ -139,6 +156,7 @@ def search(
     out: Path | None = None,
     trials: int | None = None,
     epochs: int | None = None,
+    parallel: int = 1,
     data_dir: Path | None = None,
     threads: int | None = None,
 ) -> None:
@@ -154,18 +172,23 @@ def search(
         Instead of the file's, counting those already made.
     epochs
         Instead of the file's, for each trial; kept in a folder of its own.
+    parallel
+        Trials at a time, each in its own process.
     data_dir
         Instead of the file's.
     threads
-        CPU threads.
+        CPU threads of each trial. Default with --parallel above 1: the processors that may be used, divided by it.
     """
+    threads = _shared_threads(threads, parallel, epochs)
     try:
-        from fastlocal.train import search as searching
+        from fastlocal.train import search as searches
+        from fastlocal.train import trials as trying
     except ModuleNotFoundError as error:
         raise UsageError(f"a search needs {error.name}: pip install 'fastlocal[search]'") from None
-    read = searching.load(file, trials=trials, epochs=epochs)
+    read = searches.load(file, trials=trials, epochs=epochs)
     folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
-    searching.search(read, out or Path("runs") / "search" / folder, Console(), data_dir=data_dir, threads=threads)
+    root = out or Path("runs") / "search" / folder
+    trying.search(read, root, Console(), data_dir=data_dir, threads=threads, parallel=parallel)
 
 
 @app.command

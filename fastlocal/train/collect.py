@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from fastlocal.train.cells import STUDY
-from fastlocal.train.config import NOT_PART_OF_A_RUN
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED
 from fastlocal.train.report import read_json
+
+_SPLITS = {
+    "official": "CIFAR-100, official split",
+    "re-split": "CIFAR-100, re-split",
+    "other": "CIFAR-100, not the official files",
+    None: "CIFAR-100, split not recorded",
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,20 @@ class Group:
     name: str
     runs: list[Run]
     original: dict[str, float] = field(default_factory=dict)
+    original_epochs: int | None = None  # that its figures are of; None where that was not recorded
+    note: str = ""  # what must be known of them
 
     @property
     def config(self) -> dict[str, Any]:
         """Of the first run; all have the same but for the seed."""
         return self.runs[0].config
+
+    @property
+    def images(self) -> str:
+        """What the runs trained on, as a reader must know it."""
+        if self.config["dataset"] == "synthetic":
+            return "synthetic images"
+        return _SPLITS[self.runs[0].summary.get("images", {}).get("source")]
 
     def spread(self, figure: str) -> Spread | None:
         """A figure of the summaries; None where no run has it."""
@@ -99,10 +115,10 @@ def collect(root: Path) -> Collection:
         for cell in study["cells"]
         if not (folder / cell["name"] / "config.json").exists()
     ]
-    asked = [cell for study in studies.values() for cell in study["cells"]]
+    asked = [_with_budget(cell, study) for study in studies.values() for cell in study["cells"]]
     if not runs and not unfinished:
         raise UsageError(f"there is no run below {root}")
-    titles = [study["title"] or study["name"] for study in studies.values()]
+    titles = [_title(study) for study in studies.values()]
     return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked), unfinished)
 
 
@@ -121,24 +137,60 @@ def _records(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
+def _title(study: dict[str, Any]) -> str:
+    """A study's title, and its budget if that is not the file's."""
+    title = study["title"] or study["name"]
+    if study["epochs"] is None:
+        return title
+    instead = sorted({cell["file_epochs"] for cell in study["cells"] if "file_epochs" in cell})
+    return f"{title} ({study['epochs']} epochs instead of {', '.join(map(str, instead)) or 'its own'})"
+
+
+def _with_budget(cell: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:
+    """A cell of study.json, with the fields that older ones lack."""
+    file_epochs = cell["config"]["epochs"] if study["epochs"] is None else None
+    return {"file_epochs": file_epochs, "note": ""} | cell
+
+
 def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
-    """Runs of one config but for the seed, in the order of the studies, then of the folders."""
+    """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
     cells = {_key(cell["config"]): cell for cell in reversed(asked)}
-    groups: dict[str, Group] = {}
+    order = {key: position for position, key in enumerate(dict.fromkeys(_key(cell["config"]) for cell in asked))}
+    groups: dict[tuple[str, str], Group] = {}
     for run in runs:
         key = _key(run.config)
-        if key not in groups:
-            cell = cells.get(key)
-            bare = run.name.removesuffix(f"-s{run.config['seed']}")
-            groups[key] = Group(cell["group"] if cell else bare, [], cell["original"] if cell else {})
+        group = groups.setdefault((key, str(run.summary.get("images"))), _new_group(run, cells.get(key)))
         # Two studies may have made the same run: it counts once.
-        if all(run.config["seed"] != other.config["seed"] for other in groups[key].runs):
-            groups[key].runs.append(run)
-    order = {key: position for position, key in enumerate(dict.fromkeys(_key(cell["config"]) for cell in asked))}
-    return [groups[key] for key in sorted(groups, key=lambda key: order.get(key, len(order)))]
+        if all(run.config["seed"] != other.config["seed"] for other in group.runs):
+            group.runs.append(run)
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: order.get(key[0], len(order)))]
+    for alike in _by_name(ordered):
+        _tell_apart(alike)
+    return ordered
+
+
+def _new_group(run: Run, cell: dict[str, Any] | None) -> Group:
+    if cell is None:
+        return Group(run.name.removesuffix(f"-s{run.config['seed']}"), [])
+    return Group(cell["group"], [], cell["original"], cell["file_epochs"], cell["note"])
+
+
+def _by_name(groups: list[Group]) -> list[list[Group]]:
+    return [[group for group in groups if group.name == name] for name in {group.name for group in groups}]
+
+
+def _tell_apart(groups: list[Group]) -> None:
+    """Groups of the same name, as one study at two budgets has them, get what sets them apart into their names."""
+    settings = [json.loads(_key(group.config)) for group in groups]
+    differing = [name for name in settings[0] if len({repr(own.get(name)) for own in settings}) > 1]
+    several_images = len({group.images for group in groups}) > 1
+    for group, own in zip(groups, settings, strict=True):
+        parts = [f"{name} {own.get(name)}" for name in differing] + [group.images] * several_images
+        group.name = ", ".join([group.name, *parts])
 
 
 def _key(config: dict[str, Any]) -> str:
     """What two runs share that differ in their seed alone."""
-    rest = {name: value for name, value in config.items() if name not in (*NOT_PART_OF_A_RUN, "seed")}
-    return json.dumps({"test": True} | rest, sort_keys=True)
+    whole = Config().as_dict() | config  # a field younger than the run had its default
+    rest = {name: value for name, value in whole.items() if name not in (*NOT_PART_OF_A_RUN, "seed")}
+    return json.dumps(rest, sort_keys=True)

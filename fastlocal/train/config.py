@@ -15,6 +15,8 @@ ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 
+_OUTER_DEFAULTS = {"slowmo": (1.0, 0.5), "diloco": (0.7, 0.9)}  # slow_lr, slow_momentum
+
 NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
 """Fields that may change when a run is resumed."""
 
@@ -192,6 +194,17 @@ class Config:
         if self.weight_decay is not None:
             return self.weight_decay
         return {"sgd": 1e-3, "adamw": 0.1, "lars": 1e-3, "lamb": 0.01}[self.optimizer]
+
+    def resolved(self) -> dict[str, float]:
+        """What the run uses where a field is None, and what was given where it is not; nothing it has no use for."""
+        values = {"lr": self.learning_rate, "weight_decay": self.decay}
+        if self.method in _OUTER_DEFAULTS:
+            slow_lr, slow_momentum = _OUTER_DEFAULTS[self.method]
+            values["slow_lr"] = slow_lr if self.slow_lr is None else self.slow_lr
+            values["slow_momentum"] = slow_momentum if self.slow_momentum is None else self.slow_momentum
+        if self.policy == "qsr":
+            values["qsr_alpha"] = self.qsr_alpha or self.learning_rate * self.interval**0.5
+        return values
 
     @property
     def folder(self) -> Path:

@@ -1,14 +1,14 @@
 """The images: CIFAR-100 in its official layout, or a synthetic set of the same shape.
 
-Neither ever stands in for the other.
+Neither ever stands in for the other. CIFAR-100 is known by its bytes, so that a figure can say which split it is of.
 """
 
 import hashlib
 import importlib
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
 
 NUM_CLASSES = 100
+_OFFICIAL_MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+"""Of the files in cifar-100-python.tar.gz, as torchvision checks them."""
+
+_RE_SPLIT = "e1cd009c0ab79cbff9615d02c0326f883162b47830c27bd6674e13b8c92bbc4a"
+"""Splits.digest() of the stratified split that the figures in bench/results/study are of."""
+
 _SPLIT_SEED = 0  # which images validate does not depend on the seed of a run
 
 _ARRAY_NAMES = {
@@ -44,6 +50,10 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices])
 
 
+Source = Literal["synthetic", "official", "re-split", "other"]
+"""Where images come from: "official" and "re-split" are CIFAR-100, known by its bytes; "other" files are neither."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """What trains, what chooses, and what is looked at once, at the end."""
@@ -51,6 +61,7 @@ class Splits:
     train: ImageSet
     val: ImageSet
     test: ImageSet
+    source: Source
 
     def digest(self) -> str:
         """SHA-256 over all images and labels: a run is resumed on the images it began with."""
@@ -67,21 +78,33 @@ def load(config: Config) -> Splits:
     Raises:
         UsageError: a file is missing, damaged or not CIFAR-100, or there are too few images for one step.
     """
+    folder = config.data_dir / "cifar-100-python"
     if config.dataset == "synthetic":
         train = synthetic(config.synthetic_images, seed=0)
         test = synthetic(max(1, config.synthetic_images // 6), seed=1)
     else:
-        folder = config.data_dir / "cifar-100-python"
         train, test = read_cifar100(folder / "train"), read_cifar100(folder / "test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     num_val = len(train) // 5
-    splits = Splits(train.take(order[num_val:]), train.take(order[:num_val]), test)
+    splits = Splits(train.take(order[num_val:]), train.take(order[:num_val]), test, "synthetic")
     if len(splits.train) < config.workers * config.batch_size or num_val == 0:
         raise UsageError(
             f"{config.workers} workers with batches of {config.batch_size} need at least "
             f"{config.workers * config.batch_size} training images, there are {len(splits.train)}"
         )
+    if config.dataset == "cifar100":
+        splits = replace(splits, source=_source(folder, splits.digest()))
     return splits
+
+
+def _source(folder: Path, digest: str) -> Source:
+    """Which CIFAR-100 it is; the official files are known as they lie there, another split by its images."""
+    for name, official in _OFFICIAL_MD5.items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found != official:
+            return "re-split" if digest == _RE_SPLIT else "other"
+    return "official"
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """`fastlocal report`: one HTML page of all runs below a folder, which asks nothing of the network."""
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,26 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastlocal.train.checkpoint import write_bytes
-from fastlocal.train.collect import Collection, Group, Spread, collect
+from fastlocal.train.collect import Collection, Group, Run, Spread, collect
 from fastlocal.train.config import NOT_PART_OF_A_RUN
 from fastlocal.train.display import megabytes
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
 
-_DATASETS = {"cifar100": "CIFAR-100, re-split", "synthetic": "Synthetic images"}
+_ADAPTIVE = ("val-loss", "val-loss-original", "consensus")
+_USED_WITH: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "synthetic_images": lambda config: config["dataset"] == "synthetic",
+    "policy": lambda config: config["method"] != "sync",
+    "interval": lambda config: config["method"] != "sync",
+    "inner_state": lambda config: config["method"] != "sync",
+    "warmup_steps": lambda config: config["method"] != "sync",
+    "min_interval": lambda config: config["policy"] in _ADAPTIVE,
+    "max_interval": lambda config: config["policy"] in (*_ADAPTIVE, "qsr", "adacomm"),
+    "post_local_steps": lambda config: config["policy"] == "post-local",
+    "momentum": lambda config: config["optimizer"] in ("sgd", "lars"),
+    "lr_warmup_epochs": lambda config: config["schedule"] == "warmup-cosine",
+}
+"""Settings that would only mislead beside a run that has no use for them."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +36,11 @@ class Row:
     """A group in the tables, as text."""
 
     name: str
-    runs: str
-    epochs: str
+    seeds: int
+    epochs: int
     test: str
     original: str
+    note: str  # its number, or nothing
     difference: str
     best: str
     saved: str
@@ -65,14 +80,17 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
     )
     groups = collection.groups
     runs = [run for group in groups for run in group.runs]
+    notes = list(dict.fromkeys(group.note for group in groups if group.note))
     return environment.get_template("report.html").render(
         title=collection.title,
-        datasets=sorted({_DATASETS[run.config["dataset"]] for run in runs}),
+        datasets=sorted({group.images for group in groups}),
         budgets=sorted({run.config["epochs"] for run in runs}),
         num_runs=len(runs),
         seeds=sorted({len(group.runs) for group in groups}),
-        rows=[_row(group) for group in groups],
+        rows=[_row(group, notes) for group in groups],
         has_original=any(group.original for group in groups),
+        other_budget=any(_other_budget(group) for group in groups),
+        notes=notes,
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
         common=_common(groups),
@@ -81,24 +99,31 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
     )
 
 
-def _row(group: Group) -> Row:
+def _other_budget(group: Group) -> bool:
+    """Whether the original's figures are of another number of epochs, or may be."""
+    return bool(group.original) and group.original_epochs != group.config["epochs"]
+
+
+def _row(group: Group, notes: list[str]) -> Row:
     test, original = group.spread("test_accuracy"), group.original.get("test_accuracy")
     saved, original_saved = group.spread("communication_reduction"), group.original.get("communication_reduction")
     sent, seconds = group.spread("bytes_on_wire"), group.spread("train_seconds")
     assert sent
     assert seconds
+    elsewhere = f" at {group.original_epochs or 'other'} epochs" if _other_budget(group) else ""
     return Row(
         name=group.name,
-        runs="one seed" if len(group.runs) == 1 else f"{len(group.runs)} seeds",
-        epochs=str(group.config["epochs"]),
+        seeds=len(group.runs),
+        epochs=group.config["epochs"],
         test=percent(test),
-        original="" if original is None else f"{original:.2f}",
-        difference="" if original is None or test is None else f"{test.mean - original:+.2f}".replace("-", "−"),
+        original="" if original is None else f"{original:.2f}{elsewhere}",
+        note=str(1 + notes.index(group.note)) if group.note else "",
+        difference=_difference(test, original) if not elsewhere else "",
         best=percent(group.spread("best_val_accuracy")),
         saved="–" if saved is None else f"{100 * saved.mean:.1f}",
-        original_saved="" if original_saved is None else f"{100 * original_saved:.1f}",
-        sent=megabytes(round(sent.mean)),
-        seconds=f"{seconds.mean:,.0f} s",
+        original_saved="" if original_saved is None else f"{100 * original_saved:.1f}{elsewhere}",
+        sent=megabytes(round(sent.mean)) if sent.mean else "–",
+        seconds=duration(seconds.mean),
     )
 
 
@@ -109,21 +134,42 @@ def percent(spread: Spread | None) -> str:
     return f"{spread.mean:.2f}" if spread.std is None else f"{spread.mean:.2f} ± {spread.std:.2f}"
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def duration(seconds: float) -> str:
+    """A time as people say it: "59 s", "12 min", "2 h 27 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _difference(test: Spread | None, original: float | None) -> str:
+    return "" if original is None or test is None else f"{test.mean - original:+.2f}".replace("-", "−")
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What a run was made with, defaults resolved as the run itself recorded them."""
     hidden = (*NOT_PART_OF_A_RUN, "seed")
-    return {key: value for key, value in config.items() if key not in hidden and value is not None}
+    used = {
+        key: value
+        for key, value in run.config.items()
+        if key not in hidden and (key not in _USED_WITH or _USED_WITH[key](run.config))
+    }
+    if "resolved" not in run.summary:
+        for key in ("lr", "weight_decay"):
+            used[key] = "default (its value was not recorded)" if used.get(key) is None else used[key]
+    return {key: value for key, value in (used | run.summary.get("resolved", {})).items() if value is not None}
 
 
 def _common(groups: list[Group]) -> list[tuple[str, Any]]:
     """Settings that all groups share."""
     if not groups:
         return []
-    first, *others = [_settings(group.config) for group in groups]
+    first, *others = [_settings(group.runs[0]) for group in groups]
     return [(key, value) for key, value in first.items() if all(other.get(key) == value for other in others)]
 
 
 def _own(group: Group, groups: list[Group]) -> str:
     """Settings of a group that not all share."""
     common = dict(_common(groups))
-    own = [f"{key} {value}" for key, value in _settings(group.config).items() if key not in common]
+    own = [f"{key} {value}" for key, value in _settings(group.runs[0]).items() if key not in common]
     return ", ".join(own) or "no other settings"

@@ -21,12 +21,14 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     local = [group for group in tested if group.config["method"] != "sync"]
     if tested:
         plots["accuracy-bytes.png"] = ("Test accuracy over megabytes sent by a worker", _pareto(tested))
-    if len({group.config["workers"] for group in tested}) > 1:
-        plots["accuracy-workers.png"] = ("Test accuracy over the workers K", _against("workers", "interval", tested))
-    if len({group.config["interval"] for group in local}) > 1:
-        plots["accuracy-interval.png"] = ("Test accuracy over the interval J", _against("interval", "workers", local))
-    if len({group.config["batch_size"] for group in tested}) > 1:
-        plots["accuracy-batch.png"] = ("Test accuracy over the batch", _against("batch_size", "optimizer", tested))
+    for x, lines, shown, title in (
+        ("workers", "interval", tested, "Test accuracy over the workers K"),
+        ("interval", "workers", local, "Test accuracy over the interval J"),
+        ("batch_size", "optimizer", tested, "Test accuracy over the batch"),
+    ):
+        families = _families(lines, shown)
+        if any(len({group.config[x] for group in members}) > 1 for members in families.values()):
+            plots[f"accuracy-{x.removesuffix('_size')}.png"] = (title, _against(x, families))
     adaptive = [group for group in groups if len(group.runs[0].summary["interval_trace"]) > 1]
     if adaptive:
         plots["interval.png"] = ("Interval over time", _curves(adaptive, "interval (local steps)", _intervals))
@@ -90,20 +92,27 @@ def _pareto(groups: Sequence[Group]) -> bytes:
     return _finish(figure, axes)
 
 
-def _against(x: str, lines: str, groups: Sequence[Group]) -> bytes:
-    """Test accuracy over one field; a line for every other method and value of `lines`."""
-    words = {
-        "workers": "workers, K",
-        "interval": "interval, J (local steps)",
-        "batch_size": "images a step and worker",
-    }
+def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """What one line connects: the groups of a method that share one field, and their budget."""
+    several_budgets = len({group.config["epochs"] for group in groups}) > 1
     families: dict[str, list[Group]] = {}
     for group in groups:
         config = group.config
         shown = {"workers": f"K = {config['workers']}", "interval": f"J = {config['interval']}"}
         method = config["method"] if config["policy"] == "fixed" else f"{config['method']}, {config['policy']}"
         detail = "" if config["method"] == "sync" and lines == "interval" else shown.get(lines, config["optimizer"])
-        families.setdefault(f"{method} {detail}".strip(), []).append(group)
+        budget = f", {config['epochs']} epochs" if several_budgets else ""
+        families.setdefault(f"{method} {detail}".strip() + budget, []).append(group)
+    return families
+
+
+def _against(x: str, families: dict[str, list[Group]]) -> bytes:
+    """Test accuracy over one field, a line for each family."""
+    words = {
+        "workers": "workers, K",
+        "interval": "interval, J (local steps)",
+        "batch_size": "images a step and worker",
+    }
     figure, axes = _figure(len(families))
     for index, (name, members) in enumerate(families.items()):
         members = sorted(members, key=lambda group: group.config[x])
@@ -117,7 +126,7 @@ def _against(x: str, lines: str, groups: Sequence[Group]) -> bytes:
             linestyle="-" if len({group.config[x] for group in members}) == len(members) else "none",
             **_style(index),
         )
-    values = sorted({group.config[x] for group in groups})
+    values = sorted({group.config[x] for members in families.values() for group in members})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -49,6 +49,7 @@ def summarise(
     test_accuracy: float | None,
     train_samples: int,
     interval_trace: list[list[int]],
+    images: dict[str, str],
     device: torch.device,
 ) -> dict[str, Any]:
     """One run in figures. Accuracies are percent, bytes are one worker's.
@@ -60,6 +61,7 @@ def summarise(
         test_accuracy: percent, or None.
         train_samples: images trained on, all workers together.
         interval_trace: [local step, interval] wherever the interval changed.
+        images: where they come from, and the SHA-256 over all of them.
         device: where it ran.
     """
     last = records[-1]
@@ -83,6 +85,8 @@ def summarise(
         "interval_trace": interval_trace,
         "folder": str(config.folder),
         "config": config.as_dict(),
+        "resolved": config.resolved(),
+        "images": images,
         "versions": versions(device),
     }
 

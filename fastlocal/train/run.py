@@ -81,11 +81,11 @@ def _run(config: Config, device: torch.device, processes: Processes, display: Di
             report.write_records(folder / "records.jsonl", training.records)
         display.epoch(record, config.epochs, training.train_samples)
     test_loss, test_accuracy = training.test() if config.test else (None, None)
-    return processes.from_first(lambda: _finish(config, training, test_loss, test_accuracy))
+    return processes.from_first(lambda: _finish(config, training, splits.source, test_loss, test_accuracy))
 
 
 def _finish(
-    config: Config, training: Training, test_loss: float | None, test_accuracy: float | None
+    config: Config, training: Training, source: data.Source, test_loss: float | None, test_accuracy: float | None
 ) -> dict[str, Any]:
     """Write what a finished run leaves behind."""
     folder = config.folder
@@ -96,6 +96,7 @@ def _finish(
         test_accuracy=test_accuracy,
         train_samples=training.train_samples,
         interval_trace=training.interval_trace,
+        images={"source": source, "sha256": training.digest},
         device=training.device,
     )
     report.write_records(folder / "records.jsonl", training.records)

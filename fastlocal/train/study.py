@@ -1,6 +1,7 @@
 """A study file: which runs it asks for, and where each is kept. Runs nothing."""
 
 import itertools
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.values import config_from, field_value
 
-FIGURES = ("test_accuracy", "best_val_accuracy", "communication_reduction")
-"""What an original study may have reported: two in percent, one as a fraction."""
+FIGURES = {"test_accuracy": 100, "best_val_accuracy": 100, "communication_reduction": 1}
+"""What an original study may have reported, from 0 to this: two in percent, one as a fraction."""
 
 _KEYS = {"name", "title", "seeds", "base", "grid", "cells", "original"}
 _NOT_IN_A_FILE = {
@@ -33,7 +34,9 @@ class Cell:
     name: str  # of its folder
     group: str  # the name without the seed: what is averaged over
     config: Config
+    file_epochs: int  # the file's own, which the original's figures are of
     original: dict[str, float]  # what the original study reported; some of FIGURES
+    note: str = ""  # what must be known of the original's figures
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,25 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
-    name, title = content.get("name", stem), content.get("title", "")
-    if not (isinstance(name, str) and name and "/" not in name and isinstance(title, str)):
-        raise UsageError(f"name must be a folder's name and title a string, got {name!r} and {title!r}")
+    name, title = plain_name("name", content.get("name", stem)), content.get("title", "")
+    if not isinstance(title, str):
+        raise UsageError(f"title must be a string, got {title!r}")
     seeds = content.get("seeds", [0])
-    if not (isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)):
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)) or len(set(seeds)) < len(
+        seeds
+    ):
         raise UsageError(f"seeds must be a list of different whole numbers, got {seeds!r}")
     base = table(content, "base")
-    shared = {"epochs": epochs} if epochs is not None else {}
     cells: list[Cell] = []
     for group, overrides, where in _combinations(content):
         for seed in seeds:
             try:
-                values = base | overrides | shared
-                values["seed"] = field_value("seed", seed)
-                config = config_from(with_rate(values))
+                config = config_from(with_rate(base | overrides) | {"seed": seed})
+                file_epochs = config.epochs
+                config = replace(config, epochs=file_epochs if epochs is None else epochs)
             except UsageError as error:
                 raise UsageError(f"{where} ({group}): {error}") from None
-            cells.append(Cell(f"{group}-s{seed}", group, config, {}))
+            cells.append(Cell(f"{group}-s{seed}", group, config, file_epochs, {}))
     if not cells:
         raise UsageError("it has no cells: add a [grid] or [[cells]]")
     names = [cell.name for cell in cells]
@@ -127,8 +131,9 @@ def _combinations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
             if "name" not in cell:
                 yield folder_name(overrides), overrides, where
                 continue
+            plain_name(f"{where}: name", cell["name"])
             varied = {key: value for key, value in overrides.items() if isinstance(cell[key], list)}
-            yield folder_name({"name": str(cell["name"])} | varied), overrides, where
+            yield folder_name({"name": cell["name"]} | varied), overrides, where
 
 
 def _product(values: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -138,6 +143,13 @@ def _product(values: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
             raise UsageError(f"{where}: {key} is an empty list")
     for combination in itertools.product(*choices):
         yield dict(zip(values, combination, strict=True))
+
+
+def plain_name(what: str, value: Any) -> str:
+    """The value, if it can be a folder's name; UsageError if not."""
+    if not (isinstance(value, str) and value.isprintable() and value.strip(" .") and "/" not in value):
+        raise UsageError(f"{what} must be a string that can be a folder's name, got {value!r}")
+    return value
 
 
 def table(content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -162,9 +174,11 @@ def with_rate(values: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in values.items() if key != SQRT_RATE}
     if "lr" in rest:
         raise UsageError(f"lr and {SQRT_RATE} say the same thing: give one of them")
-    rate = field_value("lr", values[SQRT_RATE])
-    batch = field_value("batch_size", rest.get("batch_size", Config().batch_size))
-    return rest | {"lr": rate * (batch / 64) ** 0.5}
+    rate = values[SQRT_RATE]
+    if type(rate) not in (int, float) or not 0 < rate <= sys.float_info.max:
+        raise UsageError(f"{SQRT_RATE} must be a positive and finite number, got {rate!r}")
+    config = config_from(rest)  # refuses a wrong batch first
+    return rest | {"lr": rate * (config.batch_size / 64) ** 0.5}
 
 
 def folder_name(overrides: dict[str, Any]) -> str:
@@ -183,19 +197,35 @@ def folder_name(overrides: dict[str, Any]) -> str:
 def _with_original(cells: list[Cell], tables: Any) -> list[Cell]:
     """The cells with what the original study reported for them."""
     if not (isinstance(tables, list) and all(isinstance(entry, dict) for entry in tables)):
-        raise UsageError("original must be tables: [[original]]")
+        raise UsageError(f"original must be tables, [[original]], got {tables!r}")
     for index, entry in enumerate(tables):
-        where_text = f"original {index + 1}"
-        where = entry.get("where", {})
-        figures = {key: value for key, value in entry.items() if key != "where"}
-        for key, value in figures.items():
-            if key not in FIGURES or type(value) not in (int, float):
-                raise UsageError(
-                    f"{where_text}: {key} = {value!r}: it may hold numbers {', '.join(FIGURES)} and where"
-                )
-        wanted = {key: field_value(key, value) for key, value in where.items()}
-        found = [cell for cell in cells if all(getattr(cell.config, key) == value for key, value in wanted.items())]
-        if not found or not figures:
-            raise UsageError(f"{where_text}: no cell is {where}" if figures else f"{where_text} has no figure")
-        cells = [replace(cell, original=cell.original | figures) if cell in found else cell for cell in cells]
+        try:
+            cells = _reported(cells, entry)
+        except UsageError as error:
+            raise UsageError(f"original {index + 1}: {error}") from None
     return cells
+
+
+def _reported(cells: list[Cell], entry: dict[str, Any]) -> list[Cell]:
+    """The cells, one table of the original's figures added to those that it is about."""
+    where, note = entry.get("where", {}), entry.get("note", "")
+    if not isinstance(where, dict):
+        raise UsageError(f"where must be a table of fields, {{ workers = 2 }}, got {where!r}")
+    if not isinstance(note, str):
+        raise UsageError(f"note must be a string, got {note!r}")
+    figures = {key: value for key, value in entry.items() if key not in ("where", "note")}
+    for key, value in figures.items():
+        if key not in FIGURES:
+            raise UsageError(f"{key} = {value!r}: it may hold where, note and the numbers {', '.join(FIGURES)}")
+        if type(value) not in (int, float) or not 0 <= value <= FIGURES[key]:
+            raise UsageError(f"{key} must be a number from 0 to {FIGURES[key]}, got {value!r}")
+    if not figures:
+        raise UsageError(f"it has no figure: give one of {', '.join(FIGURES)}")
+    wanted = {key: field_value(key, value) for key, value in where.items()}
+    found = [cell for cell in cells if wanted.items() <= (vars(cell.config) | cell.config.resolved()).items()]
+    if not found:
+        raise UsageError(f"no cell is {where}")
+    return [
+        replace(cell, original=cell.original | figures, note=f"{cell.note} {note}".strip()) if cell in found else cell
+        for cell in cells
+    ]

@@ -9,20 +9,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fastlocal.train.cells import Place, State
+from fastlocal.train.pool import Place, State
 
 
 class StudyDisplay:
-    """Shows the cells of a study on a console; use it as a context manager around the study.
+    """Shows the runs of a study or a search on a console; use it as a context manager around it.
 
     Args:
         console: where to write.
-        places: the cells; `update()` looks at them again.
+        places: the runs; `update()` looks at them again. There may be more of them by then.
+        epochs: of all runs together.
     """
 
-    def __init__(self, console: Console, places: Sequence[Place]) -> None:
-        self.console, self.places = console, places
-        self._shown: dict[str, State] = {place.cell.name: place.state for place in places}
+    def __init__(self, console: Console, places: Sequence[Place], epochs: int) -> None:
+        self.console, self.places, self.epochs = console, places, epochs
+        self._shown: dict[str, State] = {place.name: place.state for place in places}
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -33,7 +34,7 @@ class StudyDisplay:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._total = self._bars.add_task("all cells", total=sum(place.config.epochs for place in places))
+        self._total = self._bars.add_task("all", total=epochs)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "StudyDisplay":
@@ -49,7 +50,7 @@ class StudyDisplay:
         """Move the bars, and print a line for each cell that ended."""
         done = 0
         for place in self.places:
-            name = place.cell.name
+            name = place.name
             epochs = place.config.epochs if place.state in ("finished", "diverged") else place.epochs_done()
             done += epochs
             if place.state == "running":
@@ -58,7 +59,7 @@ class StudyDisplay:
                 self._bars.update(self._tasks[name], completed=epochs)
             elif name in self._tasks:
                 self._bars.remove_task(self._tasks.pop(name))
-            if self._shown[name] != place.state:
+            if self._shown.get(name, "new") != place.state:
                 self._shown[name] = place.state
                 self.note(f"{name}: {place.state}" + (f": {place.message}" if place.message else ""))
         self._bars.update(self._total, completed=done)
@@ -68,11 +69,14 @@ class StudyDisplay:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def plan(self) -> None:
-        """The cells and where they stand."""
+        """The cells and where they stand, their number and their epochs."""
         table = Table("cell", "state", "epochs", box=None, pad_edge=False)
-        for place in self.places:
-            table.add_row(Text(place.cell.name), place.state, f"{place.epochs_done()}/{place.config.epochs}")
+        done = [place.epochs_done() for place in self.places]
+        for place, epochs in zip(self.places, done, strict=True):
+            table.add_row(Text(place.name), place.state, f"{epochs}/{place.config.epochs}")
         self.console.print(table, highlight=False)
+        self.counts()
+        self.note(f"{sum(done):,} of {self.epochs:,} epochs are done")
 
     def counts(self) -> None:
         """How many cells stand where."""

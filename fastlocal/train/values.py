@@ -10,7 +10,7 @@ from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
 
 _HINTS = get_type_hints(Config)
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a string"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
 
 
 def config_from(values: Mapping[str, Any]) -> Config:
@@ -40,9 +40,11 @@ def field_value(name: str, value: Any) -> Any:
         elif get_origin(option) is Literal:
             if value in get_args(option):
                 return value
+        elif type(value) is int and abs(value) >= 2**63:
+            raise UsageError(f"--{name.replace('_', '-')} must be a number below 2^63, got {value}")
         elif option is float and type(value) in (int, float):
             return float(value)
-        elif option is Path and isinstance(value, str):
+        elif option is Path and isinstance(value, str) and value.isprintable():
             return Path(value)
         elif type(value) is option:
             return value

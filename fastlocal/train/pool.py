@@ -1,0 +1,146 @@
+"""Runs in processes of their own, some at a time: started, watched, and never left behind."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastlocal.train import report
+from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
+from fastlocal.train.job import FAILED
+
+State = Literal["new", "started", "running", "finished", "diverged", "broken"]
+_POLL_SECONDS = 0.1
+
+
+@dataclass
+class Place:
+    """A run, where it is kept, and how far it is."""
+
+    config: Config  # with the folder, the threads and the images' place
+    state: State
+    message: str = ""  # why it diverged or broke
+    process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.config.folder
+
+    @property
+    def log(self) -> Path:
+        """What the run's process printed."""
+        return self.folder.parent / f"{self.folder.name}.log"
+
+    def epochs_done(self) -> int:
+        """Finished epochs, from the run's own records."""
+        try:
+            with (self.folder / "records.jsonl").open("rb") as file:
+                return sum(1 for _ in file)
+        except FileNotFoundError:
+            return 0
+
+
+def find(config: Config, *, retry: bool = False) -> Place:
+    """Where a run stands. Writes nothing.
+
+    Args:
+        config: the run, with its folder.
+        retry: a run that diverged is to be started again.
+
+    Raises:
+        UsageError: the folder holds another run, or cannot be read.
+    """
+    folder = config.folder
+    try:
+        present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be used: {error.strerror}") from None
+    if "config.json" not in present:
+        return Place(config, "new")
+    differences = config.differences(report.read_json(folder / "config.json"))
+    if differences:
+        raise UsageError(f"{folder} holds another run: {', '.join(differences)}; choose another --out")
+    if "summary.json" in present:
+        return Place(config, "finished")
+    if FAILED in present and not retry:
+        return Place(config, "diverged", str(report.read_json(folder / FAILED).get("message", "")))
+    return Place(config, "started")
+
+
+def run_all(waiting: Iterable[Place], parallel: int, on_change: Callable[[list[Place]], None]) -> None:
+    """Run new and started places, `parallel` at a time, until each is finished, diverged or broken.
+
+    Args:
+        waiting: the places; the next is asked for when a process is free. Their state and message change on the way.
+        parallel: processes at a time, at least 1.
+        on_change: called some times a second with the places that ended since, before the next is asked for.
+
+    However this ends, no process is left: each ends when this one does, killed or not.
+    """
+    queue = (place for place in waiting if place.state in ("new", "started"))
+    running: list[Place] = []
+    try:
+        while True:
+            for place in itertools.islice(queue, parallel - len(running)):
+                running.append(_start(place))
+            if not running:
+                return
+            time.sleep(_POLL_SECONDS)
+            ended = [place for place in running if _ended(place)]
+            for place in ended:
+                running.remove(place)
+            on_change(ended)
+    finally:
+        for place in running:
+            _stop(place)
+
+
+def _start(place: Place) -> Place:
+    if (place.folder / FAILED).exists():  # a diverged run tried again: from the beginning
+        for name in ("checkpoint.pt", "records.jsonl", FAILED):
+            (place.folder / name).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
+    with place.log.open("ab") as log:
+        place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    place.state = "running"
+    return place
+
+
+def _ended(place: Place) -> bool:
+    assert place.process
+    code = place.process.poll()
+    if code is None:
+        return False
+    assert place.process.stdin
+    place.process.stdin.close()
+    if (place.folder / FAILED).exists():
+        place.state, place.message = "diverged", str(report.read_json(place.folder / FAILED)["message"])
+    elif code == 0:
+        place.state = "finished"
+    else:
+        lines = [line for line in place.log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}, see {place.log}"
+        place.state, place.message = "broken", lines[-1].removeprefix("error: ") if lines and code == 2 else ended
+    return True
+
+
+def _stop(place: Place) -> None:
+    """End a process that is still at work; it goes on from its checkpoint the next time."""
+    assert place.process
+    place.process.kill()
+    place.process.wait()
+    assert place.process.stdin
+    place.process.stdin.close()
+    place.state = "started"

@@ -1,0 +1,193 @@
+"""`fastlocal search`: hyper-parameters by Optuna, judged on the validation images; never sees the test images."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastlocal.train import report
+from fastlocal.train.checkpoint import write_bytes
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
+from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.lock import hold
+from fastlocal.train.pool import Place, find, run_all
+from fastlocal.train.search import Search, grid
+from fastlocal.train.study import folder_name
+from fastlocal.train.study_display import StudyDisplay
+from fastlocal.train.values import config_from
+
+
+def search(
+    asked: Search, root: Path, console: Console, *, data_dir: Path | None, threads: int | None, parallel: int = 1
+) -> Config:
+    """Make the trials that are missing, each in a process of its own; returns the best trial's Config.
+
+    A trial that diverges is pruned. best.toml and best.json are written at the end.
+
+    Args:
+        asked: what to search.
+        root: the search's folder: trials.db, and a folder for each trial.
+        console: where to show it.
+        data_dir: instead of the file's.
+        threads: CPU threads of each trial.
+        parallel: trials at a time. With one, a search that was stopped makes the trials it would have made; with
+            more, which ones TPE proposes depends on which came to an end first.
+
+    Raises:
+        UsageError: the folder cannot be used, or another search is at work in it.
+        RunError: a trial broke, none ended well, or a file cannot be written.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with hold(root):
+        study = optuna.create_study(
+            storage=f"sqlite:///{root.resolve() / 'trials.db'}",
+            study_name=asked.name,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        _require_same(study, asked, root)
+        _take_up_interrupted(study, asked)
+        trials = _Trials(asked, study, root, console, data_dir=data_dir, threads=threads)
+        left = asked.trials - len(_tried(study))
+        with StudyDisplay(console, trials.places, epochs=max(0, left) * config_from(asked.base).epochs) as display:
+
+            def on_change(ended: list[Place]) -> None:
+                for place in ended:
+                    trials.tell(place)
+                display.update()
+
+            run_all(trials.ask(), parallel, on_change)
+        return _finish(asked, study, root, console)
+
+
+class _Trials:
+    """Asks Optuna what to try next, and tells it how that ended."""
+
+    def __init__(
+        self,
+        asked: Search,
+        study: optuna.Study,
+        root: Path,
+        console: Console,
+        *,
+        data_dir: Path | None,
+        threads: int | None,
+    ) -> None:
+        self.asked, self.study, self.root, self.console = asked, study, root, console
+        self.data_dir, self.threads = data_dir, threads
+        self.places: list[Place] = []
+        self._open: dict[str, list[optuna.Trial]] = {}  # by folder: what runs now
+
+    def ask(self) -> Iterator[Place]:
+        """The runs to make, one when asked for, until there are as many trials as wanted."""
+        while (number := len(_tried(self.study, TrialState.RUNNING))) < self.asked.trials:
+            if self.asked.sampler == "grid":
+                tried = _tried(self.study, TrialState.RUNNING)
+                left = [params for params in grid(self.asked) if params not in tried]
+                if not left:
+                    return
+                if not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):  # of a killed search
+                    self.study.enqueue_trial(left[0])
+            # A new one for each trial, so that a search that was stopped draws what it would have drawn.
+            seed = self.asked.seed * 100_003 + number
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            trial = self.study.ask(self.asked.space)
+            name = folder_name(trial.params)
+            self._note(f"trial {trial.number}: {name}")
+            try:
+                config = replace(config_from(self.asked.base | trial.params), out=self.root / name, resume=True)
+            except UsageError as error:  # these values do not go together; others may
+                self._note(f"left out: {error}")
+                self.study.tell(trial, state=TrialState.PRUNED)
+                continue
+            if name in self._open:  # TPE may propose what it waits for
+                self._open[name].append(trial)
+                continue
+            self._open[name] = [trial]
+            config = replace(
+                config, data_dir=self.data_dir or config.data_dir, threads=self.threads or config.threads
+            )
+            found = find(config)
+            if found.state in ("finished", "diverged"):  # proposed before
+                self.tell(found)
+                continue
+            self.places.append(found)
+            yield found
+
+    def tell(self, place: Place) -> None:
+        """Tell Optuna how a run ended; RunError if that says nothing of its values."""
+        if place.state == "broken":
+            raise RunError(f"{place.name} did not end: {place.message}; the same command goes on with it")
+        for trial in self._open.pop(place.name):
+            if place.state == "diverged":
+                self.study.tell(trial, state=TrialState.PRUNED)
+                continue
+            value = report.read_json(place.folder / "summary.json")[self.asked.objective]
+            self.study.tell(trial, value)
+            place.message = f"{self.asked.objective} {value:.2f} %"
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _require_same(study: optuna.Study, asked: Search, root: Path) -> None:
+    """Scores of other settings cannot be ranked together: a folder keeps one search."""
+    base = {key: value for key, value in asked.base.items() if key not in NOT_PART_OF_A_RUN}
+    parts = {"base": base, "space": repr(asked.space), "sampler": asked.sampler, "objective": asked.objective}
+    now = json.loads(json.dumps(parts, default=str))
+    before = study.user_attrs.get("asked")
+    if before is None:
+        study.set_user_attr("asked", now)
+    elif before != now:
+        differing = ", ".join(name for name in now if before.get(name) != now[name])
+        raise UsageError(f"{root} holds a search with another {differing}: choose another --out")
+
+
+def _tried(study: optuna.Study, *more: TrialState) -> list[dict[str, Any]]:
+    """The parameters of the trials that came to an end, well or not, and of those in other states."""
+    ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED, *more])
+    return [trial.params for trial in ended]
+
+
+def _take_up_interrupted(study: optuna.Study, asked: Search) -> None:
+    """Ask again for what a killed search was trying: its run goes on from the checkpoint."""
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+        if asked.sampler == "tpe":  # a grid comes to it again by itself
+            study.enqueue_trial(trial.params)
+
+
+def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) -> Config:
+    ended = study.get_trials(states=[TrialState.COMPLETE])
+    pruned = len(study.get_trials(states=[TrialState.PRUNED]))
+    if not ended:
+        raise RunError(f"all {pruned} trials diverged: lower the rates in [space]")
+    ended.sort(key=lambda trial: cast(float, trial.value), reverse=True)
+    table = Table("trial", f"{asked.objective} (%)", *asked.space, box=None, pad_edge=False)
+    for trial in ended[:10]:
+        values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.params.values())
+        table.add_row(str(trial.number), f"{trial.value:.2f}", *(Text(value) for value in values))
+    console.print(table, highlight=False)
+    console.print(f"{len(ended)} trials ended, {pruned} diverged; kept in {root}", highlight=False, markup=False)
+    best = ended[0]
+    report.write_json(
+        root / "best.json",
+        {"trial": best.number, asked.objective: best.value, "params": best.params, "trials": len(ended)},
+    )
+    lines = [f"# trial {best.number} of {len(ended)}: {asked.objective} {best.value:.2f} %", "[base]"]
+    fields = {key: value for key, value in (asked.base | best.params).items() if key not in ("seed", "test")}
+    lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
+    write_bytes(root / "best.toml", ("\n".join(lines) + "\n").encode())
+    return config_from(asked.base | best.params)
+
+
+def _toml(value: Any) -> str:
+    """A field as TOML: JSON's strings, numbers and booleans are TOML's too."""
+    return json.dumps(value)
