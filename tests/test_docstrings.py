@@ -28,7 +28,7 @@ def test_a_public_name_has_an_example(kind):
 
 @pytest.mark.parametrize("kind", sorted(PUBLIC - {fastlocal.Stats}, key=lambda kind: kind.__name__))
 def test_a_public_name_describes_its_arguments_and_errors(kind):
-    text = inspect.getdoc(kind)
+    text = inspect.getdoc(kind) or ""
     arguments = text.partition("Args:\n")[2]
     for name in inspect.signature(kind).parameters:
         assert f"\n    {name}: " in f"\n{arguments}", f"{kind.__name__} does not describe {name}"
