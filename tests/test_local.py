@@ -324,7 +324,7 @@ def test_a_policy_that_cannot_take_a_state_back_keeps_its_own_and_the_error_says
     run(optimizer, team, 2)
     state = copy.deepcopy(optimizer.state_dict())
     state["fastlocal"]["policy"]["state"]["limit"] = 11
-    with pytest.raises(ValueError, match=r"does not fit the policy .* limit must be at most 10"):
+    with pytest.raises(ValueError, match=r"does not fit the policy .*limit must be at most 10"):
         optimizer.load_state_dict(state)
     assert optimizer.policy.limit == 5
     assert optimizer.steps_in_round == 2
