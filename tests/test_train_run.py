@@ -308,7 +308,7 @@ def test_a_checkpoint_of_other_images_or_without_its_parts_is_refused_and_nothin
     path = tmp_path / "checkpoint.pt"
     training = Training(config, data.load(config), path, CPU, Processes())
     list(training.epochs())
-    others = Training(config, data.load(small(tmp_path, seed=1)), path, CPU, Processes())
+    others = Training(config, data.load(small(tmp_path, synthetic_images=500)), path, CPU, Processes())
     before = outcome(others)[0].clone()
     with pytest.raises(UsageError, match="was made with other images than those in --data-dir"):
         others.resume()
