@@ -24,8 +24,9 @@ import fastlocal
 from fastlocal.train import data
 from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
-from fastlocal.train.loop import Progress, Training
+from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
+from fastlocal.train.record import Standing
 
 CPU = torch.device("cpu")
 CASES: list[dict[str, Any]] = [
@@ -44,7 +45,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     config = Config(epochs=1, synthetic_images=images, **case)
     moments: list[float] = []
 
-    def on_step(progress: Progress) -> None:
+    def on_step(standing: Standing) -> None:
         moments.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:

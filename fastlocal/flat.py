@@ -10,7 +10,7 @@ This module moves no bytes between processes and does no arithmetic on parameter
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from fastlocal.buffers import merged
 
 ALIGNMENT = 16
 """Elements: every parameter starts at a multiple of it, so that kernels and libraries load 16 bytes at a time."""
+
+Layout = list[tuple[str, str, list[tuple[str, list[int]]]]]
+"""Per block the device type, the dtype, and each parameter's name and shape."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Block:
     """
 
     rows: Tensor
-    slots: list[Slot] = field(default_factory=list)
-    owner: Tensor | None = None
+    slots: list[Slot]
+    owner: Tensor | None
 
     def view(self, worker: int, slot: Slot) -> Tensor:
         """One worker's parameter, as a view of its row."""
@@ -74,7 +77,7 @@ class Rows:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
-        self.parameters = [_trainable(module) for module in self.modules]
+        self.parameters = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in self.modules]
         if not self.parameters[0]:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
         for worker, parameters in enumerate(self.parameters[1:], start=1):
@@ -82,30 +85,24 @@ class Rows:
         self.blocks = _allocate(self.parameters[0], len(self.modules))
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.parameters[0].values())
         with torch.no_grad():
-            for block in self.blocks:
-                for slot in block.slots:
-                    for worker, parameters in enumerate(self.parameters):
-                        view = block.view(worker, slot)
-                        view.copy_(comm.held_here(parameters[slot.name]))
-                        if block.owner is None:
-                            parameters[slot.name].data = view
+            for block, slot, worker, parameter in self._places():
+                view = block.view(worker, slot)
+                view.copy_(comm.held_here(parameter))
+                if block.owner is None:
+                    parameter.data = view
 
     def __len__(self) -> int:
         return len(self.modules)
 
     @property
-    def layout(self) -> list[tuple[str, str, list[tuple[str, list[int]]]]]:
-        """Per block the device type, the dtype and each parameter's name and shape: what a checkpoint must match."""
+    def layout(self) -> Layout:
+        """What a checkpoint must match."""
         return [
-            (
-                block.rows.device.type,
-                str(block.rows.dtype),
-                [(slot.name, list(slot.shape)) for slot in block.slots],
-            )
-            for block in self.blocks
+            (b.rows.device.type, str(b.rows.dtype), [(slot.name, list(slot.shape)) for slot in b.slots])
+            for b in self.blocks
         ]
 
-    def require_layout(self, saved: list[tuple[str, str, list[tuple[str, list[int]]]]]) -> None:
+    def require_layout(self, saved: Layout) -> None:
         """Raise ValueError unless a saved layout has the same parameters in the same order, on whatever device."""
         try:
             then = [(name, dtype, list(shape)) for _, dtype, slots in saved for name, shape in slots]
@@ -129,12 +126,18 @@ class Rows:
             comm.held_here(parameter).copy_(view)
             torch.autograd.graph.increment_version(parameter)
 
-    def _pieces(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+    def _places(self) -> Iterator[tuple[Block, Slot, int, nn.Parameter]]:
+        """Every parameter of every worker, with its block, slot and worker's number."""
         for block in self.blocks:
-            if block.owner is not None:
+            for slot in block.slots:
                 for worker, parameters in enumerate(self.parameters):
-                    for slot in block.slots:
-                        yield block.view(worker, slot), parameters[slot.name]
+                    yield block, slot, worker, parameters[slot.name]
+
+    def _pieces(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        """Every DTensor, behind the view of its piece's row."""
+        for block, slot, worker, parameter in self._places():
+            if block.owner is not None:
+                yield block.view(worker, slot), parameter
 
     def owners(self) -> list[Tensor]:
         """One DTensor for each way of cutting them; none if all parameters are plain."""
@@ -145,30 +148,25 @@ class Rows:
         for worker, (module, known) in enumerate(zip(self.modules, self.parameters, strict=True)):
             present = dict(module.named_parameters())
             for name, parameter in known.items():
-                if present.get(name) is not parameter and comm.is_sharded(parameter):
-                    raise RuntimeError(
-                        f"parameter {name!r} of worker {worker} is not in pieces at this moment: call "
-                        "model.reshard() after a forward pass without a backward pass"
-                    )
                 if present.get(name) is not parameter:
-                    raise RuntimeError(
-                        f"parameter {name!r} of worker {worker} was replaced by another one, which no optimizer "
-                        "steps: load state dicts without assign=True"
+                    reason = (
+                        "was replaced by another one, which no optimizer steps: load state dicts without assign=True"
                     )
+                    if comm.is_sharded(parameter):
+                        reason = "is not in pieces now: call model.reshard() after a forward pass without a backward"
+                    raise RuntimeError(f"parameter {name!r} of worker {worker} {reason}")
             new = [name for name, p in present.items() if p.requires_grad and name not in known]
             if new:
                 raise RuntimeError(
                     f"parameter {new[0]!r} of worker {worker} became trainable after its optimizer was built and "
                     "would not be averaged: unfreeze it first, then build the optimizer"
                 )
-        for block in self.blocks:
-            for slot in block.slots if block.owner is None else ():
-                for worker, parameters in enumerate(self.parameters):
-                    if not block.holds(parameters[slot.name], worker, slot):
-                        raise RuntimeError(
-                            f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was "
-                            "moved, cast or re-assigned): do that before it is handed to fastlocal"
-                        )
+        for block, slot, worker, parameter in self._places():
+            if block.owner is None and not block.holds(parameter, worker, slot):
+                raise RuntimeError(
+                    f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was moved, "
+                    "cast or re-assigned): do that before it is handed to fastlocal"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules}  # copies of views are no views: __setstate__ lays the rows out again
@@ -214,8 +212,7 @@ class Workers:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All workers' parameters, worker by worker, as an optimizer takes them."""
-        for module in self:
-            yield from module.parameters()
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All workers' parameters; the name starts with the worker's number: "0.conv.weight"."""
@@ -267,10 +264,6 @@ class Workers:
             module.load_state_dict(state)
 
 
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
 def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:
     if first.keys() != other.keys():
         name = sorted(first.keys() ^ other.keys())[0]
@@ -285,22 +278,20 @@ def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter
 
 
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:
-    slots: dict[tuple, list[Slot]] = {}
-    owners: dict[tuple, Tensor | None] = {}
+    kinds: dict[tuple, list[Slot]] = {}
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is uninitialised: run one forward pass of the lazy module first")
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are averaged")
-        here, cut = comm.held_here(parameter.detach()), comm.cut_of(parameter)
-        kind = (parameter.device, parameter.dtype, cut)
-        own = slots.setdefault(kind, [])
-        owners[kind] = None if cut is None else parameter
-        start = own[-1].stop if own else 0
+        here = comm.held_here(parameter.detach())
+        slots = kinds.setdefault((parameter.device, parameter.dtype, comm.cut_of(parameter)), [])
+        start = slots[-1].stop if slots else 0
         stop = start + -(-here.numel() // ALIGNMENT) * ALIGNMENT
         stride = torch.empty_like(here, device="meta").stride()
-        own.append(Slot(name, here.shape, stride, start, stop))
-    return [
-        Block(torch.zeros(num_workers, own[-1].stop, dtype=kind[1], device=kind[0]), own, owners[kind])
-        for kind, own in slots.items()
-    ]
+        slots.append(Slot(name, here.shape, stride, start, stop))
+    blocks = []
+    for (device, dtype, cut), slots in kinds.items():
+        rows = torch.zeros(num_workers, slots[-1].stop, dtype=dtype, device=device)
+        blocks.append(Block(rows, slots, None if cut is None else parameters[slots[0].name]))
+    return blocks

@@ -237,6 +237,9 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         ops.average_(rows.t().contiguous().t(), weights, parts)
     with pytest.raises(ValueError, match="anchor must be torch.float32, got torch.float64"):
         ops.outer_step_(rows, anchor.double(), slow, weights, parts, direct=0, momentum=1, decay=1, gain=1)
+    strided = torch.zeros(4000, device=DEVICE)[::2]
+    with pytest.raises(ValueError, match=r"slow_momentum must be contiguous, got strides \(2,\)"):
+        ops.outer_step_(rows, anchor, strided, weights, parts, direct=0, momentum=1, decay=1, gain=1)
     with pytest.raises(ValueError, match="rows must be floating-point, got torch.int64"):
         ops.finite_rows(rows.long())
     with pytest.raises(ValueError, match="impl must be one of auto, triton, portable, reference, got 'cuda'"):

@@ -18,6 +18,7 @@ from fastlocal.policy import OriginalValidationLoss
 from fastlocal.train import cells, cli, search, study
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
+from fastlocal.train.plan_report import PlanConfig
 
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("ci")
@@ -154,28 +155,46 @@ def kinds_of(annotation):
     }
 
 
-FLAGS = [
-    (f"--{field.name.replace('_', '-')}", value)
-    for field in dataclasses.fields(Config)
-    for kind in kinds_of(typing.get_type_hints(Config)[field.name])
-    for value in ABSURD.get(kind, [])
-    if field.name not in ("resume", "device")  # a bare flag; PyTorch decides about devices when the run begins
-]
+def absurd(config, *without):
+    """flag -> the values it is tried with, for every field of a config."""
+    return {
+        f"--{field.name.replace('_', '-')}": [
+            value for kind in kinds_of(typing.get_type_hints(config)[field.name]) for value in ABSURD.get(kind, [])
+        ]
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    }
 
 
-@pytest.mark.parametrize("flag", sorted({flag for flag, _ in FLAGS}))
+def refuse(command, flag, values, capsys):
+    for value in values:
+        given_ = f"{flag}={value}"
+        assert cli.main([*command, given_]) == 2, given_
+        told = capsys.readouterr().err.strip()
+        assert told.startswith("error: "), given_
+        assert "\n" not in told
+        assert flag in told, (given_, told)
+
+
+# Not resume, a bare flag; nor device: PyTorch decides about devices when the run begins.
+TRAIN_FLAGS = absurd(Config, "resume", "device")
+PLAN_FLAGS = absurd(PlanConfig)
+
+
+@pytest.mark.parametrize("flag", sorted(flag for flag, values in TRAIN_FLAGS.items() if values))
 def test_an_absurd_value_ends_in_exit_code_2_and_one_line(flag, capsys, monkeypatch):
     def ran(config, display):
         raise AssertionError(f"it would have run with {config}")
 
     monkeypatch.setattr(cli, "run", ran)
-    for value in [value for other, value in FLAGS if other == flag]:
-        given_ = f"{flag}={value}"
-        assert cli.main(["train", given_]) == 2, given_
-        told = capsys.readouterr().err.strip()
-        assert told.startswith("error: "), given_
-        assert "\n" not in told
-        assert flag in told, (given_, told)
+    refuse(["train"], flag, TRAIN_FLAGS[flag], capsys)
+
+
+@pytest.mark.parametrize("flag", sorted(flag for flag, values in PLAN_FLAGS.items() if values))
+def test_an_absurd_value_for_the_planner_ends_in_exit_code_2_and_one_line(flag, capsys):
+    needed = {"--parameters": "1e9", "--step-seconds": "0.1"}
+    needed.pop(flag, None)
+    refuse(["plan", *(f"{name}={value}" for name, value in needed.items())], flag, PLAN_FLAGS[flag], capsys)
 
 
 STUDY = {

@@ -194,6 +194,18 @@ def test_warmup_averages_gradients_that_only_some_workers_have():
         torch.testing.assert_close(model.weight.detach(), before - torch.tensor([[1.0, 2.0]]))
 
 
+def test_warmup_refuses_sparse_gradients_and_takes_no_step():
+    team = Workers(nn.Embedding(4, 2, sparse=True), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 5, warmup_steps=1)
+    before = parameters_of(team)
+    for model in team:
+        model(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients cannot be averaged: use dense ones, or warmup_steps=0"):
+        optimizer.step()
+    assert torch.equal(parameters_of(team), before)
+    assert optimizer.stats.local_steps == 0
+
+
 def test_a_policy_of_ones_own_chooses_the_interval_once_a_round():
     class Growing:
         calls = 0
@@ -294,6 +306,28 @@ def test_a_state_of_something_else_is_refused_by_name():
     other = Workers(nn.Linear(3, 3), 3)
     with pytest.raises(ValueError, match="the state is of another model"):
         SlowMo(torch.optim.SGD(other.parameters(), lr=0.1), other, 4).load_state_dict(state)
+
+
+def test_a_policy_that_cannot_take_a_state_back_keeps_its_own_and_the_error_says_why():
+    class Picky(FixedInterval):
+        limit = 5
+
+        def state_dict(self):
+            return {"limit": self.limit}
+
+        def load_state_dict(self, state_dict):
+            self.limit = state_dict["limit"]
+            if self.limit > 10:
+                raise ValueError("limit must be at most 10")
+
+    optimizer, team = make(interval=Picky(4))
+    run(optimizer, team, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["fastlocal"]["policy"]["state"]["limit"] = 11
+    with pytest.raises(ValueError, match=r"does not fit the policy .*limit must be at most 10"):
+        optimizer.load_state_dict(state)
+    assert optimizer.policy.limit == 5
+    assert optimizer.steps_in_round == 2
 
 
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])

@@ -96,6 +96,8 @@ def test_a_wrong_option_is_named_in_the_constructor_and_in_a_group(optimizer, op
     [
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+        ({"betas": (0.9,)}, r"betas must be two numbers, got \(0.9,\)"),
+        ({"trust_clip": 10.0}, "trust_clip must be two numbers, got 10.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None, got 0.0"),
         ({"trust_clip": (2.0, 1.0)}, r"trust_clip must be \(low, high\)"),
         ({"decay": "L2"}, "decay must be one of"),

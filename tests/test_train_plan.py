@@ -51,6 +51,18 @@ def test_synchronous_training_is_as_fast_as_itself():
     assert result.outer_bytes_per_step == pytest.approx(1.5e9)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "fp4"])
+def test_the_command_gives_synchronous_training_one_cost_whatever_it_sends(dtype, capsys):
+    # 250e6 parameters of 8·dtype bits, 2·3/4 of them at 1 GB/s; 0.5 s of computing.
+    flags = "plan --parameters 250e6 --workers 4 --gbps 8 --payload-share 1 --step-seconds 0.5 --method sync --json"
+    assert main([*flags.split(), "--wire-dtype", dtype]) == 0
+    result = json.loads(capsys.readouterr().out)["estimate"]
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "fp4": 4}[dtype]
+    assert result["step_seconds"] == pytest.approx(0.5 + 1.5 * 0.25 * bits / 8)
+    assert result["synchronous_step_seconds"] == result["step_seconds"]
+    assert result["speedup"] == 1
+
+
 def test_the_backward_pass_hides_gradients_but_not_the_sync_of_a_round():
     # Two thirds of 0.5 s are backward: of 1.5 s in the ring, 1.1667 are waited for.
     result = estimate(make(overlap="backward"))
@@ -185,7 +197,13 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         (["--within", "step"], "--within step has no use without a --group-size above 1"),
         (["--group-size", "4", "--inner-gbps", "0"], "--inner-gbps must be positive and finite, got 0.0"),
         (["--method", "streaming", "--fragments", "99"], "--fragments must be at most --interval 16, got 99"),
-        (["--step-flops", "1e12"], "--step-seconds has no use together with --step-flops or --device-flops"),
+        (
+            ["--method", "sync", "--baseline-dtype", "bf16"],
+            "--method sync sends gradients: --baseline-dtype must be --wire-dtype fp32, got bf16",
+        ),
+        (["--step-flops", "1e12"], "--step-seconds has no use together with --step-flops, --device-flops or"),
+        (["--utilisation", "-1"], "--step-seconds has no use together with --step-flops, --device-flops or"),
+        (["--inner-latency-ms", "-1"], "--inner-latency-ms has no use without --inner-gbps"),
         (["--wire-dtype", "fp5"], "fp5"),
         (["--plot", "/nonexistent/plan.png"], "--plot /nonexistent/plan.png cannot be written"),
     ],
@@ -198,7 +216,10 @@ def test_a_bad_value_ends_in_one_line_that_names_it(flags, message, capsys):
     assert "\n" not in told
 
 
-def test_the_seconds_of_a_step_must_be_given():
+def test_the_seconds_of_a_step_must_be_given(capsys):
     assert main(["plan", "--parameters", "1e9"]) == 2
+    operations = ["plan", "--parameters", "1e9", "--step-flops", "2e12", "--device-flops", "1e13"]
+    assert main([*operations, "--utilisation", "1.5"]) == 2
+    assert "--utilisation must be in (0, 1], got 1.5" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--step-seconds must be positive and finite, got nan"):
         estimate(make(step_seconds=math.nan))

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlocal.train import data
+from fastlocal.train import checkpoint, data
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
+from fastlocal.train.errors import UsageError
 from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
 
@@ -280,6 +281,11 @@ def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert "holds a run already: add --resume" in fails(capsys, [*ONE_EPOCH, *out])
     assert "--lr 0.5 (it was None)" in fails(capsys, [*ONE_EPOCH, *out, "--lr", "0.5", "--resume"])
+    settings = (tmp_path / "run" / "config.json").read_text()
+    for content, message in (("[]", "does not hold a JSON object"), ("{", "config.json cannot be read: Expecting")):
+        (tmp_path / "run" / "config.json").write_text(content)
+        assert message in fails(capsys, [*ONE_EPOCH, *out, "--resume"])
+    (tmp_path / "run" / "config.json").write_text(settings)
     (tmp_path / "run" / "summary.json").write_text("{}")
     assert "is no summary of a run" in fails(capsys, [*ONE_EPOCH, *out, "--resume"])
     (tmp_path / "run" / "summary.json").unlink()
@@ -295,6 +301,23 @@ def test_a_folder_or_checkpoint_of_another_run_is_refused(tmp_path, capsys):
     line = fails(capsys, [*ONE_EPOCH, *out, "--resume"])
     assert "is of another run: " in line
     assert "--model lenet (it was resnet18)" in line
+
+
+def test_a_checkpoint_of_other_images_or_without_its_parts_is_refused_and_nothing_is_taken(tmp_path):
+    config = small(tmp_path, epochs=1)
+    path = tmp_path / "checkpoint.pt"
+    training = Training(config, data.load(config), path, CPU, Processes())
+    list(training.epochs())
+    others = Training(config, data.load(small(tmp_path, synthetic_images=500)), path, CPU, Processes())
+    before = outcome(others)[0].clone()
+    with pytest.raises(UsageError, match="was made with other images than those in --data-dir"):
+        others.resume()
+    assert torch.equal(outcome(others)[0], before)
+    state = checkpoint.decode(checkpoint.read(path))
+    del state["step"]
+    checkpoint.save(path, state)
+    with pytest.raises(UsageError, match="is no checkpoint of this version: 'step'"):
+        training.resume()
 
 
 def test_training_that_diverges_ends_with_exit_code_1_and_says_so(tmp_path, capsys):

@@ -32,11 +32,11 @@ class LocalSGD(Checkpointed):
     Wraps an optimizer and is one: hooks, closures, LR schedulers, `state_dict` and `deepcopy` work as on any.
     `param_groups` and `state` are the inner optimizer's own.
 
-    In a process group each process has k rows, and all their workers are averaged. All should begin from the same
-    parameters (seed). Before the first step is taken settings are compared, and where parameters differ rank 0's
-    parameters and buffers replace the others'. Rank 0's policy decides for all, on the losses that rank 0
-    observes. A step that GradScaler skips in one process still counts there. DTensors (FSDP) are averaged piece by
-    piece: `process_group` is then the mesh dimension across which whole models are replicated.
+    In a process group each process has k rows, and the workers of all are averaged. Before the first step settings
+    are compared, and where parameters differ rank 0's parameters and buffers replace the others'. Rank 0's policy
+    decides for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts
+    there. DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole
+    models are replicated.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
@@ -151,16 +151,12 @@ class LocalSGD(Checkpointed):
         self._rates.note()
         if warming_up:
             loss = self._step_together(closure)
-        elif closure is not None:
-            loss = self.inner.step(closure)
         else:
-            loss = Scaling(self, self.rows.owners()).step(self.inner)
-        self.steps_in_round += not warming_up
+            loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
+            self.steps_in_round += 1
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
-        if warming_up:
-            self._round_is_open, self._buffers_apart = False, True
-        elif self.steps_in_round >= self.stats.interval:
+        if self.steps_in_round >= self.stats.interval:
             self.sync()
         return loss
 
@@ -191,14 +187,7 @@ class LocalSGD(Checkpointed):
                 "torch.distributed was initialised after this optimizer was built, which averages the workers of "
                 "this process alone: build it after init_process_group"
             )
-        settings = {
-            **self._settings(),
-            "workers a process": len(self.rows),
-            "processes": self._team.num_processes,
-            "local steps": self.stats.local_steps,
-            "steps in the round": self.steps_in_round,
-        }
-        self._team.begin(settings, self.stats, fresh=self.stats.local_steps == 0)
+        self._team.begin(self._settings(), self.stats, fresh=self.stats.local_steps == 0)
         self._compared = True
 
     def _settings(self) -> dict[str, Any]:
@@ -210,43 +199,46 @@ class LocalSGD(Checkpointed):
             "inner_state": self.inner_state,
             "buffers": self.buffers,
             "warmup_steps": self.warmup_steps,
+            "workers a process": len(self.rows),
+            "processes": self._team.num_processes,
+            "local steps": self.stats.local_steps,
+            "steps in the round": self.steps_in_round,
         }
 
     def _step_together(self, closure: Callable[[], float] | None) -> float | None:
         """A synchronous step: the gradients are averaged, and every worker takes the same step."""
-        scaling = Scaling(self, self.rows.owners())
+        if closure is None:
+            loss = self.inner.step() if self._average_gradients() else None
+        else:
 
-        def average() -> bool:
-            started = time.perf_counter()
-            finite = not scaling.overflowed()
-            if finite:
-                scaling.unscale_(self.inner)
-            agreed = self._team.average_gradients(self.stats, finite, self._weights_or_ones())
-            self.stats.bytes_on_wire += self._ring(self._team.payload) if agreed else 0
-            self.stats.seconds_in_sync += time.perf_counter() - started
-            return agreed
+            def averaged_closure() -> float:
+                loss = closure()
+                self._average_gradients()
+                return loss
 
-        def averaged_closure() -> float:
-            assert closure is not None
-            loss = closure()
-            average()
-            return loss
-
-        loss = None
-        if closure is not None:
             loss = self.inner.step(averaged_closure)
-        elif average():
-            loss = self.inner.step()
         self.stats.rounds += 1
+        self._round_is_open, self._buffers_apart = False, True
         return loss
+
+    def _average_gradients(self) -> bool:
+        """Give every worker the mean gradient; returns whether the step may be taken."""
+        started = time.perf_counter()
+        scaling = Scaling(self, self.rows.owners())
+        finite = not scaling.overflowed()
+        if finite:
+            scaling.unscale_(self.inner)
+        agreed = self._team.average_gradients(self.stats, finite, self._weights_or_ones())
+        self.stats.bytes_on_wire += self._ring(self._team.payload) if agreed else 0
+        self.stats.seconds_in_sync += time.perf_counter() - started
+        return agreed
 
     @torch.no_grad()
     def sync(self) -> None:
         """Close the round under way, even if it is not full; without a step since the last sync, do nothing.
 
-        After steps of the warm-up, which leave the parameters equal, it merges the buffers.
-
-        A worker whose parameters are not all finite is left out of the mean and goes on from it.
+        After steps of the warm-up, which leave the parameters equal, it merges the buffers alone. A worker
+        whose parameters are not all finite is left out of the mean and goes on from it.
 
         Raises:
             DivergedError: no worker's parameters are finite; then nothing is written.
@@ -282,14 +274,15 @@ class LocalSGD(Checkpointed):
         In several processes only what rank 0 observes counts; the others' observations are replaced by it.
 
         Raises:
-            ValueError: a loss is not finite.
+            ValueError: a loss is not finite; then neither is taken.
         """
         for name, loss in (("val_loss", val_loss), ("train_loss", train_loss)):
-            if loss is not None:
-                if not math.isfinite(loss):
-                    raise ValueError(f"{name} must be finite, got {loss}: training has diverged")
-                setattr(self.stats, name, float(loss))
-                self.stats.observations += name == "val_loss"
+            if loss is not None and not math.isfinite(loss):
+                raise ValueError(f"{name} must be finite, got {loss}: training has diverged")
+        if val_loss is not None:
+            self.stats.val_loss, self.stats.observations = float(val_loss), self.stats.observations + 1
+        if train_loss is not None:
+            self.stats.train_loss = float(train_loss)
 
     def _ring(self, payload: int) -> int:
         """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""

@@ -44,6 +44,11 @@ class LARS(TrustRatioOptimizer):
             steps that: the parameter is its rounding, and steps too small for the parameter's dtype add up.
             Elements of the parameter that something else has written to since the last step are taken over.
 
+    Raises:
+        ValueError: an option is out of its range.
+        TypeError: a parameter is not a real floating-point tensor.
+        RuntimeError: `foreach` and `fused` are both True.
+
     Examples:
         >>> import torch
         >>> weights = torch.nn.Parameter(torch.tensor([3.0, 4.0]))  # norm 5

@@ -12,10 +12,7 @@ from fastlocal.comm import is_sharded as is_sharded
 
 def pieces(*lists: list[Any] | None) -> list[Any]:
     """Each list with this process's pieces in the place of DTensors."""
-    return [
-        None if tensors is None else [comm.local_piece(t) if is_sharded(t) else t for t in tensors]
-        for tensors in lists
-    ]
+    return [None if tensors is None else [comm.held_here(t) for t in tensors] for tensors in lists]
 
 
 def sum_over_pieces(params: list[Tensor], grads: list[Tensor]) -> Callable[[Tensor], None] | None:

@@ -11,19 +11,44 @@ class Stats:
     Bytes are those of one worker under a ring all-reduce: 2(W − 1)/W times the payload for W workers.
     """
 
-    rounds: int = 0  # syncs done; during warm-up each step is one
-    local_steps: int = 0  # optimizer steps completed, of each worker
-    bytes_on_wire: int = 0  # sent by one worker
-    bytes_synchronous: int = 0  # what averaging the gradients in every step would have sent
-    seconds_in_sync: float = 0.0  # on CUDA with what the device had still to do before
-    interval: int = 1  # local steps of the round under way
-    round_steps: int = 0  # local steps of the last round; 0 before the first and during warm-up
-    drift: float = 0.0  # mean over the workers of ‖x_k − x̄‖ at the last sync; nan if it was not measured
-    excluded: int = 0  # rows left out of a mean so far because they were not finite
-    lr: float = 0.0  # the largest learning rate when the round began
-    observations: int = 0  # validation losses observed
-    val_loss: float | None = None  # the last one observed
-    train_loss: float | None = None  # the last one observed
+    rounds: int = 0
+    """Syncs done; during warm-up each step is one."""
+
+    local_steps: int = 0
+    """Optimizer steps completed, of each worker."""
+
+    bytes_on_wire: int = 0
+    """Sent by one worker."""
+
+    bytes_synchronous: int = 0
+    """What averaging the gradients in every step would have sent."""
+
+    seconds_in_sync: float = 0.0
+    """Wall time; on CUDA with what the device had still to do before."""
+
+    interval: int = 1
+    """Local steps of the round under way."""
+
+    round_steps: int = 0
+    """Local steps of the last round; 0 before the first and during warm-up."""
+
+    drift: float = 0.0
+    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan if it was not measured."""
+
+    excluded: int = 0
+    """Rows left out of a mean so far because they were not finite."""
+
+    lr: float = 0.0
+    """The largest learning rate when the round began."""
+
+    observations: int = 0
+    """Validation losses observed."""
+
+    val_loss: float | None = None
+    """The last one observed."""
+
+    train_loss: float | None = None
+    """The last one observed."""
 
 
 @runtime_checkable

@@ -18,6 +18,10 @@ class ConsensusDistance:
         minimum: the interval never falls below it.
         maximum: nor rises above it.
 
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
+
     References:
         Kong et al., `Consensus Control <https://arxiv.org/abs/2102.04828>`_, 2021
     """

@@ -8,6 +8,10 @@ class FixedInterval(Stateless):
 
     Args:
         interval: local steps a round, at least 1.
+
+    Raises:
+        TypeError: the interval is not a whole number.
+        ValueError: it is below 1.
     """
 
     def __init__(self, interval: int) -> None:
@@ -24,6 +28,10 @@ class PostLocal(Stateless):
     Args:
         start_step: local steps before the interval applies, at least 0.
         interval: local steps a round from there on, at least 1.
+
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
 
     References:
         Lin et al., `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_, 2020

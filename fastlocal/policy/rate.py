@@ -17,6 +17,10 @@ class QSR(Stateless):
         start_step: local steps before the rule applies; until then, base. A warm-up's small rates are no reason
             to sync rarely.
 
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
+
     References:
         Gu et al., `A Quadratic Synchronization Rule <https://arxiv.org/abs/2310.14423>`_, 2024, equation 2
     """

@@ -13,6 +13,10 @@ class AdaComm:
         initial: local steps while the first observed loss, F₀, is the last one.
         maximum: the interval never rises above it.
 
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
+
     References:
         Wang and Joshi, `Adaptive Communication Strategies <https://arxiv.org/abs/1810.08313>`_, 2019, section 4
     """

@@ -80,6 +80,10 @@ class ValidationLoss(_FromValidationLoss):
         maximum: nor rises above it.
         smoothing: the weight of the past in the moving average, in [0, 1); 0 takes each loss as it comes.
         patience: observations in a row before a change, at least 1.
+
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
     """
 
     def __init__(
@@ -157,6 +161,10 @@ class OriginalValidationLoss(_FromValidationLoss):
         total_epochs: how many observations the whole run will make.
         minimum: the interval never falls below it.
         maximum: nor rises above it.
+
+    Raises:
+        TypeError: an interval is not a whole number.
+        ValueError: a value is out of its range.
     """
 
     def __init__(self, initial: int, *, total_epochs: int, minimum: int = 4, maximum: int = 64) -> None:

@@ -8,8 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fastlocal.train.loop import Progress as Standing
-from fastlocal.train.loop import Record
+from fastlocal.train.record import Record, Standing
 
 
 def megabytes(num_bytes: int) -> str:

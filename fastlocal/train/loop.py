@@ -8,9 +8,10 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,44 +24,13 @@ from fastlocal.train.data import ImageSet, Splits
 from fastlocal.train.data_parallel import DataParallel
 from fastlocal.train.errors import RunDivergedError, UsageError
 from fastlocal.train.processes import Processes
+from fastlocal.train.record import Record, Standing
 from fastlocal.train.schedule import learning_rate
 from fastlocal.train.state import collect, optimizer_state
 from fastlocal.train.step import Gradients, forward
 
 _EVAL_BATCH = 1000
 _STEPS_BETWEEN_QUESTIONS = 32
-
-
-@dataclass(frozen=True)
-class Record:
-    """One epoch. Losses are cross-entropies in nats, accuracies are percent, bytes are one worker's."""
-
-    epoch: int  # 1 is the first
-    local_steps: int  # of each worker, so far
-    rounds: int
-    bytes_on_wire: int
-    bytes_synchronous: int
-    interval: int
-    drift: float | None  # None where it was not measured
-    excluded: int
-    lr: float  # of the last step
-    train_loss: float  # mean over the epoch, as seen while training
-    val_loss: float | None  # of the averaged model; None where the epoch was not evaluated
-    val_accuracy: float | None
-    train_seconds: float  # so far, without evaluation and checkpoints
-    sync_seconds: float
-
-
-class Progress(NamedTuple):
-    """Where a run stands, for whoever displays it."""
-
-    epoch: int
-    epochs: int
-    step: int  # in the epoch
-    steps: int  # an epoch
-    interval: int
-    bytes_on_wire: int
-    bytes_synchronous: int
 
 
 class Training:
@@ -82,7 +52,7 @@ class Training:
         checkpoint_path: Path,
         device: torch.device,
         processes: Processes,
-        on_step: Callable[[Progress], None] = lambda progress: None,
+        on_step: Callable[[Standing], None] = lambda standing: None,
     ) -> None:
         self.config = config
         self.checkpoint_path = checkpoint_path
@@ -129,85 +99,95 @@ class Training:
         """
         while self.epoch < self.config.epochs:
             self._train_epoch()
-            evaluated = (self.epoch + 1) % self.config.eval_every == 0 or self.epoch + 1 == self.config.epochs
+            epoch = self.epoch + 1
             train_loss = self._train_loss()
             val_loss = val_accuracy = None
-            if evaluated:
-                started = time.perf_counter()
-                self._guarded(self.optimizer.sync)
-                self.train_seconds += time.perf_counter() - started
+            if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
+                with self._timed():
+                    self._guarded(self.optimizer.sync)
                 val_loss, val_accuracy = self.evaluate(self.val)
                 self._require_finite(val_loss, "validation")
                 self.optimizer.observe(val_loss=val_loss, train_loss=train_loss)
-            stats = self.optimizer.stats
-            record = Record(
-                epoch=self.epoch + 1,
-                local_steps=stats.local_steps,
-                rounds=stats.rounds,
-                bytes_on_wire=stats.bytes_on_wire,
-                bytes_synchronous=stats.bytes_synchronous,
-                interval=stats.interval,
-                drift=None if math.isnan(stats.drift) else stats.drift,
-                excluded=stats.excluded,
-                lr=self.optimizer.param_groups[0]["lr"],
-                train_loss=train_loss,
-                val_loss=val_loss,
-                val_accuracy=val_accuracy,
-                train_seconds=self.train_seconds,
-                sync_seconds=stats.seconds_in_sync,
-            )
-            self.records.append(record)
-            self.epoch, self.step = self.epoch + 1, 0
+            self.records.append(self._record(train_loss, val_loss, val_accuracy))
+            self.epoch, self.step = epoch, 0
             self.gradients.losses.zero_()
             self.save()
-            yield record
+            yield self.records[-1]
+
+    def _record(self, train_loss: float, val_loss: float | None, val_accuracy: float | None) -> Record:
+        stats = self.optimizer.stats
+        return Record(
+            epoch=self.epoch + 1,
+            local_steps=stats.local_steps,
+            rounds=stats.rounds,
+            bytes_on_wire=stats.bytes_on_wire,
+            bytes_synchronous=stats.bytes_synchronous,
+            interval=stats.interval,
+            drift=None if math.isnan(stats.drift) else stats.drift,
+            excluded=stats.excluded,
+            lr=self.optimizer.param_groups[0]["lr"],
+            train_loss=train_loss,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            train_seconds=self.train_seconds,
+            sync_seconds=stats.seconds_in_sync,
+        )
 
     def _train_epoch(self) -> None:
-        config = self.config
-        generator = _generator(config.seed, self.epoch + 1)
+        generator = _generator(self.config.seed, self.epoch + 1)
         # Every worker's, so that the numbers do not depend on how the workers are shared.
-        plans = [self.data[0].plan(generator) for _ in range(config.workers)]
+        plans = [self.data[0].plan(generator) for _ in range(self.config.workers)]
         own = torch.stack(plans[self.here.start : self.here.stop])
         self.workers.train()
-        saved = started = time.perf_counter()
+        while self.step < self.steps_per_epoch:
+            with self._timed():
+                self._train_until_checkpoint(own)
+            if self.step < self.steps_per_epoch:
+                self._train_loss()  # of a run that has diverged no checkpoint is kept
+                self.save()
+
+    def _train_until_checkpoint(self, plans: torch.Tensor) -> None:
+        """Local steps until it is time for a checkpoint, or the epoch is over."""
+        config, begun = self.config, time.perf_counter()
+        warmup = config.lr_warmup_epochs * self.steps_per_epoch
         while self.step < self.steps_per_epoch:
             step = self.epoch * self.steps_per_epoch + self.step
-            warmup = config.lr_warmup_epochs * self.steps_per_epoch
             rate = learning_rate(config.schedule, config.learning_rate, step, self.total_steps, warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             first = self.step * config.batch_size
             with self.watching():
-                self.gradients(own[:, :, first : first + config.batch_size])
+                self.gradients(plans[:, :, first : first + config.batch_size])
             self._guarded(self.optimizer.step)
             self.step += 1
             stats = self.optimizer.stats
+            self.processes.local_step = stats.local_steps
             if not self.interval_trace or self.interval_trace[-1][1] != stats.interval:
                 self.interval_trace.append([stats.local_steps - 1, stats.interval])
-            self.on_step(
-                Progress(
-                    self.epoch + 1,
-                    config.epochs,
-                    self.step,
-                    self.steps_per_epoch,
-                    stats.interval,
-                    stats.bytes_on_wire,
-                    stats.bytes_synchronous,
-                )
-            )
-            self.processes.local_step = stats.local_steps
-            if self.step < self.steps_per_epoch and self._is_time_to_save(saved):
-                self._wait_for_device()
-                self.train_seconds += time.perf_counter() - started
-                self._train_loss()
-                self.save()
-                saved = started = time.perf_counter()
-        self._wait_for_device()
-        self.train_seconds += time.perf_counter() - started
+            self.on_step(self._standing())
+            if self.step < self.steps_per_epoch and self._is_time_to_save(begun):
+                break
 
-    def _wait_for_device(self) -> None:
+    def _standing(self) -> Standing:
+        stats = self.optimizer.stats
+        return Standing(
+            epoch=self.epoch + 1,
+            epochs=self.config.epochs,
+            step=self.step,
+            steps=self.steps_per_epoch,
+            interval=stats.interval,
+            bytes_on_wire=stats.bytes_on_wire,
+            bytes_synchronous=stats.bytes_synchronous,
+        )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the seconds as training, until the device has done its work."""
+        started = time.perf_counter()
+        yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.train_seconds += time.perf_counter() - started
 
     def _is_time_to_save(self, last: float) -> bool:
         """Process 0 decides by its clock; the others ask now and then, since asking is a message."""

@@ -55,7 +55,8 @@ class Plan:
             the workers go on.
         interval: local steps a round, J.
         wire_dtype: of what is sent.
-        baseline_dtype: of gradients: in the synchronous training that is compared with, and within groups.
+        baseline_dtype: of gradients: in the synchronous training that is compared with, and within groups. They are
+            what "sync" sends, so there it is `wire_dtype`.
         overlap: "backward" hides gradients' averaging behind the backward pass. Parameters are not known before
             the step is over, so it hides nothing of a round's sync.
         shared_link: all workers (or groups) send through one link together, instead of one each.
@@ -231,6 +232,11 @@ def check(plan: Plan) -> None:
         raise UsageError("--inner-gbps has no use without a --group-size above 1")
     if plan.group_size == 1 and plan.within == "step":
         raise UsageError("--within step has no use without a --group-size above 1")
+    if plan.method == "sync" and plan.wire_dtype != plan.baseline_dtype:
+        raise UsageError(
+            f"--method sync sends gradients: --baseline-dtype must be --wire-dtype {plan.wire_dtype}, "
+            f"got {plan.baseline_dtype}"
+        )
     if plan.method == "streaming" and plan.fragments > plan.interval:
         raise UsageError(f"--fragments must be at most --interval {plan.interval}, got {plan.fragments}")
 

@@ -56,8 +56,8 @@ class PlanConfig:
     device_flops: float | None = None
     """Peak operations a second of a worker."""
 
-    utilisation: float = 0.4
-    """Of that peak, what training reaches."""
+    utilisation: float | None = None
+    """Of that peak, what training reaches. Default: 0.4."""
 
     method: PlanMethod = "local-sgd"
     """streaming: DiLoCo that sends a fragment at a time while the workers go on."""
@@ -69,7 +69,8 @@ class PlanConfig:
     """Of what the method sends."""
 
     baseline_dtype: WireDtype | None = None
-    """Of gradients, in synchronous training and within groups. Default: --wire-dtype, but bf16 at least."""
+    """Of gradients, in the synchronous training compared with and within groups. Default: --wire-dtype, but bf16 at
+    least; with --method sync --wire-dtype itself."""
 
     overlap: Overlap = "none"
     """backward: gradients are averaged while the backward pass goes on."""
@@ -80,8 +81,8 @@ class PlanConfig:
     inner_gbps: float | None = None
     """Rate of the link within a group, in Gb/s of payload."""
 
-    inner_latency_ms: float = 0.0
-    """Within a group, in milliseconds."""
+    inner_latency_ms: float | None = None
+    """Within a group, in milliseconds. Default: 0."""
 
     within: Within = "round"
     """step: a group averages its gradients in every step, and only groups are on their own."""
@@ -112,30 +113,42 @@ class PlanConfig:
             method=self.method,
             interval=self.interval,
             wire_dtype=self.wire_dtype,
-            baseline_dtype=self.baseline_dtype or ("fp32" if self.wire_dtype == "fp32" else "bf16"),
+            baseline_dtype=self.baseline_dtype or self._gradients_dtype(),
             overlap=self.overlap,
             shared_link=self.shared_link,
             group_size=self.group_size,
-            inner_link=None if self.inner_gbps is None else Link(self.inner_gbps, self.inner_latency_ms / 1e3, 1.0),
+            inner_link=self._inner_link(),
             within=self.within,
             fragments=self.fragments,
             overlap_steps=self.overlap_steps,
         )
 
+    def _inner_link(self) -> Link | None:
+        if self.inner_gbps is None:
+            if self.inner_latency_ms is not None:
+                raise UsageError("--inner-latency-ms has no use without --inner-gbps")
+            return None
+        return Link(self.inner_gbps, (self.inner_latency_ms or 0.0) / 1e3, payload_share=1.0)
+
+    def _gradients_dtype(self) -> WireDtype:
+        return "bf16" if self.method != "sync" and self.wire_dtype in ("int8", "fp4") else self.wire_dtype
+
     def _step_seconds(self) -> float:
-        given = (self.step_flops, self.device_flops)
         if self.step_seconds is not None:
-            if given != (None, None):
-                raise UsageError("--step-seconds has no use together with --step-flops or --device-flops")
+            if (self.step_flops, self.device_flops, self.utilisation) != (None, None, None):
+                raise UsageError(
+                    "--step-seconds has no use together with --step-flops, --device-flops or --utilisation"
+                )
             return self.step_seconds
         if self.step_flops is None or self.device_flops is None:
             raise UsageError("--step-seconds is missing; or give both --step-flops and --device-flops")
         for flag, value in (("step-flops", self.step_flops), ("device-flops", self.device_flops)):
             if not 0 < value < float("inf"):
                 raise UsageError(f"--{flag} must be positive and finite, got {value}")
-        if not 0 < self.utilisation <= 1:
-            raise UsageError(f"--utilisation must be in (0, 1], got {self.utilisation}")
-        return self.step_flops / (self.device_flops * self.utilisation)
+        utilisation = 0.4 if self.utilisation is None else self.utilisation
+        if not 0 < utilisation <= 1:
+            raise UsageError(f"--utilisation must be in (0, 1], got {utilisation}")
+        return self.step_flops / (self.device_flops * utilisation)
 
 
 def answer(config: PlanConfig, console: Console) -> None:

@@ -16,7 +16,7 @@ import fastlocal
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
-from fastlocal.train.loop import Record
+from fastlocal.train.record import Record
 
 
 def versions(device: torch.device) -> dict[str, str]:
