@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlocal.bench.cases import Case
-from fastlocal.bench.run import Plan, Row, append, run
+from fastlocal.bench.run import Plan, Row, ahead, append, run
 
 
 def bench(plan: Plan, out: Path | None, console: Console) -> None:
@@ -22,6 +22,8 @@ def bench(plan: Plan, out: Path | None, console: Console) -> None:
 
     with console.status("measuring"):
         rows = run(plan, show, lambda text: console.print(text, highlight=False))
+    for said in ahead(rows):
+        console.print(said, highlight=False, soft_wrap=True)
     if rows:
         last = rows[-1]
         console.print(
