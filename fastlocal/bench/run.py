@@ -1,6 +1,5 @@
 """Which cases are run, and the row that each contender yields."""
 
-import datetime
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -185,9 +184,5 @@ def _row(
         rotated_bytes=held * (len(case.contenders) if case.operation in ("lamb", "lars") else sets),
         cache_bytes=cache,
         missing=tuple(case.missing),
-        device=machine.device_name(plan.device),
-        threads=torch.get_num_threads(),
-        versions=machine.versions(),
-        commit=machine.commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine.origin(plan.device),
     )
