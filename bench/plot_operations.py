@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 from matplotlib.axes import Axes
 
 PANELS = ("lamb", "lars", "average", "outer-step")
@@ -34,15 +34,18 @@ def draw(axes: Axes, operation: str, rows: list[dict[str, Any]]) -> None:
     labels = [size if operation in ("lamb", "lars") else f"{size}\nK = {workers}" for size, workers in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.set(yscale="log", ylabel="times ours", title=operation)
+    axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.grid(alpha=0.3, axis="y", which="both")
-    axes.legend(fontsize=8, ncols=3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main() -> None:
     """Read the rows, leave out ours and the copy, and write the figure."""
     results, figure = map(Path, sys.argv[1:])
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    canvas, panels = pyplot.subplots(len(PANELS), figsize=(10, 13), layout="constrained")
+    canvas, panels = pyplot.subplots(len(PANELS), figsize=(11, 12), layout="constrained")
     for axes, operation in zip(panels, PANELS, strict=True):
         own = [row for row in rows if row["operation"] == operation]
         draw(axes, operation, [row for row in own if row["contender"] not in ("fastlocal", "copy")])
