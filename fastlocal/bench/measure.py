@@ -13,7 +13,7 @@ import torch
 from fastlocal.bench.cases import OURS, Case
 
 COPY = "copy"
-_SECONDS = 3.0
+_SECONDS = 4.0
 """Of a case's turns, so that all cases take minutes on two cores; the slowest take longer, for the fewest turns."""
 _FEWEST, _MOST = 5, 30
 
@@ -43,18 +43,22 @@ def measure(case: Case, device: str) -> dict[str, Timing]:
     calls[COPY] = _copies(case, device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    def take(turn: int) -> float:
-        started = time.perf_counter()
+    def take_turn() -> None:
+        turn = len(seconds[OURS])
         for index, (name, sets) in enumerate(calls.items()):
             seconds[name].append(clock(sets[(turn + index) % len(sets)]))
-        return time.perf_counter() - started
 
-    first = take(0)
-    warmup = 1 if first > _SECONDS else 2
-    lasted = take(1) if warmup == 2 else first
-    turns = min(max(int(_SECONDS / lasted), _FEWEST), _MOST)
-    for turn in range(warmup, warmup + turns):
-        take(turn)
+    started = time.perf_counter()
+    take_turn()
+    warmup = 1
+    if time.perf_counter() - started < _SECONDS:
+        take_turn()
+        warmup = 2
+    started = time.perf_counter()
+    for turn in range(_MOST):
+        if turn >= _FEWEST and time.perf_counter() - started > _SECONDS:
+            break
+        take_turn()
     return {name: _timing(all_[warmup:], seconds[OURS][warmup:], all_[0]) for name, all_ in seconds.items()}
 
 
