@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,8 @@ def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
         assert row["share_of_copy"] == pytest.approx(rate / copy_rate)
         assert row["versions"]["torch"]
         assert row["device"]
+        assert row["threads"] == torch.get_num_threads()
+        assert datetime.fromisoformat(row["date"]).tzinfo is not None
     ours = next(row for row in rows if row["contender"] == "fastlocal" and row["workers"] == 8)
     assert ours["bytes_a_parameter"] == 80
     assert "outer-step, lenet, 8 workers" in " ".join(capsys.readouterr().out.split())
