@@ -48,7 +48,7 @@ TRAIN_ARROWS = {
     "display": {"loop"},
     "report": {"checkpoint", "config", "errors", "loop"},
     "run": {"report", "build", "data", "allocator", "config", "display", "errors", "loop", "processes"},
-    "bench": set(),
+    "bench": {"errors"},
     "plan": {"errors"},
     "plan_report": {"errors", "plan"},
     "values": {"config", "errors"},

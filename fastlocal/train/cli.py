@@ -196,10 +196,7 @@ def bench(
             require_writable(out)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    try:
-        run_bench(plan, out, Console())
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}") from error
+    run_bench(plan, out, Console())
 
 
 @app.command
