@@ -8,13 +8,10 @@ where installed. Appends one JSON line to bench/results/optimizers_cpu.jsonl and
 """
 
 import argparse
-import datetime
 import importlib
 import importlib.util
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastlocal import LAMB, LARS  # noqa: E402 - a checkout nobody installed must be measurable
+from fastlocal.bench import machine  # noqa: E402
 from fastlocal.bench.shapes import SHAPES  # noqa: E402
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -115,32 +113,6 @@ def copy_milliseconds(num_parameters: int) -> float:
     return round(statistics.median(times), 3)
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {}
-    for name in ("torch", "timm", "pytorch_optimizer"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet50")
@@ -153,11 +125,7 @@ def main() -> None:
     shapes = SHAPES[arguments.model]()
     num_parameters = sum(torch.Size(shape).numel() for shape in shapes)
     record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "threads": arguments.threads,
-        "versions": versions(),
+        **machine.origin("cpu"),
         "model": arguments.model,
         "tensors": len(shapes),
         "parameters": num_parameters,

@@ -30,7 +30,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastlocal.train.model import build  # noqa: E402 - a checkout nobody installed must be measurable
+from fastlocal.bench.machine import device_name  # noqa: E402 - a checkout nobody installed must be measurable
+from fastlocal.train.model import build  # noqa: E402
 from fastlocal.train.plan import Link, Plan, estimate  # noqa: E402
 
 RATE_GBPS, BURST_BYTES, QUEUE_MS = 0.1, 65_536, 50
@@ -39,12 +40,6 @@ RATE_GBPS, BURST_BYTES, QUEUE_MS = 0.1, 65_536, 50
 PAYLOAD_SHARE = 1448 / (1514 + 66 / 2)
 ROUNDS, BATCH = {1: 8, 4: 6, 16: 4}, 16  # rounds timed, by interval; images a step
 RESULTS = ROOT / "bench" / "results" / "plan_check.jsonl"
-
-
-def cpu_name() -> str:
-    """As Linux calls it."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def sh(command: str) -> None:
@@ -168,7 +163,7 @@ def lines(workers: int, measured: dict, commit: str) -> list[dict]:
             {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": commit,
-                "device": cpu_name(),
+                "device": device_name("cpu"),
                 "cores": os.cpu_count(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "link": f"tc tbf {RATE_GBPS} Gb/s, burst {BURST_BYTES} B, queue {QUEUE_MS} ms; gloo; payload share "

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-import fastlocal
+from fastlocal.bench import machine
 from fastlocal.train import data
 from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
@@ -95,14 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {
-        "commit": commit,
-        "threads": arguments.threads,
-        "gemm_bf16_gflops": round(gemm_gigaflops(), 1),
-        "torch": torch.__version__,
-        "fastlocal": fastlocal.__version__,
-    }
+    common = {**machine.origin("cpu"), "gemm_bf16_gflops": round(gemm_gigaflops(), 1)}
     for case in CASES:
         row = {
             **common,

@@ -31,11 +31,13 @@ class Average:
     def begin(self) -> None:
         """Nothing to remember."""
 
-    def step_(self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None) -> Tensor:
-        """Average the rows; returns ‖x_k − x̄‖² for each row, shape (k,), float64. See SlowMomentum.step_."""
-        parts = _new_parts(self.rows)
+    def step_(
+        self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None, *, measures: bool
+    ) -> Tensor | None:
+        """Average the rows. See SlowMomentum.step_."""
+        parts = _new_parts(self.rows) if measures else None
         ops.average_(self.rows, weights, parts, mean, impl=self.impl)
-        return parts.sum(dim=1, dtype=torch.float64)
+        return None if parts is None else parts.sum(dim=1, dtype=torch.float64)
 
     def step_from_mean_(self, rates: Sequence[float]) -> None:
         """The one row holds the mean already: nothing is left to do."""
@@ -106,18 +108,24 @@ class SlowMomentum:
         """The first row becomes the anchor; the rows are equal unless somebody made them differ."""
         self.anchor.copy_(self.rows[0])
 
-    def step_(self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None) -> Tensor:
-        """Take the outer step; returns ‖x_k − x̄‖² for each row, shape (k,), float64.
+    def step_(
+        self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None, *, measures: bool
+    ) -> Tensor | None:
+        """Take the outer step.
 
         Args:
             weights: shape (k,), float32; 0 leaves a row out.
             rates: each parameter's inner learning rate in the round that ends.
             mean: shape (n,), where other processes have a share in it; may be overwritten.
+            measures: whether the drift is wanted.
+
+        Returns:
+            ‖x_k − x̄‖² for each row, shape (k,), float64; None where it was not measured.
         """
-        drift = torch.zeros(self.rows.shape[0], dtype=torch.float64, device=self.rows.device)
+        drift = torch.zeros(self.rows.shape[0], dtype=torch.float64, device=self.rows.device) if measures else None
         for start, stop, coefficients in self._spans(rates):
             rows = self.rows[:, start:stop]
-            parts = _new_parts(rows)
+            parts = _new_parts(rows) if measures else None
             ops.outer_step_(
                 rows,
                 self.anchor[start:stop],
@@ -128,12 +136,13 @@ class SlowMomentum:
                 impl=self.impl,
                 **coefficients._asdict(),
             )
-            drift += parts.sum(dim=1, dtype=torch.float64)
+            if drift is not None and parts is not None:
+                drift += parts.sum(dim=1, dtype=torch.float64)
         return drift
 
     def step_from_mean_(self, rates: Sequence[float]) -> None:
         """Take the outer step where the one row holds the mean already; 24 bytes a float32 parameter."""
-        self.step_(torch.ones(1, device=self.rows.device), rates)
+        self.step_(torch.ones(1, device=self.rows.device), rates, measures=False)
 
     def commit(self, rates: Sequence[float]) -> None:
         """The step that was taken with these rates counts: the next one refers to them."""

@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm import LostRankError, find_group
 from fastlocal.local import DisagreementError, DivergedError
 from fastlocal.policy import OriginalValidationLoss
@@ -115,8 +115,12 @@ def four_times_one_equals_one_times_four(rank, new_group):
 def two_times_two_equals_one_times_four_and_measures_drift(rank, new_group):
     pairs = [new_group([0, 1]), new_group([2, 3])]
     for kind in KINDS:
-        spread, single = against_one_process(kind, rank, pairs[rank // 2], 2, ROUNDED)
+        policy = FixedInterval(3)
+        policy.reads_drift = True
+        spread, single = against_one_process(kind, rank, pairs[rank // 2], 2, ROUNDED, interval=policy)
         assert spread.stats.drift == pytest.approx(single.stats.drift, rel=1e-4)
+        spread, _ = against_one_process(kind, rank, pairs[rank // 2], 2, ROUNDED)
+        assert math.isnan(spread.stats.drift)
 
 
 def two_times_one_is_bit_equal_to_one_times_two(rank, new_group):

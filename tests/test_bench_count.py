@@ -104,25 +104,30 @@ def test_trust_ratio_kernels_move_no_more_than_documented(make, num_bytes, launc
     assert traffic.launches <= launches
 
 
-def portable_bytes(k):
-    """Bytes a column of the portable mean and drift, all passes counted though most find their block in cache."""
-    total = 12 * (k - 1) if k <= 4 else 4 * k + 4  # row by row, or in one call
-    differences = 0 if k == 1 else (8 * k + 4) + 4 * k
-    return total + differences
+def portable_sum(k, measures):
+    """(Bytes a column, passes) of a portable sum; most passes find their block in the cache."""
+    if k == 1:
+        return 0, 0
+    added = (4 * k + 4, 1) if k > 8 else (12 * (k - 1), k - 1)  # one call, or row by row
+    differences = ((8 * k + 4) + 4 * k, 1 + k) if measures else (0, 0)
+    return added[0] + differences[0], added[1] + differences[1]
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
-def test_portable_averaging_issues_no_more_operations_than_documented(k):
+@pytest.mark.parametrize("measures", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_portable_averaging_issues_no_more_operations_than_documented(k, measures):
     n = 8192  # one block
     rows, anchor, slow, weights, parts = buffers(k, n)
+    parts = parts if measures else None
+    small = 64 * (k + 4) * 4  # bytes of weights, squares and drift parts
+    num_bytes, passes = portable_sum(k, measures)
     average = count(lambda: ops.average_(rows, weights, parts, impl="portable"))
-    small = 64 * (k + 4)  # bytes of weights, squares and drift parts
-    assert average.bytes_moved / n == pytest.approx(
-        portable_bytes(k) + (8 + 4 * k + 4 if k > 1 else 0),
-        abs=small / n * 4,  # divided, written back
-    )
+    # Divided, written back: the sum lies in the first row, or elsewhere.
+    copies = 0 if k == 1 else 8 * (k - 1) if k <= 8 and not measures else 4 * k + 4
+    assert average.bytes_moved == pytest.approx((num_bytes + (8 if k > 1 else 0) + copies) * n, abs=small)
     step = count(lambda: ops.outer_step_(rows, anchor, slow, weights, parts, impl="portable", **SLOWMO))
     # Δ 12, v 12, x 12, and the write-back.
-    assert step.bytes_moved / n == pytest.approx(portable_bytes(k) + 36 + 4 * k + 4, abs=small / n * 4)
-    large = [name for name, moved in step.calls if moved >= 4 * n]
-    assert len(large) == {1: 0, 2: 1, 4: 3, 8: 1}[k] + (0 if k == 1 else 1 + k) + 3 + 1
+    assert step.bytes_moved == pytest.approx((num_bytes + 36 + 4 * k + 4) * n, abs=small)
+    assert len([name for name, moved in step.calls if moved >= 4 * n]) == passes + 3 + 1
+    if not measures:
+        assert step.launches == passes + 3 + 1  # and nothing small beside them

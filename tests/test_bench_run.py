@@ -3,14 +3,25 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastlocal.bench import cases
+from fastlocal.bench.__main__ import main as module_main
 from fastlocal.bench.measure import _timing
-from fastlocal.bench.run import Plan
+from fastlocal.bench.run import Plan, ahead
 from fastlocal.bench.shapes import SHAPES, num_parameters
 from fastlocal.train.cli import main
+
+
+def run_module(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench", *arguments])
+        return module_main()
 
 
 def test_models_have_the_parameters_of_the_originals():
@@ -22,7 +33,7 @@ def test_models_have_the_parameters_of_the_originals():
 
 def test_medians_percentiles_and_ratios_are_those_computed_by_hand():
     timing = _timing([2.0, 4.0, 6.0, 8.0], [1.0, 1.0, 3.0, 2.0], 9.0)
-    assert (timing.p50, timing.first) == (5.0, 9.0)
+    assert (timing.p50, timing.first, timing.turns) == (5.0, 9.0, 4)
     assert timing.ratio == 3.0  # of 2, 4, 2 and 4
     assert timing.p20 < 4.0 < 6.0 < timing.p80
 
@@ -33,6 +44,8 @@ def test_a_plan_covers_all_operations_and_leaves_out_the_mean_of_one_row():
     assert ("outer-step", "lenet", 1) in planned
     assert ("average", "lenet", 1) not in planned
     assert {k for operation, _, k in planned if operation == "average"} == {2, 4, 8, 16}
+    assert ("average", "bert-base", 4) in planned
+    assert ("average", "bert-base", 8) not in planned
     with pytest.raises(ValueError, match="size must be one of .* got 'gpt'"):
         Plan(size="gpt")
 
@@ -52,6 +65,8 @@ def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
         assert row["share_of_copy"] == pytest.approx(rate / copy_rate)
         assert row["versions"]["torch"]
         assert row["device"]
+        assert row["threads"] == torch.get_num_threads()
+        assert datetime.fromisoformat(row["date"]).tzinfo is not None
     ours = next(row for row in rows if row["contender"] == "fastlocal" and row["workers"] == 8)
     assert ours["bytes_a_parameter"] == 80
     assert "outer-step, lenet, 8 workers" in " ".join(capsys.readouterr().out.split())
@@ -60,6 +75,43 @@ def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
 def test_an_unknown_size_is_a_usage_error(capsys):
     assert main(["bench", "--size", "gpt"]) == 2
     assert "size must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [lambda a: main(["bench", *a]), run_module])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "{file}/a/rows.jsonl"], "error: --out {file}/a/rows.jsonl cannot be written: Not a directory"),
+        (["--out", "{folder}"], "error: --out {folder} cannot be written: Is a directory"),
+        pytest.param(
+            ["--device", "cuda"],
+            "error: device must be 'cpu' here: there is no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_anything_is_measured(
+    command, arguments, said, tmp_path, capsys
+):
+    file = tmp_path / "file"
+    file.touch()
+    assert command([each.format(file=file, folder=tmp_path) for each in arguments]) == 2
+    assert capsys.readouterr().err.splitlines() == [said.format(file=file, folder=tmp_path)]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_exit_code_1(capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    assert main(["bench", "--operation", "lars", "--size", "lenet", "--out", "/dev/full"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["error: /dev/full cannot be written: No space left on device"]
+
+
+def test_where_a_peer_is_ahead_is_said_with_how_much():
+    rows = [
+        SimpleNamespace(operation="lars", size="lenet", workers=1, contender=name, ratio=ratio)
+        for name, ratio in (("fastlocal", 1.0), ("timm", 1.5), ("torch SGD fused", 0.384), ("copy", 0.1))
+    ]
+    assert ahead(rows) == ["ahead of fastlocal: torch SGD fused in lars, lenet, 1 workers: 0.38 of its time"]
 
 
 def test_benchmarks_need_torch_alone():

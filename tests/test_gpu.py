@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlocal import SlowMo, Workers
+from fastlocal import FixedInterval, SlowMo, Workers
 from fastlocal.ops import averaging as ops
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,9 @@ def test_training_with_the_kernels_agrees_with_the_reference(dtype):
     for impl in ("triton", "reference"):
         torch.manual_seed(0)
         workers = Workers(nn.Linear(50, 20).to("cuda", dtype), 4)
-        optimizer = SlowMo(torch.optim.SGD(workers.parameters(), lr=0.1), workers, 3, impl=impl)
+        policy = FixedInterval(3)
+        policy.reads_drift = True
+        optimizer = SlowMo(torch.optim.SGD(workers.parameters(), lr=0.1), workers, policy, impl=impl)
         generator = torch.Generator("cuda").manual_seed(1)
         for _ in range(12):
             optimizer.zero_grad()

@@ -50,7 +50,7 @@ TRAIN_ARROWS = {
     "display": {"record"},
     "report": {"checkpoint", "config", "errors", "record"},
     "run": {"report", "build", "data", "allocator", "config", "display", "errors", "loop", "processes"},
-    "bench": set(),
+    "bench": {"errors"},
     "plan": {"errors"},
     "plan_report": {"errors", "plan"},
     "values": {"config", "errors"},

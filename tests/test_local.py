@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -34,6 +35,12 @@ def run(optimizer, team, steps, first=0):
         for model in team:
             model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
         optimizer.step()
+
+
+def measured(interval):
+    policy = FixedInterval(interval)
+    policy.reads_drift = True
+    return policy
 
 
 def parameters_of(team):
@@ -78,19 +85,31 @@ def test_averaged_buffers_and_state_are_counted_as_bytes():
 
 
 def test_one_worker_sends_nothing():
-    optimizer, team = make(workers=1)
+    optimizer, team = make(workers=1, interval=measured(4))
     run(optimizer, team, 5)
     assert optimizer.stats.bytes_on_wire == 0
     assert optimizer.stats.drift == 0.0
 
 
 def test_drift_is_the_mean_distance_from_the_mean():
-    optimizer, team = make(LocalSGD, workers=3, interval=100, inner_state="keep")
+    optimizer, team = make(LocalSGD, workers=3, interval=measured(100), inner_state="keep")
     run(optimizer, team, 5)
     rows = torch.stack([torch.cat([p.detach().flatten() for p in model.parameters()]) for model in team]).double()
     expected = (rows - rows.mean(0)).norm(dim=1).mean().item()
     optimizer.sync()
     assert optimizer.stats.drift == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+def test_a_sync_whose_drift_nobody_reads_measures_none_and_gives_the_same_parameters(kind):
+    results = []
+    for interval in (4, measured(4)):
+        optimizer, team = make(kind, workers=3, interval=interval)
+        run(optimizer, team, 9)
+        results.append((parameters_of(team), optimizer.stats.drift))
+    assert math.isnan(results[0][1])
+    assert results[1][1] > 0
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])

@@ -1,12 +1,13 @@
 """`python -m fastlocal.bench`: the benchmarks as plain lines, where the command line's packages are not installed."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from fastlocal.bench.cases import OPERATIONS, Case
-from fastlocal.bench.run import Plan, Row, append, run
+from fastlocal.bench.run import Plan, Row, ahead, append, require_writable, run
 from fastlocal.bench.shapes import SHAPES
 
 
@@ -19,14 +20,14 @@ def line(row: Row) -> str:
     )
 
 
-def main() -> None:
-    """Parse the flags, print, and append to the file asked for."""
+def main() -> int:
+    """Parse the flags, print, and append to the file asked for; returns the exit code, 2 for a wrong request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--operation", choices=OPERATIONS)
     parser.add_argument("--size", choices=sorted(SHAPES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
 
@@ -38,11 +39,23 @@ def main() -> None:
         if given.out:
             append(rows, given.out)
 
-    plan = Plan(
-        operation=given.operation, size=given.size, quick=given.quick, device=given.device, with_compile=given.compile
-    )
-    run(plan, show, print)
+    try:
+        if given.out:
+            require_writable(given.out)
+        plan = Plan(
+            operation=given.operation,
+            size=given.size,
+            quick=given.quick,
+            device=given.device,
+            compiled=given.compiled,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for said in ahead(run(plan, show, print)):
+        print(said)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

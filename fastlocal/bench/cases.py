@@ -4,6 +4,7 @@ A case is built for one device and holds everything its contenders read and writ
 operation once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -62,7 +63,7 @@ def bytes_held(operation: Operation, size: str, workers: int) -> int:
     return 4 * vectors * num_parameters(SHAPES[size]())
 
 
-def build(operation: Operation, size: str, workers: int, device: str, sets: int, with_compile: bool = False) -> Case:
+def build(operation: Operation, size: str, workers: int, device: str, sets: int, compiled: bool = False) -> Case:
     """The case of an operation.
 
     Args:
@@ -71,16 +72,25 @@ def build(operation: Operation, size: str, workers: int, device: str, sets: int,
         workers: rows of an averaging operation; 1 is one row a process, the collective left out.
         device: "cpu" or "cuda".
         sets: of tensors that calls rotate over.
-        with_compile: add torch.compile of the plain step, which compiles for a minute.
+        compiled: add torch.compile of the plain step, which compiles for a minute.
     """
     torch.manual_seed(0)
     shapes = SHAPES[size]()
     if operation in ("lamb", "lars"):
-        return _optimizer_case(operation, size, shapes, device, with_compile)
+        return _optimizer_case(operation, size, shapes, device, compiled)
     make = {1: _one_row}.get(workers, _rows_average if operation == "average" else _rows_outer_step)
     contenders = make(shapes, workers, device, sets)
     parameters = num_parameters(shapes)
     return Case(operation, size, workers, len(shapes), parameters, contenders, [])
+
+
+def _numbers(*shape: int, device: str) -> Tensor:
+    """Random, from a million: drawing gigabytes takes longer than averaging them."""
+    drawn = torch.randn(2**20, device=device)
+    filled = torch.empty(math.prod(shape), device=device)
+    for part in filled.split(drawn.numel()):
+        part.copy_(drawn[: part.numel()])
+    return filled.view(shape)
 
 
 class _Rows:
@@ -88,18 +98,21 @@ class _Rows:
 
     def __init__(self, shapes: Shapes, workers: int, device: str) -> None:
         n = -(-num_parameters(shapes) // 16) * 16  # as flat rows are padded
-        self.rows = torch.randn(workers, n, device=device)
-        self.anchor = torch.randn(n, device=device)
+        self.rows = _numbers(workers, n, device=device)
+        self.anchor = _numbers(n, device=device)
         self.slow = torch.zeros(n, device=device)
         self.weights = torch.ones(workers, device=device)
         self.parts = torch.empty(workers, ops.num_drift_parts(n), device=device)
 
     def average(self) -> None:
+        ops.average_(self.rows, self.weights, None)
+
+    def average_with_drift(self) -> None:
         ops.average_(self.rows, self.weights, self.parts)
 
     def outer_step(self) -> None:
         ops.outer_step_(
-            self.rows, self.anchor, self.slow, self.weights, self.parts,
+            self.rows, self.anchor, self.slow, self.weights, None,
             direct=0.0, momentum=1.0, decay=_DECAY, gain=1.0,
         )  # fmt: skip
 
@@ -120,6 +133,7 @@ def _rows_average(shapes: Shapes, workers: int, device: str, sets: int) -> list[
     rows = [_Rows(shapes, workers, device) for _ in range(sets)]
     return [
         Contender(OURS, [r.average for r in rows], 8.0 * workers),
+        Contender(f"{OURS}, drift", [r.average_with_drift for r in rows], 8.0 * workers),
         Contender("plain PyTorch", [r.plain_average for r in rows]),
         Contender("plain PyTorch, drift", [r.plain_average_with_drift for r in rows]),
         Contender("worker by worker", [r.looped_average for r in rows]),
@@ -138,7 +152,7 @@ class _Tensors:
     """What one process of a peer holds: lists of tensors, and the outer optimizer of DiLoCo."""
 
     def __init__(self, shapes: Shapes, device: str) -> None:
-        self.x: list[Tensor] = [torch.randn(shape, device=device) for shape in shapes]
+        self.x: list[Tensor] = [_numbers(*shape, device=device) for shape in shapes]
         self.anchor = [p.clone() for p in self.x]
         self.slow = [torch.zeros_like(p) for p in self.x]
         self.outer = torch.optim.SGD(self.x, lr=0.7, momentum=0.9, nesterov=True, foreach=True)
@@ -165,10 +179,10 @@ def _one_row(shapes: Shapes, workers: int, device: str, sets: int) -> list[Conte
 
 
 def _optimizer_case(
-    operation: Literal["lamb", "lars"], size: str, shapes: Shapes, device: str, with_compile: bool
+    operation: Literal["lamb", "lars"], size: str, shapes: Shapes, device: str, compiled: bool
 ) -> Case:
     makers, floor, missing = _lamb() if operation == "lamb" else _lars()
-    if with_compile:
+    if compiled:
         name, make = next((n, m) for n, m in makers.items() if n.startswith("torch") and n.endswith("foreach"))
         makers[f"{name}, compiled"] = make
     contenders = []

@@ -1,16 +1,40 @@
 """What a figure was measured on, and how much memory and cache there is."""
 
+import datetime
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 import fastlocal
 
+
+class Origin(TypedDict):
+    """Where and when a figure was measured, and with what; `commit` is None outside a checkout."""
+
+    commit: str | None
+    date: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
 _PACKAGES = ("torch", "triton", "timm", "pytorch_optimizer")
+
+
+def origin(device: str) -> Origin:
+    """Of a figure that is measured now on "cpu" or "cuda"."""
+    return Origin(
+        commit=commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+    )
 
 
 def device_name(device: str) -> str:

@@ -13,6 +13,9 @@ import torch
 from fastlocal.bench.cases import OURS, Case
 
 COPY = "copy"
+_SECONDS = 4.0
+"""Of a case's turns, so that all cases take minutes on two cores; the slowest take longer, for the fewest turns."""
+_FEWEST, _MOST = 5, 30
 
 
 @dataclass(frozen=True)
@@ -25,37 +28,50 @@ class Timing:
     ratio: float
     first: float
     """Seconds of the very first call."""
+    turns: int
 
 
-def measure(case: Case, device: str, turns: int, warmup: int = 2) -> dict[str, Timing]:
+def measure(case: Case, device: str) -> dict[str, Timing]:
     """Timings by contender, with that of a copy of `case.parameters` float32 numbers under COPY.
 
     Args:
         case: what to time.
         device: "cpu" or "cuda"; on CUDA, events time the device.
-        turns: timed calls of each contender.
-        warmup: calls before.
     """
     clock = _event_seconds if device == "cuda" else _host_seconds
     calls = {contender.name: contender.calls for contender in case.contenders}
     calls[COPY] = _copies(case, device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warmup + turns):
+
+    def take_turn() -> None:
+        turn = len(seconds[OURS])
         for index, (name, sets) in enumerate(calls.items()):
             seconds[name].append(clock(sets[(turn + index) % len(sets)]))
+
+    started = time.perf_counter()
+    take_turn()
+    warmup = 1
+    if time.perf_counter() - started < _SECONDS:
+        take_turn()
+        warmup = 2
+    started = time.perf_counter()
+    for turn in range(_MOST):
+        if turn >= _FEWEST and time.perf_counter() - started > _SECONDS:
+            break
+        take_turn()
     return {name: _timing(all_[warmup:], seconds[OURS][warmup:], all_[0]) for name, all_ in seconds.items()}
 
 
 def _timing(seconds: list[float], ours: list[float], first: float) -> Timing:
     fifths = statistics.quantiles(seconds, n=5)
     ratio = statistics.median(s / o for s, o in zip(seconds, ours, strict=True))
-    return Timing(fifths[0], statistics.median(seconds), fifths[-1], ratio, first)
+    return Timing(fifths[0], statistics.median(seconds), fifths[-1], ratio, first, len(seconds))
 
 
 def _copies(case: Case, device: str) -> list[Callable[[], object]]:
     """As many source and target pairs as the contenders have sets."""
     num_sets = len(case.contenders[0].calls)
-    pairs = [[torch.zeros(case.parameters, device=device) for _ in range(2)] for _ in range(num_sets)]
+    pairs = [[torch.ones(case.parameters, device=device) for _ in range(2)] for _ in range(num_sets)]
     return [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
 
 

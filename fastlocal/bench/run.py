@@ -1,6 +1,5 @@
 """Which cases are run, and the row that each contender yields."""
 
-import datetime
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from fastlocal.bench.measure import COPY, Timing, measure
 from fastlocal.bench.shapes import SHAPES
 
 WORKERS = (1, 2, 4, 8, 16)
+FEW_WORKERS = (1, 2, 4)  # of a model that takes seconds: more do not fit into minutes, nor into 16 GB
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Plan:
         size: one model's shapes only.
         quick: the small sizes, two and eight workers.
         device: "cpu" or "cuda".
-        with_compile: add a compiled peer to the optimizers.
+        compiled: add a compiled peer to the optimizers.
     """
 
     operation: Operation | None = None
     size: str | None = None
     quick: bool = False
     device: str = "cpu"
-    with_compile: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.operation is not None and self.operation not in OPERATIONS:
@@ -92,7 +92,7 @@ class Plan:
                 if optimizer:
                     yield operation, size, 1
                     continue
-                for workers in (2, 8) if self.quick else WORKERS:
+                for workers in (2, 8) if self.quick else FEW_WORKERS if size.startswith("bert") else WORKERS:
                     if (operation, workers) != ("average", 1):  # one row is its own mean
                         yield operation, size, workers
 
@@ -103,46 +103,66 @@ def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str
     for operation, size, workers in plan.cases():
         free, cache = machine.free_bytes(plan.device), machine.cache_bytes(plan.device)
         held = bytes_held(operation, size, workers)
-        if 2 * held > free:
-            gigabytes = f"{2 * held / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        if 4 * held > free:  # a peer holds twice the rows beside them
+            gigabytes = f"{4 * held / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
             note(f"{operation}, {size}, {workers} workers: left out, it needs {gigabytes}")
             continue
-        sets = max(1, min(1 + math.ceil(2 * cache / held), 8, free // (3 * held)))
-        case = build(operation, size, workers, plan.device, sets, plan.with_compile)
+        sets = max(1, min(1 + math.ceil(2 * cache / held), 8, free // held - 3))
+        case = build(operation, size, workers, plan.device, sets, plan.compiled)
         rows = _rows(case, plan, held, cache)
         show(case, rows)
         found += rows
     return found
 
 
+def ahead(rows: list[Row]) -> list[str]:
+    """Where somebody is faster than fastlocal, and by how much: a line each."""
+    return [
+        f"ahead of fastlocal: {row.contender} in {row.operation}, {row.size}, {row.workers} workers: "
+        f"{row.ratio:.2f} of its time"
+        for row in rows
+        if row.ratio < 1 and row.contender != COPY and not row.contender.startswith(OURS)
+    ]
+
+
+def require_writable(file: Path) -> None:
+    """Make the file and its folder, so that nothing is measured in vain.
+
+    Raises:
+        ValueError: lines cannot be appended to it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--out {file} cannot be written: {error.strerror}") from None
+
+
 def append(rows: list[Row], file: Path) -> None:
     """One JSON line a row."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 def _rows(case: Case, plan: Plan, held: int, cache: int) -> list[Row]:
-    turns = 25 if case.parameters * case.workers < 2e7 else 9 if case.parameters * case.workers < 4e8 else 5
-    turns = 30 if plan.device == "cuda" else turns
-    timings = measure(case, plan.device, turns)
+    timings = measure(case, plan.device)
     copy_rate = 8 * case.parameters / timings[COPY].p50
     copy = Contender(COPY, [lambda: None], 8.0)
     return [
-        _row(case, plan, contender, timings[contender.name], copy_rate, turns, held, cache)
+        _row(case, plan, contender, timings[contender.name], copy_rate, held, cache)
         for contender in [*case.contenders, copy]
     ]
 
 
 def _row(
-    case: Case, plan: Plan, contender: Contender, timing: Timing, copy_rate: float, turns: int, held: int, cache: int
+    case: Case, plan: Plan, contender: Contender, timing: Timing, copy_rate: float, held: int, cache: int
 ) -> Row:
     traffic = count(contender.calls[0])
     moved = contender.bytes_a_parameter
     if moved is None:
         moved = round(traffic.bytes_moved / case.parameters, 2)
     sets = len(case.contenders[0].calls)
-    runs_triton = contender.name == OURS and plan.device == "cuda"
+    runs_triton = contender.name.startswith(OURS) and plan.device == "cuda"
     return Row(
         operation=case.operation,
         size=case.size,
@@ -159,14 +179,10 @@ def _row(
         bytes_a_parameter=moved,
         launches=1 if contender.name == COPY else None if runs_triton else traffic.launches,
         share_of_copy=moved * case.parameters / timing.p50 / copy_rate,
-        turns=turns,
+        turns=timing.turns,
         sets=sets,
         rotated_bytes=held * (len(case.contenders) if case.operation in ("lamb", "lars") else sets),
         cache_bytes=cache,
         missing=tuple(case.missing),
-        device=machine.device_name(plan.device),
-        threads=torch.get_num_threads(),
-        versions=machine.versions(),
-        commit=machine.commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine.origin(plan.device),
     )

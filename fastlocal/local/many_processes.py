@@ -180,12 +180,12 @@ class ManyProcesses(OneProcess):
 
     def _average_rows(self, closing: Round, shares: list[float], alike: bool) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan."""
-        measures = len(self.rows) > 1 or closing.reads_drift
+        measures = closing.reads_drift
         counted = torch.tensor([float(share > 0) for share in shares])
         squares = torch.zeros(len(shares), dtype=torch.float64)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
-            if not measures and dtype == block.rows.dtype:
+            if len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
                 self._reduce_in_place(block.rows[0], shares[0], alike)
                 outer.step_from_mean_(rates)
                 continue
@@ -193,8 +193,8 @@ class ManyProcesses(OneProcess):
             wire = self._wire(block)
             ops.weighted_sum_(wire, block.rows, shares)
             self.group.reduce_(wire, "sum")
-            own = outer.step_(counted.to(block.rows.device), rates, wire)
-            if measures:
+            own = outer.step_(counted.to(block.rows.device), rates, wire, measures=measures)
+            if own is not None:
                 squares += whole(own, block.owner).cpu()
         if not measures:
             return math.nan

@@ -112,8 +112,9 @@ class OneProcess:
             weights *= torch.tensor(closing.weights, dtype=torch.float32, device=weights.device)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
-            own = outer.step_(weights.to(block.rows.device), rates)
-            squares += whole(own, block.owner).to(finite.device)
+            own = outer.step_(weights.to(block.rows.device), rates, measures=closing.reads_drift)
+            if own is not None:
+                squares += whole(own, block.owner).to(finite.device)
         # The one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
@@ -125,7 +126,8 @@ class OneProcess:
         payload += module_buffers.merge_(buffers, self.choices.buffers, included)
         payload += self._merge_inner_state(included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
-        return Outcome(sum(drifts) / len(drifts), included.count(False), payload)
+        drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
+        return Outcome(drift, included.count(False), payload)
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""

@@ -69,7 +69,7 @@ def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
 def average_(
     rows: Tensor,
     weights: Tensor,
-    drift_parts: Tensor,
+    drift_parts: Tensor | None,
     mean: Tensor | None = None,
     *,
     impl: Implementation = "auto",
@@ -80,7 +80,8 @@ def average_(
         rows: shape (k, n), one row a worker; the columns of a row lie side by side.
         weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
             with nothing but zeros, nothing is written.
-        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖². None
+            where nobody reads it, which saves a CPU two passes.
         mean: shape (n,), in the accumulating dtype: x̄ where it is known already, because other processes have a
             share in it. It is written whatever the weights are, which then only say whose drift is measured; it
             may be overwritten.
@@ -93,13 +94,14 @@ def average_(
     _check_rows(rows)
     _check_companions(rows, weights, drift_parts, mean)
     if rows.shape[1] == 0:
-        drift_parts.zero_()
+        if drift_parts is not None:
+            drift_parts.zero_()
         return
     match _choose(impl, rows):
         case "triton":
             from fastlocal.kernels.average import average_ as kernel
 
-            kernel(rows, weights, drift_parts, mean)
+            kernel(rows, weights, _or_new_parts(drift_parts, rows), mean)
         case "portable":
             portable.average_(rows, weights, drift_parts, mean)
         case _:
@@ -111,7 +113,7 @@ def outer_step_(
     anchor: Tensor,
     slow_momentum: Tensor,
     weights: Tensor,
-    drift_parts: Tensor,
+    drift_parts: Tensor | None,
     mean: Tensor | None = None,
     *,
     direct: float,
@@ -132,7 +134,8 @@ def outer_step_(
         slow_momentum: shape (n,), like anchor: v.
         weights: shape (k,), float32, not negative. A row of weight 0 is left out and may hold NaN;
             with nothing but zeros, nothing is written.
-        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖².
+        drift_parts: shape (k, num_drift_parts(n)), float32, overwritten: its sum over dim 1 is ‖x_k − x̄‖². None
+            where nobody reads it, which saves a CPU two passes.
         mean: shape (n,), in the accumulating dtype: x̄ where it is known already, because other processes have a
             share in it. It is written whatever the weights are, which then only say whose drift is measured; it
             may be overwritten.
@@ -156,17 +159,26 @@ def outer_step_(
         _check(name, tensor, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
     coefficients = {"direct": direct, "momentum": momentum, "decay": decay, "gain": gain}
     if rows.shape[1] == 0:
-        drift_parts.zero_()
+        if drift_parts is not None:
+            drift_parts.zero_()
         return
     match _choose(impl, rows):
         case "triton":
             from fastlocal.kernels.slowmo import outer_step_ as kernel
 
-            kernel(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
+            parts = _or_new_parts(drift_parts, rows)
+            kernel(rows, anchor, slow_momentum, weights, parts, mean, **coefficients)
         case "portable":
             portable.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
         case _:
             reference.outer_step_(rows, anchor, slow_momentum, weights, drift_parts, mean, **coefficients)
+
+
+def _or_new_parts(drift_parts: Tensor | None, rows: Tensor) -> Tensor:
+    """The kernels have every row at hand and measure the drift in any case."""
+    if drift_parts is not None:
+        return drift_parts
+    return torch.empty(rows.shape[0], num_drift_parts(rows.shape[1]), dtype=torch.float32, device=rows.device)
 
 
 def _choose(impl: Implementation, rows: Tensor) -> Implementation:
@@ -184,11 +196,12 @@ def _check_rows(rows: Tensor) -> None:
         raise ValueError(f"the columns of rows must lie side by side (stride 1), got stride {rows.stride(1)}")
 
 
-def _check_companions(rows: Tensor, weights: Tensor, drift_parts: Tensor, mean: Tensor | None) -> None:
+def _check_companions(rows: Tensor, weights: Tensor, drift_parts: Tensor | None, mean: Tensor | None) -> None:
     if mean is not None:
         _check("mean", mean, rows, (rows.shape[1],), accumulate_dtype(rows.dtype))
     _check("weights", weights, rows, (rows.shape[0],), torch.float32)
-    _check("drift_parts", drift_parts, rows, (rows.shape[0], num_drift_parts(rows.shape[1])), torch.float32)
+    if drift_parts is not None:
+        _check("drift_parts", drift_parts, rows, (rows.shape[0], num_drift_parts(rows.shape[1])), torch.float32)
 
 
 def _check(name: str, tensor: Tensor, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

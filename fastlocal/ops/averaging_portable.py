@@ -11,9 +11,15 @@ from torch import Tensor
 
 from fastlocal.reference import averaging as reference
 
-_BLOCK_BYTES = 6 * 2**20
-"""Of the rows and vectors of a block: of 0.25 to 8 MiB of rows the best were 2 to 8, on two cores with 1 MiB of L2
-each and 32 MiB of L3. Smaller blocks cost more calls than they save in L2."""
+_BLOCK_BYTES = 8 * 2**20
+"""Of the rows and vectors of a block: on two cores with 1 MiB of L2 each and 32 MiB of L3, of 0.25 to 32 MiB the best
+were 8 to 32. Smaller ones cost more calls than they save; larger ones need an L3 that nobody else uses."""
+
+_MOST_IN_A_DOT = 128 * 1024
+"""Columns: over 400,000 a dot in float32 is out by 2e-5."""
+
+_MOST_ADDED = 8
+"""More rows of equal weight are summed by one call: it reads them more slowly than additions do, and writes less."""
 
 
 def finite_rows(rows: Tensor) -> Tensor:
@@ -23,13 +29,20 @@ def finite_rows(rows: Tensor) -> Tensor:
     return torch.ones_like(sums, dtype=torch.bool) if sums.isfinite().all() else reference.finite_rows(rows)
 
 
-def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, mean: Tensor | None = None) -> None:
+def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor | None, mean: Tensor | None = None) -> None:
     """See fastlocal.ops.averaging.average_."""
-    drift_parts.zero_()
+    if drift_parts is not None:
+        drift_parts.zero_()
     if rows.shape[0] == 1 and mean is None:  # is its own mean
         return
     for block, total, scale in _sums(rows, weights, drift_parts, mean):
-        rows[:, block] = total if scale == 1 else total.mul_(scale)
+        mean_of_block = total if scale == 1 else total.mul_(scale)
+        others = [row for row in rows[:, block].unbind() if row.data_ptr() != total.data_ptr()]
+        if len(others) == rows.shape[0]:
+            rows[:, block] = mean_of_block
+            continue
+        for row in others:
+            row.copy_(mean_of_block)
 
 
 def outer_step_(
@@ -37,7 +50,7 @@ def outer_step_(
     anchor: Tensor,
     slow_momentum: Tensor,
     weights: Tensor,
-    drift_parts: Tensor,
+    drift_parts: Tensor | None,
     mean: Tensor | None = None,
     *,
     direct: float,
@@ -46,7 +59,8 @@ def outer_step_(
     gain: float,
 ) -> None:
     """See fastlocal.ops.averaging.outer_step_."""
-    drift_parts.zero_()
+    if drift_parts is not None:
+        drift_parts.zero_()
     for block, total, scale in _sums(rows, weights, drift_parts, mean):
         x, slow = anchor[block], slow_momentum[block]
         # The workers started from the anchor as their dtype holds it.
@@ -68,7 +82,7 @@ def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
     if not counted:
         total.zero_()
         return
-    for block in _blocks(*rows.shape):
+    for block in _blocks(*rows.shape, at_most=rows.shape[1]):
         own = total[block]
         own.copy_(rows[counted[0], block]).mul_(shares[counted[0]])
         for k in counted[1:]:
@@ -76,61 +90,66 @@ def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
 
 
 def _sums(
-    rows: Tensor, weights: Tensor, drift_parts: Tensor, known: Tensor | None
+    rows: Tensor, weights: Tensor, drift_parts: Tensor | None, known: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, float]]:
     """Blocks of columns with Σ w_k x_k and 1/Σ w_k, or a mean that is known and 1; drifts go to drift_parts.
 
     The scale is left to the caller's next operation, which takes it without a pass of its own. The caller must
-    overwrite every row of a block before it asks for the next: rows hold x_k − x̄ meanwhile, which saves a temporary
-    as large as the rows.
+    overwrite every row of a block before it asks for the next: a row may hold the sum meanwhile, or all of them
+    x_k − x̄, which saves temporaries.
     """
     shares = weights.tolist()
     counted = [k for k, share in enumerate(shares) if share > 0]
     if not counted and known is None:
         return
     dtype = reference.accumulate_dtype(rows.dtype)
-    blocks = _blocks(*rows.shape)
-    alone = len(shares) == 1 and known is None
+    measures = drift_parts is not None and (len(shares) > 1 or known is not None)
     scale = 1 / sum(shares) if len(counted) > 1 and known is None else 1.0
-    space = torch.empty(0 if alone or known is not None else blocks[0].stop, dtype=dtype, device=rows.device)
-    squares = torch.zeros(len(shares), dtype=torch.float64, device=rows.device)
+    sums_at_once = len(counted) == len(shares) > _MOST_ADDED and set(shares) == {1.0}
+    blocks = _blocks(*rows.shape, at_most=_MOST_IN_A_DOT if measures else rows.shape[1])
+    needs_space = known is None and (measures or sums_at_once)
+    space = torch.empty(blocks[0].stop if needs_space else 0, dtype=dtype, device=rows.device)
+    dots: list[list[Tensor]] = []
     for block in blocks:
         values = rows[:, block].to(dtype)
         if known is not None:
             total = known[block]
-        elif alone:
-            total = values[0]
-        elif len(counted) == 1:
-            total = space[: values.shape[1]].copy_(values[counted[0]])
         else:
-            total = space[: values.shape[1]]
-            _weighted_sum(values, shares, counted, total)
-        if not alone:
+            total = space[: values.shape[1]] if needs_space else values[counted[0]]
+            if sums_at_once:
+                torch.sum(values, 0, out=total)
+            else:
+                _weighted_sum(values, shares, counted, total)
+        if measures:
             # A dot a row: a norm along a dimension adds one by one and is out by 1e-5 over 200,000 columns.
-            squares += torch.stack([torch.dot(row, row) for row in values.sub_(total, alpha=scale).unbind()])
+            dots.append([torch.dot(row, row) for row in values.sub_(total, alpha=scale).unbind()])
         yield block, total, scale
-    drift_parts[:, 0] = torch.where(weights > 0, squares, 0.0)
+    if measures:
+        assert drift_parts is not None
+        squares = torch.stack([torch.stack(own) for own in dots]).sum(0, dtype=torch.float64)
+        drift_parts[:, 0] = torch.where(weights > 0, squares, 0.0)
 
 
-def _blocks(num_rows: int, columns: int) -> list[slice]:
+def _blocks(num_rows: int, columns: int, *, at_most: int) -> list[slice]:
     """Slices of equal length, but for the last: `num_rows` rows and three vectors fit _BLOCK_BYTES."""
-    most = max(1024, _BLOCK_BYTES // (4 * (num_rows + 3)))
+    most = min(at_most, max(1024, _BLOCK_BYTES // (4 * (num_rows + 3))))
     length = -(-columns // -(-columns // most))
     return [slice(start, min(start + length, columns)) for start in range(0, columns, length)]
 
 
 def _weighted_sum(values: Tensor, shares: list[float], counted: list[int], total: Tensor) -> None:
-    """Σ w_k x_k over the rows that count, into `total`.
+    """Σ w_k x_k over the rows that count, into `total`, which may be the first of them; w itself of a lone one.
 
     No matrix product: reduced-precision settings may apply to one.
     """
-    if len(counted) == len(shares) > 4 and set(shares) == {1.0}:
-        torch.sum(values, 0, out=total)
+    first, *others = counted
+    if not others:
+        if total.data_ptr() != values[first].data_ptr():
+            total.copy_(values[first])
         return
-    first, second, *others = counted
     if shares[first] == 1.0:
-        torch.add(values[first], values[second], alpha=shares[second], out=total)
+        torch.add(values[first], values[others[0]], alpha=shares[others[0]], out=total)
     else:
-        torch.mul(values[first], shares[first], out=total).add_(values[second], alpha=shares[second])
-    for k in others:
+        torch.mul(values[first], shares[first], out=total).add_(values[others[0]], alpha=shares[others[0]])
+    for k in others[1:]:
         total.add_(values[k], alpha=shares[k])

@@ -33,7 +33,7 @@ class Stats:
     """Local steps of the last round; 0 before the first and during warm-up."""
 
     drift: float = 0.0
-    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan if it was not measured."""
+    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan where no policy reads it."""
 
     excluded: int = 0
     """Rows left out of a mean so far because they were not finite."""
@@ -55,8 +55,9 @@ class Stats:
 class Policy(Protocol):
     """What a wrapper asks for its interval. Anything with these three methods will do.
 
-    In several processes rank 0's decides, and the others' load its state. There the drift costs a pass over the
-    parameters and a message: a policy that does not read it says so with `reads_drift = False`. One that decides from
+    The drift costs passes over the parameters, and a message in several processes: a policy that does not read it
+    says so with `reads_drift = False`, as all of fastlocal's but ConsensusDistance do; set it on a policy to have the
+    drift in the stats. In several processes rank 0's decides, and the others' load its state. One that decides from
     the steps and the learning rate alone, the same everywhere, says `decides_alike = True` and needs no message.
     """
 

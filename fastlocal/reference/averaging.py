@@ -38,21 +38,23 @@ def squared_drift(rows: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights > 0, squares, 0.0)
 
 
-def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor, mean: Tensor | None = None) -> None:
+def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor | None, mean: Tensor | None = None) -> None:
     """Overwrite every row with the weighted mean of all.
 
     Args:
         rows: shape (k, n), one row a worker.
         weights: shape (k,), not negative. With nothing but zeros, nothing is written.
-        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖².
+        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖². None: it is not measured.
         mean: shape (n,), x̄ where it is known already; then it is written whatever the weights are.
     """
-    drift_parts.zero_()
+    if drift_parts is not None:
+        drift_parts.zero_()
     if mean is None:
         if not weights.any():
             return
         mean = weighted_mean(rows, weights)
-    drift_parts[:, 0] = squared_drift(rows, mean, weights)
+    if drift_parts is not None:
+        drift_parts[:, 0] = squared_drift(rows, mean, weights)
     rows.copy_(mean.expand_as(rows))
 
 
@@ -61,7 +63,7 @@ def outer_step_(
     anchor: Tensor,
     slow_momentum: Tensor,
     weights: Tensor,
-    drift_parts: Tensor,
+    drift_parts: Tensor | None,
     mean: Tensor | None = None,
     *,
     direct: float,
@@ -81,19 +83,21 @@ def outer_step_(
         anchor: shape (n,), float32 (float64 for float64 rows): the parameters after the last sync.
         slow_momentum: shape (n,), like anchor: v.
         weights: shape (k,), not negative. With nothing but zeros, nothing is written.
-        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖².
+        drift_parts: shape (k, parts), overwritten; its sum over `parts` is ‖x_k − x̄‖². None: it is not measured.
         mean: shape (n,), x̄ where it is known already; then the step is taken whatever the weights are.
         direct: weight of Δ in the step.
         momentum: weight of the new v in the step.
         decay: what is kept of the old v.
         gain: weight of Δ in the new v.
     """
-    drift_parts.zero_()
+    if drift_parts is not None:
+        drift_parts.zero_()
     if mean is None:
         if not weights.any():
             return
         mean = weighted_mean(rows, weights)
-    drift_parts[:, 0] = squared_drift(rows, mean, weights)
+    if drift_parts is not None:
+        drift_parts[:, 0] = squared_drift(rows, mean, weights)
     # The workers started from x₀, the anchor as their dtype holds it: what was rounded off is kept in the anchor.
     delta = anchor.to(rows.dtype).to(anchor.dtype) - mean
     slow_momentum.mul_(decay).add_(gain * delta)

@@ -7,21 +7,31 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlocal.bench.cases import Case
-from fastlocal.bench.run import Plan, Row, append, run
+from fastlocal.bench.run import Plan, Row, ahead, append, run
+from fastlocal.train.errors import RunError
 
 
 def bench(plan: Plan, out: Path | None, console: Console) -> None:
-    """Measure the plan, print one table a case, and append the rows to `out`."""
+    """Measure the plan, print one table a case, and append the rows to `out`.
+
+    Raises:
+        RunError: they cannot be written.
+    """
 
     def show(case: Case, rows: list[Row]) -> None:
         console.print(_table(case, rows))
         if case.missing:
             console.print(f"not installed, so not compared: {', '.join(case.missing)}", highlight=False)
         if out is not None:
-            append(rows, out)
+            try:
+                append(rows, out)
+            except OSError as error:
+                raise RunError(f"{out} cannot be written: {error.strerror}") from error
 
     with console.status("measuring"):
         rows = run(plan, show, lambda text: console.print(text, highlight=False))
+    for said in ahead(rows):
+        console.print(said, highlight=False, soft_wrap=True)
     if rows:
         last = rows[-1]
         console.print(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import fastlocal
 from fastlocal.bench.cases import Operation
-from fastlocal.bench.run import Plan
+from fastlocal.bench.run import Plan, require_writable
 from fastlocal.train import cells, pool
 from fastlocal.train import study as studies
 from fastlocal.train.bench import bench as run_bench
@@ -214,7 +214,9 @@ def bench(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        plan = Plan(operation=operation, size=size, quick=quick, device=device, with_compile=compiled)
+        plan = Plan(operation=operation, size=size, quick=quick, device=device, compiled=compiled)
+        if out is not None:
+            require_writable(out)
     except ValueError as error:
         raise UsageError(str(error)) from error
     run_bench(plan, out, Console())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import numpy
 import torch
 
 import fastlocal
+from fastlocal.bench.machine import device_name
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
@@ -21,7 +23,8 @@ from fastlocal.train.record import Record
 
 def versions(device: torch.device) -> dict[str, str]:
     """What a figure depends on beside its config."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else f"{device_name('cpu')}, {os.cpu_count()} processors"
     return {
         "fastlocal": fastlocal.__version__,
         "torch": torch.__version__,
@@ -29,16 +32,6 @@ def versions(device: torch.device) -> dict[str, str]:
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} processors" if names else platform.machine()
 
 
 def summarise(
