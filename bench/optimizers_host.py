@@ -6,26 +6,40 @@ Every kernel is replaced by one that does nothing, so that this needs no GPU; th
 "kept" gradients keep their addresses from step to step; "moved" ones alternate between two sets, which is what
 an allocator that hands out other memory looks like. With --beside, another checkout is stepped in turn with
 this one in the same process, so that a noisy neighbour hits both.
+
+"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the dtype and
+layout of every gradient, and autograd's version counters. PyTorch has no call that reads them of a whole list.
+Appends one JSON line to bench/results/optimizers_host.jsonl.
 """
 
 import argparse
+import datetime
 import importlib
+import json
 import os
+import platform
 import statistics
 import sys
 import time
+from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # the door to the kernels then takes CPU tensors
 
 import torch
+from optimizers_cpu import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (("LARS", {}), ("LAMB", {}), ("LAMB", {"max_grad_norm": 1.0}))
 
 
 class NoKernel:
     """Launches nothing."""
+
+    def __init__(self, kernel: Any):
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: object) -> Any:
         return lambda *arguments, **constants: None
@@ -40,9 +54,57 @@ def load(checkout: Path) -> dict[str, Any]:
     launcher = importlib.import_module("fastlocal.kernels.trust_ratio")
     sys.path.pop(0)
     for module in (launcher, launcher.lamb, launcher.lars):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            setattr(module, name, NoKernel())
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                setattr(module, name, NoKernel(kernel))
     return {n: m for n, m in sys.modules.items() if n.split(".")[0] == "fastlocal"}
+
+
+class ReadsAlone:
+    """What a step must ask of its tensors, and nothing else."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.params = list(optimizer.state)
+        self.state = [t for s in optimizer.state.values() for t in s.values()]
+
+    def step(self) -> None:
+        """Read it all once."""
+        grads: Any = [p.grad for p in self.params]
+        for tensors in (self.params, grads, self.state):
+            list(map(torch.Tensor.data_ptr, tensors))
+        list(map(attrgetter("dtype"), grads))
+        all(map(torch.Tensor.is_contiguous, grads))
+        torch.autograd.graph.increment_version(self.params)
+
+
+def measure(
+    checkouts: dict[str, dict[str, Any]], label: str, options: dict[str, Any], tensors: int, rounds: int, moved: bool
+) -> dict[str, dict[str, float]]:
+    """Microseconds a step of each checkout and of the reads alone, in turn."""
+    steppers: dict[str, tuple[Any, list, list]] = {}
+    for checkout, modules in checkouts.items():
+        sys.modules.update(modules)
+        params = [torch.nn.Parameter(torch.randn(8)) for _ in range(tensors)]
+        grads = [[torch.randn(8) for _ in params] for _ in range(2)]
+        optimizer = getattr(modules["fastlocal"], label)(params, weight_decay=0.01, fused=True, **options)
+        steppers[checkout] = (optimizer, params, grads)
+    times: dict[str, list[float]] = {name: [] for name in (*steppers, "reads alone")}
+    for number in range(rounds + 4):
+        for checkout, (optimizer, params, grads) in list(steppers.items()):
+            for p, g in zip(params, grads[number % 2 if moved else 0], strict=True):
+                p.grad = g
+            if checkout in checkouts:
+                sys.modules.update(checkouts[checkout])  # a step imports the kernels when it needs them
+            start = time.perf_counter()
+            optimizer.step()
+            if number >= 4:
+                times[checkout].append((time.perf_counter() - start) * 1e6)
+        if number == 0:
+            optimizer, params, grads = steppers["this"]
+            steppers["reads alone"] = (ReadsAlone(optimizer), params, grads)
+    return {
+        name: {"median_us": round(statistics.median(t), 1), "min_us": round(min(t), 1)} for name, t in times.items()
+    }
 
 
 def main() -> None:
@@ -50,33 +112,30 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--beside", type=Path, help="another checkout of fastlocal")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/optimizers_host.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     paths = {"this": ROOT} | ({} if arguments.beside is None else {"beside": arguments.beside})
     checkouts = {name: load(path) for name, path in paths.items()}
-    for label, options in (("LARS", {}), ("LAMB", {}), ("LAMB", {"max_grad_norm": 1.0})):
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": cpu_name(),
+        "versions": {"python": platform.python_version()} | {n: metadata.version(n) for n in ("torch", "triton")},
+        "tensors": arguments.tensors,
+        "rounds": arguments.rounds,
+        "rows": {},
+    }
+    for label, options in CASES:
         for moved in (False, True):
-            steps = {}
-            for checkout, modules in checkouts.items():
-                sys.modules.update(modules)
-                package = modules["fastlocal"]
-                params = [torch.nn.Parameter(torch.randn(8)) for _ in range(arguments.tensors)]
-                grads = [[torch.randn(8) for _ in params] for _ in range(2)]
-                optimizer = getattr(package, label)(params, weight_decay=0.01, fused=True, **options)
-                steps[checkout] = (optimizer, params, grads)
-            times: dict[str, list[float]] = {checkout: [] for checkout in steps}
-            for number in range(arguments.rounds + 4):
-                for checkout, (optimizer, params, grads) in steps.items():
-                    for p, g in zip(params, grads[number % 2 if moved else 0], strict=True):
-                        p.grad = g
-                    sys.modules.update(checkouts[checkout])  # a step imports the kernels when it needs them
-                    start = time.perf_counter()
-                    optimizer.step()
-                    if number >= 4:
-                        times[checkout].append((time.perf_counter() - start) * 1e6)
-            name = f"{label} {options or ''} {'moved' if moved else 'kept'} gradients"
-            medians = ", ".join(f"{c} {statistics.median(t):.0f} us" for c, t in times.items())
-            print(f"{name:50} {arguments.tensors} tensors: {medians}")
+            name = " ".join([label, *(f"{k}={v}" for k, v in options.items()), "moved" if moved else "kept"])
+            rows = measure(checkouts, label, options, arguments.tensors, arguments.rounds, moved)
+            record["rows"][name] = rows
+            medians = ", ".join(f"{c} {row['median_us']:.0f} us" for c, row in rows.items())
+            print(f"{name:40} {arguments.tensors} tensors: {medians}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastlocal.kernels.trust_ratio_common import (
+    find_chunk,
     gradient_multiplier,
     load_block,
     load_weight,
@@ -31,6 +32,7 @@ INVERSE2 = tl.constexpr(2)  # of √v in the update
 SHRINK = tl.constexpr(3)  # of w, for decoupled decay
 STEP_SIZE = tl.constexpr(4)  # of u; phase 2 finds the trust ratio multiplied in
 COLUMNS = 5
+TENSORS = 128
 _COLUMNS = tl.constexpr(COLUMNS)
 
 # Rows of the pointer table.
@@ -61,10 +63,10 @@ def prepare_kernel(
     DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_MASTER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TENSORS: tl.constexpr,  # that one program serves
 ):
-    """Counts the step of BLOCK tensors and writes their coefficients."""
-    tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Counts the step of TENSORS tensors and writes their coefficients."""
+    tensors = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     mask = tensors < num_tensors
     STEP: tl.constexpr = MASTER + 1 if HAS_MASTER else MASTER
     addresses = tl.load(pointers + STEP * num_tensors + tensors, mask=mask, other=0)
@@ -82,9 +84,9 @@ def prepare_kernel(
     correction1 = 1.0 - tl.exp(t * log_beta1)
     root2 = tl.sqrt(1.0 - tl.exp(t * log_beta2))
     rate = tl.load(lr)
-    step_size = tl.zeros([BLOCK], dtype=tl.float32) + rate
-    inverse1 = tl.full([BLOCK], 1.0, dtype=tl.float32)
-    inverse2 = tl.full([BLOCK], 1.0, dtype=tl.float32)
+    step_size = tl.zeros([TENSORS], dtype=tl.float32) + rate
+    inverse1 = tl.full([TENSORS], 1.0, dtype=tl.float32)
+    inverse2 = tl.full([TENSORS], 1.0, dtype=tl.float32)
     if CORRECTION == "moments":
         inverse1 = (1.0 / correction1).to(tl.float32)
         inverse2 = (1.0 / root2).to(tl.float32)
@@ -98,10 +100,10 @@ def prepare_kernel(
         shrink = 1.0 - rate * weight_decay
 
     row = coefficients + tensors * _COLUMNS
-    tl.store(row + MULTIPLIER, tl.zeros([BLOCK], dtype=tl.float32) + multiplier, mask=mask)
+    tl.store(row + MULTIPLIER, tl.zeros([TENSORS], dtype=tl.float32) + multiplier, mask=mask)
     tl.store(row + INVERSE1, inverse1, mask=mask)
     tl.store(row + INVERSE2, inverse2, mask=mask)
-    tl.store(row + SHRINK, tl.zeros([BLOCK], dtype=tl.float32) + shrink, mask=mask)
+    tl.store(row + SHRINK, tl.zeros([TENSORS], dtype=tl.float32) + shrink, mask=mask)
     tl.store(row + STEP_SIZE, step_size, mask=mask)
 
 
@@ -113,24 +115,8 @@ def _update(w, m, v, inverse1, inverse2, eps, update_decay):
 
 @triton.jit
 def _moments_block(
-    p,
-    master,
-    g,
-    m,
-    v,
+    values,  # as below
     start,
-    size,
-    multiplier,
-    inverse1,
-    inverse2,
-    shrink,
-    beta1,
-    beta2,
-    beta3,
-    beta4,
-    eps,
-    l2_decay,
-    update_decay,
     weight_squares,
     update_squares,
     MASKED: tl.constexpr,
@@ -138,6 +124,10 @@ def _moments_block(
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
 ):
+    (
+        p, master, g, m, v, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3, beta4, eps, l2_decay,
+        update_decay,
+    ) = values  # fmt: skip
     offsets = start + tl.arange(0, BLOCK)
     w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     gradient = load_block(g, offsets, size, MASKED) * multiplier + l2_decay * w
@@ -181,9 +171,7 @@ def moments_kernel(
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
-    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
+    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
@@ -195,20 +183,18 @@ def moments_kernel(
     multiplier, shrink = tl.load(row + MULTIPLIER), tl.load(row + SHRINK)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
 
+    values = (
+        p, master, g, m, v, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3, beta4, eps, l2_decay,
+        update_decay,
+    )  # fmt: skip
     ww = tl.zeros([BLOCK], dtype=tl.float32)
     uu = tl.zeros([BLOCK], dtype=tl.float32)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
-            ww, uu = _moments_block(
-                p, master, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
-                beta4, eps, l2_decay, update_decay, ww, uu, False, BLOCK, HAS_MASTER, P_DTYPE,
-            )  # fmt: skip
+            ww, uu = _moments_block(values, base + i, ww, uu, False, BLOCK, HAS_MASTER, P_DTYPE)
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
-            ww, uu = _moments_block(
-                p, master, g, m, v, base + i, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3,
-                beta4, eps, l2_decay, update_decay, ww, uu, True, BLOCK, HAS_MASTER, P_DTYPE,
-            )  # fmt: skip
+            ww, uu = _moments_block(values, base + i, ww, uu, True, BLOCK, HAS_MASTER, P_DTYPE)
     tl.store(partials + program * 2, tl.sum(ww))
     tl.store(partials + program * 2 + 1, tl.sum(uu))
 
@@ -246,23 +232,14 @@ def ratio_kernel(
 
 @triton.jit
 def _weights_block(
-    p,
-    master,
-    m,
-    v,
+    values,  # as below
     start,
-    size,
-    inverse1,
-    inverse2,
-    shrink,
-    step_size,
-    eps,
-    update_decay,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
 ):
+    p, master, m, v, size, inverse1, inverse2, shrink, step_size, eps, update_decay = values
     offsets = start + tl.arange(0, BLOCK)
     w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE) * shrink
     first = load_block(m, offsets, size, MASKED)
@@ -293,9 +270,7 @@ def weights_kernel(
         if tl.load(found_inf) != 0:
             return
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
-    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
+    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
     v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
@@ -305,15 +280,10 @@ def weights_kernel(
     row = coefficients + tensor * _COLUMNS
     shrink, step_size = tl.load(row + SHRINK), tl.load(row + STEP_SIZE)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
+    values = p, master, m, v, size, inverse1, inverse2, shrink, step_size, eps, update_decay
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
-            _weights_block(
-                p, master, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
-                False, BLOCK, HAS_MASTER, P_DTYPE,
-            )  # fmt: skip
+            _weights_block(values, base + i, False, BLOCK, HAS_MASTER, P_DTYPE)
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
-            _weights_block(
-                p, master, m, v, base + i, size, inverse1, inverse2, shrink, step_size, eps, update_decay,
-                True, BLOCK, HAS_MASTER, P_DTYPE,
-            )  # fmt: skip
+            _weights_block(values, base + i, True, BLOCK, HAS_MASTER, P_DTYPE)

@@ -1,10 +1,8 @@
 """LARS in two phases: 28 bytes a float32 parameter, gradients untouched, no temporary.
 
-    phase 1: Σw², and Σg² or Σ(g + λw)²                                  reads g, w:                    8
-    bytes
+    phase 1: Σw², and Σg² or Σ(g + λw)²                           reads g, w:                   8 bytes
     ratio:   r = η‖w‖/(‖g‖ + λ‖w‖ + ε) of each tensor
-    phase 2: b ← μb + (1 − dampening)·r·(g + λw), w ← w − lr·b           reads g, b, w; writes b, w:   20
-    bytes
+    phase 2: b ← μb + (1 − dampening)·r·(g + λw), w ← w − lr·b    reads g, b, w; writes b, w:  20 bytes
 
 Tensors without a trust ratio take no part in phase 1: 20 bytes. Coefficients are computed on the device, as
 for LAMB.
@@ -14,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastlocal.kernels.trust_ratio_common import (
+    find_chunk,
     gradient_multiplier,
     load_block,
     load_weight,
@@ -106,13 +105,8 @@ def prepare_kernel(
 
 @triton.jit
 def _norms_block(
-    p,
-    master,
-    g,
+    values,  # as below
     start,
-    size,
-    multiplier,
-    weight_decay,
     ww,
     gg,
     MASKED: tl.constexpr,
@@ -121,6 +115,7 @@ def _norms_block(
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
 ):
+    p, master, g, size, multiplier, weight_decay = values
     offsets = start + tl.arange(0, BLOCK)
     w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     gradient = load_block(g, offsets, size, MASKED)
@@ -156,11 +151,9 @@ def norms_kernel(
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
+    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
     if tl.load(adapts + tensor) == 0:
         return
-    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
     master = p
@@ -169,38 +162,23 @@ def norms_kernel(
     multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
     if MAXIMIZE:
         multiplier = -multiplier
+    values = p, master, g, size, multiplier, weight_decay
     ww = tl.zeros([BLOCK], dtype=tl.float32)
     gg = tl.zeros([BLOCK], dtype=tl.float32)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
-            ww, gg = _norms_block(
-                p, master, g, base + i, size, multiplier, weight_decay, ww, gg, False, BLOCK, JOINT,
-                MASTER != P, P_DTYPE,
-            )  # fmt: skip
+            ww, gg = _norms_block(values, base + i, ww, gg, False, BLOCK, JOINT, MASTER != P, P_DTYPE)
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
-            ww, gg = _norms_block(
-                p, master, g, base + i, size, multiplier, weight_decay, ww, gg, True, BLOCK, JOINT,
-                MASTER != P, P_DTYPE,
-            )  # fmt: skip
+            ww, gg = _norms_block(values, base + i, ww, gg, True, BLOCK, JOINT, MASTER != P, P_DTYPE)
     tl.store(partials + program * 2, tl.sum(ww))
     tl.store(partials + program * 2 + 1, tl.sum(gg))
 
 
 @triton.jit
 def _weights_block(
-    p,
-    master,
-    g,
-    b,
+    values,  # as below
     start,
-    size,
-    multiplier,
-    scale,
-    share,
-    step_size,
-    momentum,
-    weight_decay,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_MASTER: tl.constexpr,
@@ -208,6 +186,7 @@ def _weights_block(
     HAS_BUFFER: tl.constexpr,
     NESTEROV: tl.constexpr,
 ):
+    p, master, g, b, size, multiplier, scale, share, step_size, momentum, weight_decay = values
     offsets = start + tl.arange(0, BLOCK)
     w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
     d = (load_block(g, offsets, size, MASKED) * multiplier + weight_decay * w) * scale
@@ -246,9 +225,7 @@ def weights_kernel(
         if tl.load(found_inf) != 0:
             return
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
-    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
+    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
     b = p
@@ -260,15 +237,10 @@ def weights_kernel(
     row = coefficients + tensor * _COLUMNS
     multiplier, scale = tl.load(row + MULTIPLIER), tl.load(row + SCALE)
     share, step_size = tl.load(row + KEPT), tl.load(row + STEP_SIZE)
+    values = p, master, g, b, size, multiplier, scale, share, step_size, momentum, weight_decay
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
-            _weights_block(
-                p, master, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
-                False, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV,
-            )  # fmt: skip
+            _weights_block(values, base + i, False, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV)
     else:
         for i in range(0, (size - base).to(tl.int32), BLOCK):
-            _weights_block(
-                p, master, g, b, base + i, size, multiplier, scale, share, step_size, momentum, weight_decay,
-                True, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV,
-            )  # fmt: skip
+            _weights_block(values, base + i, True, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV)

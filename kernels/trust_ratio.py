@@ -25,6 +25,50 @@ from fastlocal.kernels.trust_ratio_common import (
 from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_buckets
 
 
+def _arguments(bucket: Bucket) -> dict[str, Any]:
+    """A table of what the kernels take by these names."""
+    return {
+        "pointers": bucket.pointers,
+        "sizes": bucket.sizes,
+        "chunks": bucket.chunks,
+        "first_chunk": bucket.first_chunk,
+        "adapts": bucket.adapts,
+        "num_tensors": bucket.num_tensors,
+        "P_DTYPE": DTYPES[bucket.dtypes[0]],
+        "G_DTYPE": DTYPES[bucket.dtypes[-1]],
+        "ALIGNED": bucket.aligned,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+    }
+
+
+def _step_arguments(
+    bucket: Bucket, columns: int, lr: Tensor, options: Any, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> dict[str, Any]:
+    """The same with what LAMB and LARS both take; `columns` is the width of their coefficient table."""
+    return _arguments(bucket) | {
+        "coefficients": bucket.float_scratch("coefficients", bucket.num_tensors, columns),
+        "partials": bucket.float_scratch("partials", bucket.num_chunks, 2),
+        "lr": lr,
+        # In the place of what is absent stands some pointer, which is not read.
+        "grad_scale": lr if grad_scale is None else grad_scale,
+        "found_inf": lr if found_inf is None else found_inf,
+        "HAS_SCALE": grad_scale is not None,
+        "HAS_FOUND": found_inf is not None,
+        "weight_decay": float(options.weight_decay),
+        "eps": float(options.eps),
+        "MAXIMIZE": options.maximize,
+    }
+
+
+def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any]) -> None:
+    """Launches with those of the arguments that the kernel's parameters name."""
+    if num_programs:
+        names = kernel.arg_names
+        warps = {"num_warps": NUM_WARPS} if "CHUNK" in names else {}
+        kernel[(num_programs,)](**{name: arguments[name] for name in names}, **warps)
+
+
 def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """A float32 scalar on the device; a host value is written only when it has changed."""
     if isinstance(value, Tensor) and value.device == device:
@@ -86,24 +130,13 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
         sums, start = cache["sums"], 0
         for bucket in found:
             _copy(bucket.copies_in)
+            sums_here = sums[start : start + bucket.num_tensors]
             partials = bucket.float_scratch("squares", bucket.num_chunks)
-            if bucket.num_chunks:
-                square_kernel[(bucket.num_chunks,)](
-                    bucket.pointers,
-                    bucket.sizes,
-                    bucket.chunks,
-                    partials,
-                    bucket.num_tensors,
-                    DTYPE=DTYPES[bucket.dtypes[0]],
-                    ALIGNED=bucket.aligned,
-                    CHUNK=CHUNK,
-                    BLOCK=BLOCK,
-                    num_warps=NUM_WARPS,
-                )
-            part = sums[start : start + bucket.num_tensors]
-            tensor_sum_kernel[(bucket.num_tensors,)](partials, bucket.first_chunk, part, BLOCK=BLOCK)
+            arguments = _arguments(bucket) | {"partials": partials, "sums": sums_here}
+            _launch(square_kernel, bucket.num_chunks, arguments)
+            _launch(tensor_sum_kernel, bucket.num_tensors, arguments)
             start += bucket.num_tensors
-        norm_kernel[(1,)](sums, len(grads), cache["norm_out"], BLOCK=BLOCK)
+        _launch(norm_kernel, 1, {"sums": sums, "num_sums": len(grads), "norm": cache["norm_out"], "BLOCK": BLOCK})
     return cache["norm_out"]
 
 
@@ -152,82 +185,32 @@ def _lamb_bucket(
     found_inf: Tensor | None,
 ) -> None:
     beta1, beta2 = options.betas
-    correction = {True: "moments", False: "none", "step": "step"}[options.bias_correction]
-    update_decay = options.weight_decay if options.decay == "update" else 0.0
-    l2_decay = options.weight_decay if options.decay == "l2" else 0.0
-    found = lr if found_inf is None else found_inf  # some pointer, which is not read
-    coefficients = bucket.float_scratch("coefficients", bucket.num_tensors, lamb.COLUMNS)
-    partials = bucket.float_scratch("partials", bucket.num_chunks, 2)
-    tables = (bucket.pointers, bucket.sizes, bucket.chunks, coefficients)
-    common = {"ALIGNED": bucket.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    p_dtype, g_dtype = (DTYPES[dtype] for dtype in bucket.dtypes)
-
-    lamb.prepare_kernel[((bucket.num_tensors + 127) // 128,)](
-        bucket.pointers,
-        coefficients,
-        bucket.num_tensors,
-        lr,
-        lr if norm is None else norm,
-        lr if grad_scale is None else grad_scale,
-        found,
-        _log(beta1),
-        _log(beta2),
-        float(options.weight_decay),
-        float(options.max_grad_norm or 1.0),
-        HAS_NORM=norm is not None and options.max_grad_norm is not None,
-        HAS_SCALE=grad_scale is not None,
-        HAS_FOUND=found_inf is not None,
-        CORRECTION=correction,
-        DECOUPLED=options.decay == "decoupled",
-        MAXIMIZE=options.maximize,
-        HAS_MASTER=mastered,
-        BLOCK=128,
-    )
-    if not bucket.num_chunks:
-        return
-    grid = (bucket.num_chunks,)
-    lamb.moments_kernel[grid](
-        *tables,
-        partials,
-        bucket.num_tensors,
-        found,
-        beta1,
-        beta2,
-        1 - beta1 if options.grad_averaging else 1.0,
-        1 - beta2,
-        float(options.eps),
-        float(l2_decay),
-        float(update_decay),
-        HAS_FOUND=found_inf is not None,
-        HAS_MASTER=mastered,
-        P_DTYPE=p_dtype,
-        G_DTYPE=g_dtype,
-        **common,
-    )
     low, high = options.trust_clip or (0.0, math.inf)
-    lamb.ratio_kernel[(bucket.num_tensors,)](
-        partials,
-        bucket.first_chunk,
-        bucket.adapts,
-        coefficients,
-        found,
-        float(low),
-        float(high),
-        HAS_FOUND=found_inf is not None,
-        HAS_CLIP=options.trust_clip is not None,
-        BLOCK=BLOCK,
-    )
-    lamb.weights_kernel[grid](
-        *tables,
-        bucket.num_tensors,
-        found,
-        float(options.eps),
-        float(update_decay),
-        HAS_FOUND=found_inf is not None,
-        HAS_MASTER=mastered,
-        P_DTYPE=p_dtype,
-        **common,
-    )
+    arguments = _step_arguments(bucket, lamb.COLUMNS, lr, options, grad_scale, found_inf) | {
+        "norm": lr if norm is None else norm,
+        "max_norm": float(options.max_grad_norm or 1.0),
+        "log_beta1": _log(beta1),
+        "log_beta2": _log(beta2),
+        "beta1": beta1,
+        "beta2": beta2,
+        "beta3": 1 - beta1 if options.grad_averaging else 1.0,
+        "beta4": 1 - beta2,
+        "l2_decay": float(options.weight_decay) if options.decay == "l2" else 0.0,
+        "update_decay": float(options.weight_decay) if options.decay == "update" else 0.0,
+        "low": float(low),
+        "high": float(high),
+        "HAS_NORM": norm is not None and options.max_grad_norm is not None,
+        "HAS_CLIP": options.trust_clip is not None,
+        "HAS_MASTER": mastered,
+        "CORRECTION": {True: "moments", False: "none", "step": "step"}[options.bias_correction],
+        "DECOUPLED": options.decay == "decoupled",
+        "TENSORS": lamb.TENSORS,
+    }
+    _launch(lamb.prepare_kernel, -(-bucket.num_tensors // lamb.TENSORS), arguments)
+    if bucket.num_chunks:
+        _launch(lamb.moments_kernel, bucket.num_chunks, arguments)
+        _launch(lamb.ratio_kernel, bucket.num_tensors, arguments)
+        _launch(lamb.weights_kernel, bucket.num_chunks, arguments)
 
 
 def lars_(
@@ -277,75 +260,20 @@ def _lars_bucket(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    found = lr if found_inf is None else found_inf  # some pointer, which is not read
-    scale = lr if grad_scale is None else grad_scale
-    coefficients = bucket.float_scratch("coefficients", bucket.num_tensors, lars.COLUMNS)
-    partials = bucket.float_scratch("partials", bucket.num_chunks, 2)
-    common = {
-        "P_DTYPE": DTYPES[bucket.dtypes[0]],
-        "G_DTYPE": DTYPES[bucket.dtypes[1]],
-        "ALIGNED": bucket.aligned,
-        "CHUNK": CHUNK,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
+    arguments = _step_arguments(bucket, lars.COLUMNS, lr, options, grad_scale, found_inf) | {
+        "momentum": float(options.momentum),
+        "trust_coefficient": float(options.trust_coefficient),
+        "kept": 1.0 - options.dampening,
+        "HAS_BUFFER": options.momentum != 0,
+        "NESTEROV": options.nesterov,
+        "COUNTED": counted,
+        "STEP": step_row,
+        "MASTER": master_row,
+        "JOINT": options.norm == "joint",
+        "CLIP": options.trust_clip,
+        "LR_IN_BUFFER": options.momentum_form == "lr_in_buffer",
     }
-    adapted = options.adapt != "decayed" or options.weight_decay != 0
-    if bucket.num_chunks and adapted:
-        lars.norms_kernel[(bucket.num_chunks,)](
-            bucket.pointers,
-            bucket.sizes,
-            bucket.chunks,
-            bucket.adapts,
-            partials,
-            bucket.num_tensors,
-            scale,
-            found,
-            float(options.weight_decay),
-            HAS_FOUND=found_inf is not None,
-            HAS_SCALE=grad_scale is not None,
-            JOINT=options.norm == "joint",
-            MAXIMIZE=options.maximize,
-            MASTER=master_row,
-            **common,
-        )
-    lars.prepare_kernel[(bucket.num_tensors,)](
-        bucket.pointers,
-        partials,
-        bucket.first_chunk,
-        bucket.adapts,
-        coefficients,
-        bucket.num_tensors,
-        lr,
-        scale,
-        found,
-        float(options.weight_decay),
-        float(options.trust_coefficient),
-        float(options.eps),
-        1.0 - options.dampening,
-        HAS_SCALE=grad_scale is not None,
-        HAS_FOUND=found_inf is not None,
-        COUNTED=counted,
-        STEP=step_row,
-        JOINT=options.norm == "joint",
-        CLIP=options.trust_clip,
-        LR_IN_BUFFER=options.momentum_form == "lr_in_buffer",
-        MAXIMIZE=options.maximize,
-        BLOCK=BLOCK,
-    )
-    if not bucket.num_chunks:
-        return
-    lars.weights_kernel[(bucket.num_chunks,)](
-        bucket.pointers,
-        bucket.sizes,
-        bucket.chunks,
-        coefficients,
-        bucket.num_tensors,
-        found,
-        float(options.momentum),
-        float(options.weight_decay),
-        HAS_FOUND=found_inf is not None,
-        HAS_BUFFER=options.momentum != 0,
-        NESTEROV=options.nesterov,
-        MASTER=master_row,
-        **common,
-    )
+    if options.adapt != "decayed" or options.weight_decay != 0:
+        _launch(lars.norms_kernel, bucket.num_chunks, arguments)
+    _launch(lars.prepare_kernel, bucket.num_tensors, arguments)
+    _launch(lars.weights_kernel, bucket.num_chunks, arguments)

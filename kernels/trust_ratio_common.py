@@ -2,8 +2,7 @@
 
 A launch serves any number of tensors. Program i works on row i of the chunk table (tensor, chunk within the
 tensor), and finds the tensor's addresses in the pointer table, so nothing is flattened or copied. Sums of
-squares are
-deterministic: one partial sum a chunk, then one program a tensor adds them in a fixed order.
+squares are deterministic: one partial sum a chunk, then one program a tensor adds them in a fixed order.
 """
 
 import triton
@@ -33,6 +32,19 @@ def tensor_pointer(
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def find_chunk(
+    program,  # row of the chunk table
+    chunks,  # (num_chunks, 2) int32
+    sizes,  # (num_tensors,) int64, elements
+    CHUNK: tl.constexpr,
+):
+    """The chunk's tensor, its first element within the tensor, and the tensor's size."""
+    tensor = tl.load(chunks + 2 * program)
+    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    return tensor, base, tl.load(sizes + tensor)
 
 
 @triton.jit
@@ -111,17 +123,15 @@ def square_kernel(
     chunks,  # (num_chunks, 2) int32
     partials,  # (num_chunks, 1) float32, written
     num_tensors,
-    DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """partials[i] = Σ x² over chunk i. Moves one tensor's bytes once."""
     program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
-    base = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
-    x = tensor_pointer(pointers, 0, num_tensors, tensor, DTYPE, ALIGNED)
+    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
+    x = tensor_pointer(pointers, 0, num_tensors, tensor, G_DTYPE, ALIGNED)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):

@@ -6,9 +6,11 @@ gradients have moved, it writes their new addresses and nothing else. Tables are
 dtype and alignment, each of which is one launch a kernel.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 
 import torch
 import triton.language as tl
@@ -52,32 +54,34 @@ class _Key:
 
     kind: tuple
     addresses: list[int]  # of everything but gradients
+    dtypes: list[torch.dtype]  # of gradients
     strides: list[tuple[int, tuple[int, ...]]]  # of gradients that are not contiguous
     gradients: list[int]
 
     def differs_in_gradients_alone(self, other: "_Key") -> bool:
-        mine, others = (self.addresses, self.strides, self.kind), (other.addresses, other.strides, other.kind)
-        return mine == others
+        mine = self.addresses, self.dtypes, self.strides, self.kind
+        return mine == (other.addresses, other.dtypes, other.strides, other.kind)
 
 
 @dataclass
 class _Tables:
     key: _Key
-    dtypes: list[torch.dtype]  # of gradients
     buckets: list[Bucket]
 
-    def follow(self, key: _Key, dtypes: list[torch.dtype], row: int) -> bool:
+    def follow(self, key: _Key, row: int) -> bool:
         """Writes new addresses of gradients into the tables, or returns False where that is not enough."""
-        if dtypes != self.dtypes or _is_capturing(self.buckets[0].pointers):
+        if _is_capturing(self.buckets[0].pointers):
             return False
         moved = []
         for bucket in self.buckets:
-            addresses = [key.gradients[i] for i in bucket.members]
-            if bucket.copies_in or (bucket.aligned and any(a % 16 for a in addresses)):
+            alone = len(self.buckets) == 1
+            addresses = key.gradients if alone else list(map(key.gradients.__getitem__, bucket.members))
+            # From a list, torch.tensor takes twice as long.
+            table = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+            if bucket.copies_in or (bucket.aligned and bool((table % 16).any())):
                 return False
-            moved.append(addresses)
-        for bucket, addresses in zip(self.buckets, moved, strict=True):
-            table = torch.tensor(addresses, dtype=torch.int64)
+            moved.append(table)
+        for bucket, table in zip(self.buckets, moved, strict=True):
             pinned = table.pin_memory() if bucket.pointers.is_cuda else table
             bucket.pointers[row].copy_(pinned, non_blocking=True)
         self.key = key
@@ -87,6 +91,7 @@ class _Tables:
 # Called through `map`, a sixth faster than as methods.
 _data_ptr = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
+_dtype = attrgetter("dtype")
 
 
 def _is_capturing(table: Tensor) -> bool:
@@ -108,7 +113,8 @@ def _key(rows: Sequence[Sequence[Tensor]], flags: object, steps: Sequence[Tensor
     return _Key(
         kind=(flags, *lengths),
         addresses=list(map(_data_ptr, others)),
-        # A new gradient may lie where the last one did and be laid out otherwise.
+        # A new gradient may lie where the last one did, and be of another dtype or laid out otherwise.
+        dtypes=list(map(_dtype, rows[row])),
         strides=[] if all(map(_is_contiguous, rows[row])) else _strides(rows[row]),
         gradients=list(map(_data_ptr, rows[row])),
     )
@@ -132,7 +138,7 @@ def kept_buckets(
     if not key.differs_in_gradients_alone(tables.key):
         return None
     row = _gradient_row(rows)
-    if key.gradients != tables.key.gradients and not tables.follow(key, [g.dtype for g in rows[row]], row):
+    if key.gradients != tables.key.gradients and not tables.follow(key, row):
         return None
     return tables.buckets
 
@@ -161,13 +167,27 @@ def buckets(
     kept = kept_buckets(cache, name, rows, flags, steps)
     if kept is not None:
         return kept
-    dtypes = [g.dtype for g in rows[_gradient_row(rows)]]
     built = _build(rows, written, [adapts(t) for t in rows[0]], steps)
-    cache[name] = _Tables(_key(rows, flags, steps), dtypes, built)
+    cache[name] = _Tables(_key(rows, flags, steps), built)
     if _is_capturing(built[0].pointers):
         # A replay copies these tables from the host again, so they outlive the next ones.
         cache.setdefault("captured", []).append(built)
     return built
+
+
+def _check(tensors: Sequence[Tensor], step: Tensor | None) -> None:
+    """Raises for what the kernels would read from the wrong place or as something else."""
+    param, _, *state = tensors if len(tensors) > 1 else (tensors[0], tensors[0])
+    for tensor in (*tensors[1:], *(() if step is None else (step,))):
+        if tensor.device != param.device:
+            raise RuntimeError(f"gradients and state must be on the parameter's {param.device}, got {tensor.device}")
+    for tensor in (*state, *(() if step is None else (step,))):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"state must be float32 for impl='triton' (fused=True), got {tensor.dtype}")
+    for tensor in tensors[1:]:
+        if tensor.shape != param.shape:
+            shapes = f"{tuple(param.shape)}, got {tuple(tensor.shape)}"
+            raise ValueError(f"gradients and state must have their parameter's shape {shapes}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -187,6 +207,7 @@ def _build(
     members: dict[tuple, list[tuple[list[Tensor], int]]] = {}
     copies: dict[tuple, tuple[list, list]] = {}
     for index, tensors in enumerate(zip(*rows, strict=True)):
+        _check(tensors, None if steps is None else steps[index])
         # The state decides the layout: it is dense, and outlives gradients and copies.
         model = tensors[2] if len(tensors) > 2 else tensors[0]
         strides = model.stride() if _is_dense(model) else torch.empty(model.shape, device="meta").stride()

@@ -4,6 +4,15 @@
 
 Run by test_pytorch_optimizer_tests.py in a process of its own: the classes that PyTorch tests are described in a list
 that must be replaced before its file is imported. Needs the package expecttest.
+
+Not run, and why:
+- complex parameters: refused, since the norm of a complex tensor is not that of its real and imaginary parts;
+- tensors of 2**32 elements: they take 64 GiB and more of a GPU's memory;
+- defaults_changed_to_foreach: it replaces a function of torch.optim's own modules;
+- state_dict_with_cuda_params: it wants step counts on the CPU, where the kernels could not count;
+- float64 with fused=True: the kernels step no float64;
+- LARS with a scheduler and the default rate: without decay that is plain SGD with a rate of 1.
+Without a GPU, PyTorch itself skips the tests of fused steps, of peak memory and of moving state between devices.
 """
 
 import importlib.util
@@ -76,12 +85,16 @@ def error_inputs(optimizer: type, device: object, dtype: object) -> list[common.
 
 
 SKIPPED = {
+    "test_complex": "complex parameters are refused",
+    "test_complex_2d": "complex parameters are refused",
     "test_fused_large_tensor": "2**32 elements take 64 GiB on a GPU",
     "test_foreach_large_tensor": "2**32 elements take 72 GB on a GPU",
     "test_defaults_changed_to_foreach": "looks for a function of torch.optim's own modules",
     "test_state_dict_with_cuda_params": "wants step counts on the CPU; the kernels count on the parameter's device",
 }
 LARS_SKIPPED = {
+    "test_complex": "complex parameters are refused",
+    "test_complex_2d": "complex parameters are refused",
     "test_param_group_with_lrscheduler_goes_right_direction": "without decay the default rate of 1 is plain SGD's",
 }
 

@@ -612,6 +612,58 @@ def test_the_scale_of_a_grad_scaler_is_undone_and_a_found_inf_changes_nothing(op
 
 
 @EVERY_FORM
+def test_gradients_unscaled_before_the_step_are_not_divided_again(optimizer, options):
+    params = make_params()
+    same = clone(params)
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    set_grads(params, 1, 1024.0)
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    train(optimizer(same, lr=0.1, weight_decay=0.1, **options), same, [1])
+    assert_equal(params, same)
+
+
+@EVERY_FORM
+def test_maximize_steps_along_the_negated_gradients(optimizer, options):
+    params = make_params()
+    same = clone(params)
+    up = optimizer(params, lr=0.1, weight_decay=0.1, maximize=True, **options)
+    down = optimizer(same, lr=0.1, weight_decay=0.1, **options)
+    for seed in (1, 2):
+        set_grads(params, seed)
+        set_grads(same, seed, -1.0)
+        up.step()
+        down.step()
+    assert_equal(params, same)
+
+
+@BOTH
+def test_checkpoints_load_with_and_without_names_of_parameters(optimizer):
+    params = make_params()
+    named = optimizer([(f"layer{i}", p) for i, p in enumerate(params)], lr=0.1, weight_decay=0.1)
+    train(named, params, [1, 2])
+    saved = named.state_dict()
+    assert saved["param_groups"][0]["param_names"] == [f"layer{i}" for i in range(len(params))]
+    unnamed_params, again_params = clone(params), clone(params)
+    unnamed = optimizer(unnamed_params, lr=0.1, weight_decay=0.1)
+    unnamed.load_state_dict(saved)
+    again = optimizer([(f"layer{i}", p) for i, p in enumerate(again_params)], lr=0.1, weight_decay=0.1)
+    again.load_state_dict(optimizer_without_names(saved))
+    for opt, own in ((named, params), (unnamed, unnamed_params), (again, again_params)):
+        train(opt, own, [3])
+    assert_equal(unnamed_params, params)
+    assert_equal(again_params, params)
+    assert again.param_groups[0]["param_names"] == saved["param_groups"][0]["param_names"]
+
+
+def optimizer_without_names(saved):
+    groups = [{k: v for k, v in group.items() if k != "param_names"} for group in saved["param_groups"]]
+    return {**saved, "param_groups": groups}
+
+
+@EVERY_FORM
 def test_a_step_can_be_compiled(optimizer, options):
     torch.compiler.reset()
     params = make_params()

@@ -331,6 +331,83 @@ def test_fused_steps_see_state_replaced_state_moved_and_groups_added(optimizer, 
     step(random())
 
 
+def exchange(first, second):
+    first.data, second.data = second.data, first.data
+
+
+@FORMS
+def test_fused_steps_see_memory_exchanged_between_tensors_of_one_shape(optimizer, extra):
+    params, exact, fused, plain, step = pair_of_optimizers(optimizer, [(7, 3), (7, 3), (3,)], extra)
+    names = {LAMB: ["exp_avg", "exp_avg_sq"], LARS: ["momentum_buffer"]}[optimizer]
+
+    def random():
+        return [torch.randn_like(p) for p in params]
+
+    grads = random()
+    step(grads)
+    for name in names:
+        for opt, own in ((fused, params), (plain, exact)):
+            exchange(opt.state[own[0]][name], opt.state[own[1]][name])
+        step(grads)
+    for own in (params, exact):
+        exchange(own[0], own[1])
+    step(grads)
+    exchange(grads[0], grads[1])
+    step(grads)
+    for opt, own in ((fused, params), (plain, exact)):
+        opt.state[own[0]], opt.state[own[1]] = opt.state[own[1]], opt.state[own[0]]
+    step(grads)
+    for opt, own in ((fused, params), (plain, exact)):
+        for name in set(opt.state[own[0]]) - set(names):  # the count of steps, of another memory and value
+            opt.state[own[0]][name].data = torch.full_like(opt.state[own[0]][name], 7.0)
+    step(grads)
+    step(random())
+
+
+@FORMS
+def test_fused_steps_never_read_memory_that_state_has_left(optimizer, extra):
+    params, _, fused, _, step = pair_of_optimizers(optimizer, [(70, 3), (3,)], extra)
+    grads = [torch.randn_like(p) for p in params]
+    step(grads)
+    for _ in range(3):  # what an offloading framework does: away, the memory for something else, back
+        for tensor in fused.state[params[0]].values():
+            tensor.data = tensor.cpu().clone()
+        others = [torch.full_like(params[0], float("nan")) for _ in range(4)]
+        for tensor in fused.state[params[0]].values():
+            tensor.data = tensor.to(DEVICE).clone()
+        step(grads)
+        assert all(other.isnan().all() for other in others)
+
+
+def test_a_gradient_of_another_dtype_in_the_same_memory_is_read_as_such():
+    options = replace(LARS_OPTIONS, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.1, lr=0.1)
+    memory = torch.randn(24, device=DEVICE)
+    half = memory.view(torch.bfloat16)[:24].view(4, 6)
+    param = torch.randn(4, 6, device=DEVICE)
+    exact, tables = param.cpu().double(), {}
+    for grad in (memory.view(4, 6), half, memory.view(4, 6), half):
+        grad.copy_(torch.randn(4, 6))
+        ops.lars_([param], [grad], [None], [None], options, impl="triton", tables=tables)
+        ops.lars_([exact], [grad.cpu().double()], [None], [None], options, impl="reference")
+        torch.testing.assert_close(param.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (torch.zeros(4, dtype=torch.bfloat16), TypeError, "state must be float32 .* got torch.bfloat16"),
+        (torch.zeros(5), ValueError, r"must have their parameter's shape \(4,\), got \(5,\)"),
+        (torch.zeros(4, device="meta"), RuntimeError, "must be on the parameter's .*, got meta"),
+    ],
+)
+def test_state_that_the_kernels_would_misread_is_refused(state, error, message):
+    param = torch.randn(4, device=DEVICE)
+    moved = state if state.is_meta else state.to(DEVICE)
+    options = replace(LARS_OPTIONS, dampening=0.0, nesterov=False)
+    with pytest.raises(error, match=message):
+        ops.lars_([param], [torch.ones_like(param)], [moved], [None], options, impl="triton")
+
+
 @pytest.mark.parametrize("optimizer", [LAMB, LARS])
 def test_a_sparse_gradient_after_dense_ones_is_refused_by_name(optimizer):
     params, _, fused, _, step = pair_of_optimizers(optimizer, [(4, 6)])
