@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlocal.kernels import lamb, lars
-from fastlocal.kernels.device import on_device
+from fastlocal.kernels.device import is_capturing, on_device
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
@@ -26,13 +26,18 @@ from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_b
 
 
 def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A float32 scalar on the device; a host value is written only when it has changed."""
+    """A float32 scalar on the device; a host value is written only when it has changed.
+
+    A graph has a scalar of its own, which its replays write, so that neither they nor other steps see each other's.
+    """
     if isinstance(value, Tensor) and value.device == device:
         return value if value.dtype == torch.float32 else value.to(torch.float32)
     value = float(value)
-    kept = cache.get(name)
+    if is_capturing(device):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    kept = cache.get((name, device))
     if kept is None:
-        kept = cache[name] = (torch.full((), value, dtype=torch.float32, device=device), [value])
+        kept = cache[name, device] = (torch.full((), value, dtype=torch.float32, device=device), [value])
     elif kept[1][0] != value:
         kept[0].fill_(value)
         kept[1][0] = value
@@ -80,10 +85,8 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
             if again:
                 return None
             found = buckets(cache, "norm", [grads], (), None, lambda _: True)
-        if "sums" not in cache or cache["sums"].numel() != len(grads):
-            cache["sums"] = torch.empty(len(grads), dtype=torch.float32, device=device)
-            cache["norm_out"] = torch.empty((), dtype=torch.float32, device=device)
-        sums, start = cache["sums"], 0
+        sums, norm = _norm_buffers(cache, len(grads), device)
+        start = 0
         for bucket in found:
             _copy(bucket.copies_in)
             partials = bucket.float_scratch("squares", bucket.num_chunks)
@@ -103,8 +106,18 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
             part = sums[start : start + bucket.num_tensors]
             tensor_sum_kernel[(bucket.num_tensors,)](partials, bucket.first_chunk, part, BLOCK=BLOCK)
             start += bucket.num_tensors
-        norm_kernel[(1,)](sums, len(grads), cache["norm_out"], BLOCK=BLOCK)
-    return cache["norm_out"]
+        norm_kernel[(1,)](sums, len(grads), norm, BLOCK=BLOCK)
+    return norm
+
+
+def _norm_buffers(cache: dict, num_grads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Σg² of each gradient and ‖G‖, the same at every step; a graph has its own."""
+    kept = cache.get("norm buffers")
+    if kept is None or kept[0].numel() != num_grads or kept[0].device != device or is_capturing(device):
+        kept = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((num_grads,), ()))
+        if not is_capturing(device):
+            cache["norm buffers"] = kept
+    return kept
 
 
 def lamb_(

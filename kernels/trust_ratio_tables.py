@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastlocal.kernels.device import is_capturing
 from fastlocal.kernels.trust_ratio_common import CHUNK
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -65,10 +66,11 @@ class _Tables:
     key: _Key
     dtypes: list[torch.dtype]  # of gradients
     buckets: list[Bucket]
+    in_graph: bool = False  # replays read them, so they stay as they are
 
     def follow(self, key: _Key, dtypes: list[torch.dtype], row: int) -> bool:
         """Writes new addresses of gradients into the tables, or returns False where that is not enough."""
-        if dtypes != self.dtypes or _is_capturing(self.buckets[0].pointers):
+        if dtypes != self.dtypes or self.in_graph or is_capturing(self.buckets[0].pointers.device):
             return False
         moved = []
         for bucket in self.buckets:
@@ -87,10 +89,6 @@ class _Tables:
 # Called through `map`, a sixth faster than as methods.
 _data_ptr = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
-
-
-def _is_capturing(table: Tensor) -> bool:
-    return table.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
@@ -134,7 +132,15 @@ def kept_buckets(
     row = _gradient_row(rows)
     if key.gradients != tables.key.gradients and not tables.follow(key, [g.dtype for g in rows[row]], row):
         return None
+    _keep_for_graph(cache, tables)
     return tables.buckets
+
+
+def _keep_for_graph(cache: dict, tables: _Tables) -> None:
+    """If this step is being recorded: replays read the tables, and copy those built meanwhile from the host again."""
+    if not tables.in_graph and is_capturing(tables.buckets[0].pointers.device):
+        tables.in_graph = True
+        cache.setdefault("captured", []).append(tables)
 
 
 def buckets(
@@ -164,9 +170,7 @@ def buckets(
     dtypes = [g.dtype for g in rows[_gradient_row(rows)]]
     built = _build(rows, written, [adapts(t) for t in rows[0]], steps)
     cache[name] = _Tables(_key(rows, flags, steps), dtypes, built)
-    if _is_capturing(built[0].pointers):
-        # A replay copies these tables from the host again, so they outlive the next ones.
-        cache.setdefault("captured", []).append(built)
+    _keep_for_graph(cache, cache[name])
     return built
 
 
@@ -232,7 +236,9 @@ def _bucket(
     def upload(table: Tensor) -> Tensor:
         if device.type != "cuda":
             return table
-        on_host.append(table.pin_memory())  # from pageable memory the copy would wait for the device
+        # From pageable memory the copy would wait for the device; but a graph may not ask for pinned memory before
+        # torch 2.11, and its copies read pageable memory at every replay.
+        on_host.append(table if is_capturing(device) else table.pin_memory())
         return on_host[-1].to(device, non_blocking=True)
 
     return Bucket(
