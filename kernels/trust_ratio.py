@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastlocal.kernels import lamb, lars
 from fastlocal.kernels.device import is_capturing, on_device
+from fastlocal.kernels.launch import launch_constants
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
-    NUM_WARPS,
     norm_kernel,
     square_kernel,
     tensor_sum_kernel,
@@ -51,6 +51,11 @@ def _float32(value: Tensor | None) -> Tensor | None:
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     for target, source in pairs:
         target.copy_(source)
+
+
+def _size(kernel: str, bucket: Bucket) -> dict[str, int]:
+    block, warps = launch_constants(kernel, bucket.pointers.device, bucket.dtypes[0])
+    return {"BLOCK": block, "num_warps": warps}
 
 
 def _log(beta: float) -> float:
@@ -91,6 +96,7 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
             _copy(bucket.copies_in)
             partials = bucket.float_scratch("squares", bucket.num_chunks)
             if bucket.num_chunks:
+                block, warps = launch_constants("square", device, bucket.dtypes[0])
                 square_kernel[(bucket.num_chunks,)](
                     bucket.pointers,
                     bucket.sizes,
@@ -100,8 +106,8 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
                     DTYPE=DTYPES[bucket.dtypes[0]],
                     ALIGNED=bucket.aligned,
                     CHUNK=CHUNK,
-                    BLOCK=BLOCK,
-                    num_warps=NUM_WARPS,
+                    BLOCK=block,
+                    num_warps=warps,
                 )
             part = sums[start : start + bucket.num_tensors]
             tensor_sum_kernel[(bucket.num_tensors,)](partials, bucket.first_chunk, part, BLOCK=BLOCK)
@@ -172,7 +178,7 @@ def _lamb_bucket(
     coefficients = bucket.float_scratch("coefficients", bucket.num_tensors, lamb.COLUMNS)
     partials = bucket.float_scratch("partials", bucket.num_chunks, 2)
     tables = (bucket.pointers, bucket.sizes, bucket.chunks, coefficients)
-    common = {"ALIGNED": bucket.aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    common = {"ALIGNED": bucket.aligned, "CHUNK": CHUNK}
     p_dtype, g_dtype = (DTYPES[dtype] for dtype in bucket.dtypes)
 
     lamb.prepare_kernel[((bucket.num_tensors + 127) // 128,)](
@@ -215,6 +221,7 @@ def _lamb_bucket(
         HAS_MASTER=mastered,
         P_DTYPE=p_dtype,
         G_DTYPE=g_dtype,
+        **_size("lamb_moments", bucket),
         **common,
     )
     low, high = options.trust_clip or (0.0, math.inf)
@@ -239,6 +246,7 @@ def _lamb_bucket(
         HAS_FOUND=found_inf is not None,
         HAS_MASTER=mastered,
         P_DTYPE=p_dtype,
+        **_size("lamb_weights", bucket),
         **common,
     )
 
@@ -299,8 +307,6 @@ def _lars_bucket(
         "G_DTYPE": DTYPES[bucket.dtypes[1]],
         "ALIGNED": bucket.aligned,
         "CHUNK": CHUNK,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
     }
     adapted = options.adapt != "decayed" or options.weight_decay != 0
     if bucket.num_chunks and adapted:
@@ -319,6 +325,7 @@ def _lars_bucket(
             JOINT=options.norm == "joint",
             MAXIMIZE=options.maximize,
             MASTER=master_row,
+            **_size("lars_norms", bucket),
             **common,
         )
     lars.prepare_kernel[(bucket.num_tensors,)](
@@ -360,5 +367,6 @@ def _lars_bucket(
         HAS_BUFFER=options.momentum != 0,
         NESTEROV=options.nesterov,
         MASTER=master_row,
+        **_size("lars_weights", bucket),
         **common,
     )
