@@ -9,7 +9,7 @@
 #
 # Each part has a time limit of its own, and a part that fails does not stop the others. OUT_FOLDER holds, as they come:
 #     summary.txt      each part, its return code (124: out of time) and seconds; the last line says if all is well
-#     NAME.txt         what the part printed
+#     log.txt          what the parts printed
 #     roofline.json    GB/s of every kernel by block size and warps
 #     launch.json      the winners, which the later parts ran with: copy it to kernels/launch.json and commit it
 #     steps.jsonl, bench.jsonl, training.jsonl    timings beside PyTorch and other libraries; whole training runs
@@ -25,12 +25,13 @@ python=${PYTHON:-python3}
 began=$SECONDS
 failed=0
 : >"$out/summary.txt"
+: >"$out/log.txt"
 
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
-  echo "== $name (at most $limit s)"
-  timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+  echo "== $name (at most $limit s)" | tee -a "$out/log.txt"
+  timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$out/log.txt"
   code=${PIPESTATUS[0]}
   [ "$code" = 0 ] || failed=1
   printf '%-16s code %3d  %4d s\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$out/summary.txt"
@@ -53,7 +54,7 @@ elif sys.argv[1] == "cuda":
 PYTHON
 [ "$failed" = 0 ] || exit 1
 if [ "$device" = cuda ]; then
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.txt"
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$out/log.txt"
 fi
 
 if has pytest; then
