@@ -1,42 +1,107 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one call of under nine minutes: bash bench/gpu.sh OUT_FOLDER
-# Runs from a bare checkout with torch, triton and numpy; what it measured lies in OUT_FOLDER afterwards. A part whose
-# packages are missing is said to be left out, and does not fail the rest.
+# Everything that only a GPU can tell, in one call of under nine minutes:
+#
+#     bash bench/gpu.sh OUT_FOLDER [cpu]
+#
+# Needs a checkout, a CUDA device and a python3 with torch, triton and numpy (PYTHON=... names another one); nothing is
+# installed or fetched. pytest, pytest-timeout, timm and pytorch-optimizer are used where they are. CIFAR-100 is used
+# if data/cifar-100-python is there (DATA=... names another folder), else synthetic images.
+#
+# Each part has a time limit of its own, and a part that fails does not stop the others. OUT_FOLDER holds, as they come:
+#     summary.txt      each part, its return code (124: out of time) and seconds; the last line says if all is well
+#     log.txt          what the parts printed
+#     roofline.json    GB/s of every kernel by block size and warps
+#     launch.json      the winners, which the later parts ran with: copy it to kernels/launch.json and commit it
+#     steps.jsonl, bench.jsonl, training.jsonl    timings beside PyTorch and other libraries; whole training runs
+# With the word cpu it only tries its parts out, as far as they go without a GPU, on small sizes.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:?usage: bash bench/gpu.sh OUT_FOLDER}
-mkdir -p "$out"
+cd "$(dirname "$0")/.." || exit 2
+out=${1:?usage: bash bench/gpu.sh OUT_FOLDER [cpu]}
+device=${2:-cuda}
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-status=0
+began=$SECONDS
+failed=0
+: >"$out/summary.txt"
+: >"$out/log.txt"
 
-part() { # NAME SECONDS COMMAND...: its output on the screen and in OUT_FOLDER/NAME.txt
-  local name=$1 seconds=$2
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS code
   shift 2
-  echo "== $name"
-  timeout "$seconds" "$@" 2>&1 | tee "$out/$name.txt" || status=1
+  echo "== $name (at most $limit s)" | tee -a "$out/log.txt"
+  timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$out/log.txt"
+  code=${PIPESTATUS[0]}
+  [ "$code" = 0 ] || failed=1
+  printf '%-16s code %3d  %4d s\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$out/summary.txt"
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
-"$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)' |
-  tee -a "$out/gpu.txt"
-if "$python" -c 'import pytest' 2>/dev/null; then
-  settings=(-p no:cacheprovider)
+left_out() { # NAME REASON
+  printf '%-16s left out: %s\n' "$1" "$2" | tee -a "$out/summary.txt"
+}
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+part machine 60 "$python" - "$device" <<'PYTHON'
+import sys
+import numpy, torch, triton
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0), "devices:", torch.cuda.device_count())
+elif sys.argv[1] == "cuda":
+    sys.exit("no CUDA device: nothing here can be measured (add the word cpu to try the parts out)")
+PYTHON
+[ "$failed" = 0 ] || exit 1
+if [ "$device" = cuda ]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$out/log.txt"
+fi
+
+if has pytest; then
+  settings=(-p no:cacheprovider -W default -ra)
   # pyproject.toml sets the timeout of a plugin; without it pytest takes no settings from there.
-  "$python" -c 'import pytest_timeout' 2>/dev/null || settings+=(-c /dev/null --rootdir "$PWD" -q)
-  part tests 100 "$python" -m pytest "${settings[@]}" -m gpu tests/test_gpu.py tests/test_train_step.py
-  part kernels 80 "$python" -m pytest "${settings[@]}" tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py
+  has pytest_timeout || settings+=(-c /dev/null --rootdir "$PWD" -q)
+  chosen=()
+  [ "$device" = cpu ] || chosen=(-m gpu)
+  part tests 110 "$python" -m pytest "${settings[@]}" "${chosen[@]}" tests/test_gpu.py tests/test_train_step.py
+  has xdist && settings+=(-n 8) # most of the time goes into compiling
+  if [ "$device" = cuda ]; then
+    part kernels 110 "$python" -m pytest "${settings[@]}" \
+      tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py
+  fi
 else
-  echo "== tests: left out, pytest is not installed"
+  left_out tests "pytest is not installed"
 fi
-part roofline 130 "$python" bench/roofline.py --out "$out/roofline.json"
-for operation in lamb lars average outer-step; do
-  part "bench-$operation" 35 "$python" -m fastlocal.bench --device cuda --operation "$operation" --out "$out/bench.jsonl"
+
+if [ "$device" = cuda ]; then
+  part roofline 110 "$python" bench/roofline.py --adopt --seconds 85 --out "$out/roofline.json"
+  cp kernels/launch.json "$out/launch.json"
+  part steps 50 "$python" bench/gpu_steps.py --out "$out/steps.jsonl"
+  quick=()
+else
+  left_out roofline "needs a CUDA device"
+  left_out steps "needs a CUDA device"
+  quick=(--quick)
+fi
+part training-8 60 "$python" bench/gpu_training.py --workers 8 --seconds 45 --out "$out/training.jsonl" \
+  --device "$device" --data-dir "${DATA:-data}" ${quick:+--epochs 1 --images 2000}
+part training-1 75 "$python" bench/gpu_training.py --workers 1 --seconds 60 --out "$out/training.jsonl" \
+  --device "$device" --data-dir "${DATA:-data}" ${quick:+--epochs 1 --images 2000}
+# What is known already is not lost if these take longer than they should.
+for operation in lamb lars outer-step average; do
+  remains=$((530 - SECONDS + began))
+  if [ "$remains" -gt 15 ]; then
+    part "bench-$operation" $((remains < 40 ? remains : 40)) "$python" -m fastlocal.bench --device "$device" \
+      --operation "$operation" --out "$out/bench.jsonl" "${quick[@]}"
+  else
+    left_out "bench-$operation" "no time is left"
+  fi
 done
-if "$python" -c 'import cyclopts, rich, matplotlib' 2>/dev/null; then
-  part train 60 "$python" -m fastlocal train --device cuda --precision bf16 --workers 8 --epochs 10 \
-    --policy val-loss --synthetic-images 50000 --out "$out/train"
+
+if [ "$failed" = 0 ]; then
+  echo "all parts that ran are well, $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 else
-  echo "== training: left out, it needs the packages of the extra 'train'"
+  echo "a part failed, see its code above, $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 fi
-exit "$status"
+cat "$out/summary.txt"
+exit "$failed"

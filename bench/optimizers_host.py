@@ -13,15 +13,12 @@ Appends one JSON line to bench/results/optimizers_host.jsonl.
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
-from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,12 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # the door to the kernels then takes CPU tensors
 
 import torch
-from optimizers_cpu import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastlocal.bench import machine  # noqa: E402 - a checkout nobody installed must be measurable
+
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (("LARS", {}), ("LAMB", {}), ("LAMB", {"max_grad_norm": 1.0}))
 
 
@@ -118,10 +118,7 @@ def main() -> None:
     paths = {"this": ROOT} | ({} if arguments.beside is None else {"beside": arguments.beside})
     checkouts = {name: load(path) for name, path in paths.items()}
     record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "versions": {"python": platform.python_version()} | {n: metadata.version(n) for n in ("torch", "triton")},
+        **machine.origin("cpu"),
         "tensors": arguments.tensors,
         "rounds": arguments.rounds,
         "rows": {},

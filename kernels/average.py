@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from fastlocal.kernels.device import on_device
+from fastlocal.kernels.launch import BLOCK as BLOCK
+from fastlocal.kernels.launch import NUM_WARPS as NUM_WARPS
+from fastlocal.kernels.launch import launch_constants
 from fastlocal.kernels.rounding import round_to
-
-BLOCK = 1024  # columns a program: four float32 a thread, so 16-byte loads and stores
-NUM_WARPS = 8
 
 
 @triton.jit
@@ -107,10 +107,9 @@ def finite_rows(rows: torch.Tensor) -> torch.Tensor:
     """Bool, shape (k,): whether every value of the row is finite. rows: shape (k, n)."""
     k, n = rows.shape
     finite = torch.ones(k, dtype=torch.int8, device=rows.device)
+    block, warps = launch_constants("finite_rows", rows.device, rows.dtype, k)
     with on_device(rows.device):
-        _finite_rows_kernel[(triton.cdiv(n, BLOCK), k)](
-            rows, rows.stride(0), finite, n, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        _finite_rows_kernel[(triton.cdiv(n, block), k)](rows, rows.stride(0), finite, n, BLOCK=block, num_warps=warps)
     return finite.to(torch.bool)
 
 
@@ -119,6 +118,7 @@ def average_(
 ) -> None:
     """See fastlocal.reference.averaging.average_; one column of drift_parts for each BLOCK columns."""
     k, n = rows.shape
+    _, warps = launch_constants("average", rows.device, rows.dtype, k)
     with on_device(rows.device):
         _average_kernel[(triton.cdiv(n, BLOCK),)](
             rows,
@@ -131,5 +131,5 @@ def average_(
             K=k,
             HAS_MEAN=mean is not None,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=warps,
         )

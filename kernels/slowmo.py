@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.average import BLOCK, NUM_WARPS, load_rows, store_drift, store_rows
+from fastlocal.kernels.average import load_rows, store_drift, store_rows
 from fastlocal.kernels.device import on_device
+from fastlocal.kernels.launch import BLOCK, launch_constants
 from fastlocal.kernels.rounding import round_to
 
 
@@ -73,6 +74,7 @@ def outer_step_(
 ) -> None:
     """See fastlocal.reference.averaging.outer_step_; one column of drift_parts for each BLOCK columns."""
     k, n = rows.shape
+    _, warps = launch_constants("outer_step", rows.device, rows.dtype, k)
     with on_device(rows.device):
         _outer_step_kernel[(triton.cdiv(n, BLOCK),)](
             rows,
@@ -91,5 +93,5 @@ def outer_step_(
             K=k,
             HAS_MEAN=mean is not None,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=warps,
         )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastlocal.kernels import lamb, lars
-from fastlocal.kernels.device import on_device
+from fastlocal.kernels.device import is_capturing, on_device
+from fastlocal.kernels.launch import launch_constants
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
-    NUM_WARPS,
     norm_kernel,
     square_kernel,
     tensor_sum_kernel,
@@ -61,22 +61,30 @@ def _step_arguments(
     }
 
 
-def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any]) -> None:
-    """Launches with those of the arguments that the kernel's parameters name."""
+def _size(kernel: str, bucket: Bucket) -> dict[str, int]:
+    block, warps = launch_constants(kernel, bucket.pointers.device, bucket.dtypes[0])
+    return {"BLOCK": block, "num_warps": warps}
+
+
+def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], size: dict[str, int] | None = None) -> None:
+    """Launches with those of the arguments that the kernel's parameters name; `size` goes before them."""
     if num_programs:
-        names = kernel.arg_names
-        warps = {"num_warps": NUM_WARPS} if "CHUNK" in names else {}
-        kernel[(num_programs,)](**{name: arguments[name] for name in names}, **warps)
+        kernel[(num_programs,)](**{name: arguments[name] for name in kernel.arg_names} | (size or {}))
 
 
 def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A float32 scalar on the device; a host value is written only when it has changed."""
+    """A float32 scalar on the device; a host value is written only when it has changed.
+
+    A graph has a scalar of its own, which its replays write, so that neither they nor other steps see each other's.
+    """
     if isinstance(value, Tensor) and value.device == device:
         return value if value.dtype == torch.float32 else value.to(torch.float32)
     value = float(value)
-    kept = cache.get(name)
+    if is_capturing(device):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    kept = cache.get((name, device))
     if kept is None:
-        kept = cache[name] = (torch.full((), value, dtype=torch.float32, device=device), [value])
+        kept = cache[name, device] = (torch.full((), value, dtype=torch.float32, device=device), [value])
     elif kept[1][0] != value:
         kept[0].fill_(value)
         kept[1][0] = value
@@ -124,20 +132,28 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
             if again:
                 return None
             found = buckets(cache, "norm", [grads], (), None, lambda _: True)
-        if "sums" not in cache or cache["sums"].numel() != len(grads):
-            cache["sums"] = torch.empty(len(grads), dtype=torch.float32, device=device)
-            cache["norm_out"] = torch.empty((), dtype=torch.float32, device=device)
-        sums, start = cache["sums"], 0
+        sums, norm = _norm_buffers(cache, len(grads), device)
+        start = 0
         for bucket in found:
             _copy(bucket.copies_in)
             sums_here = sums[start : start + bucket.num_tensors]
             partials = bucket.float_scratch("squares", bucket.num_chunks)
             arguments = _arguments(bucket) | {"partials": partials, "sums": sums_here}
-            _launch(square_kernel, bucket.num_chunks, arguments)
+            _launch(square_kernel, bucket.num_chunks, arguments, _size("square", bucket))
             _launch(tensor_sum_kernel, bucket.num_tensors, arguments)
             start += bucket.num_tensors
-        _launch(norm_kernel, 1, {"sums": sums, "num_sums": len(grads), "norm": cache["norm_out"], "BLOCK": BLOCK})
-    return cache["norm_out"]
+        _launch(norm_kernel, 1, {"sums": sums, "num_sums": len(grads), "norm": norm, "BLOCK": BLOCK})
+    return norm
+
+
+def _norm_buffers(cache: dict, num_grads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Σg² of each gradient and ‖G‖, the same at every step; a graph has its own."""
+    kept = cache.get("norm buffers")
+    if kept is None or kept[0].numel() != num_grads or kept[0].device != device or is_capturing(device):
+        kept = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((num_grads,), ()))
+        if not is_capturing(device):
+            cache["norm buffers"] = kept
+    return kept
 
 
 def lamb_(
@@ -208,9 +224,9 @@ def _lamb_bucket(
     }
     _launch(lamb.prepare_kernel, -(-bucket.num_tensors // lamb.TENSORS), arguments)
     if bucket.num_chunks:
-        _launch(lamb.moments_kernel, bucket.num_chunks, arguments)
+        _launch(lamb.moments_kernel, bucket.num_chunks, arguments, _size("lamb_moments", bucket))
         _launch(lamb.ratio_kernel, bucket.num_tensors, arguments)
-        _launch(lamb.weights_kernel, bucket.num_chunks, arguments)
+        _launch(lamb.weights_kernel, bucket.num_chunks, arguments, _size("lamb_weights", bucket))
 
 
 def lars_(
@@ -274,6 +290,6 @@ def _lars_bucket(
         "LR_IN_BUFFER": options.momentum_form == "lr_in_buffer",
     }
     if options.adapt != "decayed" or options.weight_decay != 0:
-        _launch(lars.norms_kernel, bucket.num_chunks, arguments)
+        _launch(lars.norms_kernel, bucket.num_chunks, arguments, _size("lars_norms", bucket))
     _launch(lars.prepare_kernel, bucket.num_tensors, arguments)
-    _launch(lars.weights_kernel, bucket.num_chunks, arguments)
+    _launch(lars.weights_kernel, bucket.num_chunks, arguments, _size("lars_weights", bucket))

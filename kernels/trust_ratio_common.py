@@ -8,14 +8,13 @@ squares are deterministic: one partial sum a chunk, then one program a tensor ad
 import triton
 import triton.language as tl
 
+from fastlocal.kernels.launch import BLOCK as BLOCK
+from fastlocal.kernels.launch import NUM_WARPS as NUM_WARPS
 from fastlocal.kernels.rounding import round_to
 
-# Elements a program, and elements a loop iteration: four for each of 256 threads, which is one 16-byte access
-# in float32. Not yet measured on a GPU; chosen for 16-byte accesses without spills in the machine code for
-# sm_90.
+# Elements a program. Elements a loop iteration, BLOCK, divide it. Not yet measured on a GPU; chosen for 16-byte
+# accesses without spills in the machine code for sm_90.
 CHUNK = 4096
-BLOCK = 1024
-NUM_WARPS = 8
 
 
 @triton.jit

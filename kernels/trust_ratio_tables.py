@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastlocal.kernels.device import is_capturing
 from fastlocal.kernels.trust_ratio_common import CHUNK
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -67,10 +68,11 @@ class _Key:
 class _Tables:
     key: _Key
     buckets: list[Bucket]
+    in_graph: bool = False  # replays read them, so they stay as they are
 
     def follow(self, key: _Key, row: int) -> bool:
         """Writes new addresses of gradients into the tables, or returns False where that is not enough."""
-        if _is_capturing(self.buckets[0].pointers):
+        if self.in_graph or is_capturing(self.buckets[0].pointers.device):
             return False
         moved = []
         for bucket in self.buckets:
@@ -92,10 +94,6 @@ class _Tables:
 _data_ptr = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
 _dtype = attrgetter("dtype")
-
-
-def _is_capturing(table: Tensor) -> bool:
-    return table.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
@@ -140,7 +138,15 @@ def kept_buckets(
     row = _gradient_row(rows)
     if key.gradients != tables.key.gradients and not tables.follow(key, row):
         return None
+    _keep_for_graph(cache, tables)
     return tables.buckets
+
+
+def _keep_for_graph(cache: dict, tables: _Tables) -> None:
+    """If this step is being recorded: replays read the tables, and copy those built meanwhile from the host again."""
+    if not tables.in_graph and is_capturing(tables.buckets[0].pointers.device):
+        tables.in_graph = True
+        cache.setdefault("captured", []).append(tables)
 
 
 def buckets(
@@ -169,9 +175,7 @@ def buckets(
         return kept
     built = _build(rows, written, [adapts(t) for t in rows[0]], steps)
     cache[name] = _Tables(_key(rows, flags, steps), built)
-    if _is_capturing(built[0].pointers):
-        # A replay copies these tables from the host again, so they outlive the next ones.
-        cache.setdefault("captured", []).append(built)
+    _keep_for_graph(cache, cache[name])
     return built
 
 
@@ -253,7 +257,9 @@ def _bucket(
     def upload(table: Tensor) -> Tensor:
         if device.type != "cuda":
             return table
-        on_host.append(table.pin_memory())  # from pageable memory the copy would wait for the device
+        # From pageable memory the copy would wait for the device; but a graph may not ask for pinned memory before
+        # torch 2.11, and its copies read pageable memory at every replay.
+        on_host.append(table if is_capturing(device) else table.pin_memory())
         return on_host[-1].to(device, non_blocking=True)
 
     return Bucket(

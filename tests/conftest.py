@@ -5,8 +5,11 @@ import os
 import pytest
 import torch
 
-# Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Convolutions and products in full float32, so that two ways to the same numbers agree in more than three digits.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+else:
+    # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The tensors here are small: a second thread costs more than it brings, the more so on a busy machine.

@@ -17,6 +17,9 @@ _SECONDS = 4.0
 """Of a case's turns, so that all cases take minutes on two cores; the slowest take longer, for the fewest turns."""
 _FEWEST, _MOST = 5, 30
 
+_CYCLES_ASLEEP = 20_000_000
+"""About 10 ms at 2 GHz, in which the host issues even the thousands of launches that some peers take."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -38,7 +41,7 @@ def measure(case: Case, device: str) -> dict[str, Timing]:
         case: what to time.
         device: "cpu" or "cuda"; on CUDA, events time the device.
     """
-    clock = _event_seconds if device == "cuda" else _host_seconds
+    clock = event_seconds if device == "cuda" else _host_seconds
     calls = {contender.name: contender.calls for contender in case.contenders}
     calls[COPY] = _copies(case, device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -81,9 +84,11 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _event_seconds(call: Callable[[], object]) -> float:
+def event_seconds(call: Callable[[], object]) -> float:
+    """Of the device alone: it sleeps until the host has issued everything, as in training it would be busy."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(_CYCLES_ASLEEP)
     begin.record()
     call()
     end.record()

@@ -19,6 +19,7 @@ from fastlocal.flat import Block, Rows, Workers
 from fastlocal.inner import InnerState
 from fastlocal.local import arguments
 from fastlocal.local.checkpoint import Checkpointed
+from fastlocal.local.clock import Clock
 from fastlocal.local.one_process import Round
 from fastlocal.local.scaling import Scaling
 from fastlocal.ops.implementation import Implementation, check_implementation
@@ -253,7 +254,7 @@ class LocalSGD(Checkpointed):
                 self._buffers_apart = False
             return
         self._compare()
-        started = time.perf_counter()
+        clock = Clock(self.rows.blocks[0].rows.device)
         self.rows.check()
         reads_drift = getattr(self.policy, "reads_drift", True)
         rates = self._rates.of_blocks()
@@ -266,7 +267,7 @@ class LocalSGD(Checkpointed):
         self.stats.round_steps = self.steps_in_round
         self.steps_in_round = 0
         self._round_is_open = self._buffers_apart = False
-        self.stats.seconds_in_sync += time.perf_counter() - started
+        self.stats.seconds_in_sync += clock.seconds()
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:
         """Tell the policy a loss, once an epoch; it counts from the next round on.

@@ -43,6 +43,13 @@ def _split(
     return [(part, [i for i, kind in enumerate(kinds) if choices[kind] == part]) for part in parts]
 
 
+def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], these: _Part) -> dict:
+    """Where a part's tables are kept: by itself if there are others, which may lie on other devices."""
+    if tables is None:
+        return {}
+    return tables if len(parts) == 1 else tables.setdefault(these, {})
+
+
 def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     num_tensors = len(next(iter(lists.values())))
     for name, values in lists.items():
@@ -101,19 +108,19 @@ def _step_(
             torch.autograd.graph.increment_version(params)
             return
     _check(lists if masters is None else {**lists, "masters": masters})
-    for these, indices in _split(impl, params, masters, tables):
+    parts = _split(impl, params, masters, tables)
+    for these, indices in parts:
+        room = _room(tables, parts, these)
         part: list[Any] = [_take(values, indices) for values in lists.values()]
         own: Any = _take(masters, indices) if masters is not None and these.mastered else None
         scalars = [_to(scalar, these.device) for scalar in (norm, grad_scale, found_inf)]
         if these.chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
-            getattr(kernels, kind)(*part, options, *scalars, {} if tables is None else tables, own)
+            getattr(kernels, kind)(*part, options, *scalars, room, own)
         elif scalars[2] is None or not scalars[2].item():
             multiplier = reference.grad_multiplier(scalars[0], max_grad_norm, scalars[1])
-            _step_with_torch_(
-                kind, these.chosen, part, own, options, multiplier, {} if tables is None else tables, None
-            )
+            _step_with_torch_(kind, these.chosen, part, own, options, multiplier, room, None)
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             torch.autograd.graph.increment_version(part[0])
@@ -175,13 +182,13 @@ def grad_norm(
         if norm is not None:
             return norm
     _check({"grads": grads})
-    norms = []
-    for these, indices in _split(impl, grads, None, tables):
+    norms, parts = [], _split(impl, grads, None, tables)
+    for these, indices in parts:
         part = _take(grads, indices)
         if these.chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
-            norms.append(kernels.grad_norm(part, {} if tables is None else tables))
+            norms.append(kernels.grad_norm(part, _room(tables, parts, these)))
         else:
             norms.append(portable.grad_norm(part) if these.chosen == "portable" else reference.grad_norm(part))
     return norms[0] if len(norms) == 1 else reference.grad_norm(norms)

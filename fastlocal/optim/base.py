@@ -88,7 +88,7 @@ class TrustRatioOptimizer(Optimizer):
         return loss
 
     def _check_capture(self) -> None:
-        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
             return
         if torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
             raise RuntimeError("a step inside a CUDA graph capture needs capturable=True in every group")
@@ -185,12 +185,17 @@ class TrustRatioOptimizer(Optimizer):
 
     @staticmethod
     def _new_moment(param: Tensor) -> Tensor:
+        if param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step inside a CUDA graph capture needs its state made before, or every replay would begin it "
+                "anew: take one step before the capture"
+            )
         dtype = torch.promote_types(param.dtype, torch.float32)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     @staticmethod
     def _new_step(param: Tensor, count: float = 0.0) -> Tensor:
-        return torch.tensor(count, dtype=torch.float32, device=param.device)
+        return torch.full((), count, dtype=torch.float32, device=param.device)  # no copy from the host
 
     @staticmethod
     def _impl(group: Group) -> Implementation:

@@ -1,0 +1,32 @@
+"""Block sizes and warps of the kernels: what was measured fastest on a GPU of that name, else the defaults.
+
+`launch.json`, beside this file, is written by bench/roofline.py. It maps a device's name to entries such as
+"outer_step float32 8 rows": [block, warps].
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+MEASURED = Path(__file__).with_name("launch.json")
+BLOCK = 1024  # elements: four for each thread, which is one 16-byte access in float32
+NUM_WARPS = 8
+
+
+def entry(kernel: str, dtype: torch.dtype, rows: int = 1) -> str:
+    """The name under which `launch.json` keeps the constants of a kernel."""
+    return f"{kernel} {str(dtype).removeprefix('torch.')} {rows} rows"
+
+
+@cache
+def launch_constants(kernel: str, device: torch.device, dtype: torch.dtype, rows: int = 1) -> tuple[int, int]:
+    """(block, warps) of a kernel on a device; those of the most rows measured that are not more than `rows`."""
+    if device.type != "cuda":
+        return BLOCK, NUM_WARPS
+    measured = json.loads(MEASURED.read_text()).get(torch.cuda.get_device_name(device), {})
+    for fewer in range(rows, 0, -1):
+        if found := measured.get(entry(kernel, dtype, fewer)):
+            return found[0], found[1]
+    return BLOCK, NUM_WARPS
