@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastlocal
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -19,6 +21,15 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
         exec(snippet, names)
     assert "4 rounds, 504 bytes a worker" in capsys.readouterr().out
     assert names["saved"]["optimizer"]["fastlocal"]["method"] == "SlowMo"
+
+    policy, stats, intervals = names["Patient"](4, maximum=16), fastlocal.Stats(), []
+    for seen, loss in enumerate([2.0, 1.0, 1.5, 0.5, 0.4, 0.3], start=1):
+        stats.observations, stats.val_loss = seen, loss
+        intervals.append(policy.next_interval(stats))
+    assert intervals == [8, 16, 4, 8, 16, 16]
+    other = names["Patient"](4, maximum=16)
+    other.load_state_dict(policy.state_dict())
+    assert other.next_interval(stats) == 16
 
 
 @pytest.mark.parametrize("figure", re.findall(r"\]\(((?:bench|examples)/[^)#]+)\)", README))

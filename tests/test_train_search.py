@@ -65,7 +65,7 @@ def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refuse
     assert "--interval must lie between --min-interval 3" in " ".join(capsys.readouterr().err.split())
     clash = clash.replace("[2, 3]", "{low = 2, high = 3}")
     search(
-        load(written(tmp_path, "trials = 4\n" + clash)), tmp_path / "t", Console(quiet=True), data_dir=None, threads=1
+        load(written(tmp_path, "trials = 3\n" + clash)), tmp_path / "t", Console(quiet=True), data_dir=None, threads=1
     )
     states = [trial.state.name for trial in trials(tmp_path / "t")[0].trials]
     assert sorted(set(states)) == ["COMPLETE", "PRUNED"]
@@ -73,14 +73,14 @@ def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refuse
 
 def test_a_search_that_was_stopped_makes_the_trials_it_would_have_made(tmp_path):
     path, console = written(tmp_path, TPE), Console(quiet=True)
-    search(load(path, trials=3), tmp_path / "straight", console, data_dir=None, threads=1)
+    search(load(path, trials=2), tmp_path / "straight", console, data_dir=None, threads=1)
     search(load(path, trials=1), tmp_path / "stopped", console, data_dir=None, threads=1)
     study, _ = trials(tmp_path / "stopped")
     study.sampler = optuna.samplers.TPESampler(seed=1)
     killed = study.ask(load(path).space)  # never told: as left behind by a kill
-    search(load(path, trials=3), tmp_path / "stopped", console, data_dir=None, threads=1)
+    search(load(path, trials=2), tmp_path / "stopped", console, data_dir=None, threads=1)
     straight, stopped = trials(tmp_path / "straight")[1], trials(tmp_path / "stopped")[1]
-    assert len(straight) == 3
+    assert len(straight) == 2
     assert stopped == straight
     assert stopped[1] == killed.params
 
