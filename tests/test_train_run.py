@@ -227,12 +227,17 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "fastlocal", "train", *SMALL, "--epochs", "1000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(tmp_path / "run")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs, which the tests may be one of, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not (tmp_path / "run" / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.strip() == "stopped; the same command with --resume goes on"
 
