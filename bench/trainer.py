@@ -22,13 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout nobody installed must be measurable
 
-from fastlocal.bench import machine  # noqa: E402
-from fastlocal.train import data  # noqa: E402
-from fastlocal.train.allocator import keep_freed_memory  # noqa: E402
-from fastlocal.train.config import Config  # noqa: E402
-from fastlocal.train.loop import Training  # noqa: E402
-from fastlocal.train.processes import Processes  # noqa: E402
-from fastlocal.train.record import Standing  # noqa: E402
+from fastlocal.bench import machine
+from fastlocal.train import data
+from fastlocal.train.allocator import keep_freed_memory
+from fastlocal.train.config import Config
+from fastlocal.train.loop import Training
+from fastlocal.train.processes import Processes
+from fastlocal.train.record import Standing
 
 CPU = torch.device("cpu")
 CASES: list[dict[str, Any]] = [
