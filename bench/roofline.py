@@ -22,6 +22,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fastlocal.bench.measure import event_seconds
 from fastlocal.kernels import average, lamb, lars, slowmo
 from fastlocal.kernels import launch as constants
 from fastlocal.kernels.trust_ratio_common import CHUNK, square_kernel
@@ -35,16 +36,6 @@ WARPS = (4, 8)  # a configuration compiles for about a second
 QUEUED = 200_000  # cycles, 0.1 ms: the device waits so long before a timed launch, which is queued by then
 TURNS = 12
 Launch = Callable[[int, int], object]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(QUEUED)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def rows_launches(k: int, n: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Launch, int]]:
@@ -157,9 +148,9 @@ def measure(launches: dict[str, tuple[Launch, int]]) -> tuple[float, dict[tuple[
         launch(block, warps)  # compile
     torch.cuda.synchronize()
     for _ in range(TURNS):
-        copies.append(seconds(lambda: target.copy_(source)))
+        copies.append(event_seconds(lambda: target.copy_(source), QUEUED))
         for key, launch in calls:
-            times[key].append(seconds(lambda launch=launch, key=key: launch(key[1], key[2])))
+            times[key].append(event_seconds(lambda launch=launch, key=key: launch(key[1], key[2]), QUEUED))
     rates = {key: launches[key[0]][1] / statistics.median(times[key]) for key in keys}
     return 2 * source.nbytes / statistics.median(copies), rates
 

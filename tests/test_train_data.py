@@ -70,7 +70,7 @@ def test_a_fifth_of_the_training_images_validates_whatever_the_seed(tmp_path):
     splits = load(config)
     assert (len(splits.train), len(splits.val), len(splits.test)) == (400, 100, 100)
     other = load(Config(dataset="cifar100", data_dir=tmp_path, batch_size=8, seed=3))
-    assert other.digest() == splits.digest()
+    assert other.digest == splits.digest
     # Each image has pixels of its own: none is in two parts.
     keys = [bytes(image.numpy()) for part in (splits.train, splits.val) for image in part.images]
     assert len(set(keys)) == len(
@@ -83,7 +83,7 @@ def test_which_cifar_100_it_is_is_told_by_its_bytes(tmp_path, monkeypatch):
     config = Config(dataset="cifar100", data_dir=tmp_path, batch_size=8)
     assert load(Config(synthetic_images=500)).source == "synthetic"
     assert load(config).source == "other"
-    monkeypatch.setattr(data, "_RE_SPLIT", load(config).digest())
+    monkeypatch.setattr(data, "_RE_SPLIT", load(config).digest)
     assert load(config).source == "re-split"
     digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("train", "test")}
     monkeypatch.setattr(data, "_OFFICIAL_MD5", digests)

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
 import optuna
 import pytest
 from rich.console import Console
+from waiting import wait_until
 
 from fastlocal.train.cli import main
 from fastlocal.train.errors import UsageError
@@ -83,13 +83,6 @@ def test_a_search_that_was_stopped_makes_the_trials_it_would_have_made(tmp_path)
     assert len(straight) == 2
     assert stopped == straight
     assert stopped[1] == killed.params
-
-
-def wait_until(holds, seconds=120):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")

@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from fastlocal.train import build, cli, search, study
 from fastlocal.train.cli import main
@@ -192,13 +192,6 @@ def jobs_of(pid):
         if fields[1] == str(pid) and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
-
-
-def wait_until(holds, seconds=120):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")

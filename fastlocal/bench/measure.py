@@ -84,11 +84,11 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def event_seconds(call: Callable[[], object]) -> float:
+def event_seconds(call: Callable[[], object], cycles_asleep: int = _CYCLES_ASLEEP) -> float:
     """Of the device alone: it sleeps until the host has issued everything, as in training it would be busy."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    torch.cuda._sleep(_CYCLES_ASLEEP)
+    torch.cuda._sleep(cycles_asleep)
     begin.record()
     call()
     end.record()

@@ -43,6 +43,11 @@ def several_processes_run() -> bool:
     return is_initialized() and dist.get_world_size() > 1
 
 
+def ring_bytes(payload: int, workers: int) -> int:
+    """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
+    return 2 * (workers - 1) * payload // workers
+
+
 def find_group(process_group: Any, timeout: float, device: torch.device) -> "Group | None":
     """The group to train with: the one given, else the default one; None if it has one process only.
 

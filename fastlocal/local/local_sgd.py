@@ -286,8 +286,7 @@ class LocalSGD(Checkpointed):
             self.stats.train_loss = float(train_loss)
 
     def _ring(self, payload: int) -> int:
-        """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
-        return 2 * (self.num_workers - 1) * payload // self.num_workers
+        return comm.ring_bytes(payload, self.num_workers)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_workers} workers, interval {self.stats.interval}, {self.inner!r})"

@@ -24,7 +24,7 @@ class Stats:
     """What averaging the gradients in every step would have sent."""
 
     seconds_in_sync: float = 0.0
-    """Wall time; on CUDA with what the device had still to do before."""
+    """Wall time; on CUDA without the local steps that a sync waits for, and of the warm-up the host's alone."""
 
     interval: int = 1
     """Local steps of the round under way."""

@@ -6,7 +6,7 @@ Neither ever stands in for the other. CIFAR-100 is known by its bytes, so that a
 import hashlib
 import importlib
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ _OFFICIAL_MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae
 """Of the files in cifar-100-python.tar.gz, as torchvision checks them."""
 
 _RE_SPLIT = "e1cd009c0ab79cbff9615d02c0326f883162b47830c27bd6674e13b8c92bbc4a"
-"""Splits.digest() of the stratified split that the figures in bench/results/study are of."""
+"""Splits.digest of the stratified split that the figures in bench/results/study are of."""
 
 _SPLIT_SEED = 0  # which images validate does not depend on the seed of a run
 
@@ -62,14 +62,8 @@ class Splits:
     val: ImageSet
     test: ImageSet
     source: Source
-
-    def digest(self) -> str:
-        """SHA-256 over all images and labels: a run is resumed on the images it began with."""
-        sha = hashlib.sha256()
-        for part in (self.train, self.val, self.test):
-            sha.update(part.images.numpy().data)
-            sha.update(part.labels.numpy().data)
-        return sha.hexdigest()
+    digest: str
+    """SHA-256 over all images and labels: a run is resumed on the images it began with."""
 
 
 def load(config: Config) -> Splits:
@@ -86,15 +80,22 @@ def load(config: Config) -> Splits:
         train, test = read_cifar100(folder / "train"), read_cifar100(folder / "test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     num_val = len(train) // 5
-    splits = Splits(train.take(order[num_val:]), train.take(order[:num_val]), test, "synthetic")
-    if len(splits.train) < config.workers * config.batch_size or num_val == 0:
+    parts = train.take(order[num_val:]), train.take(order[:num_val]), test
+    if len(parts[0]) < config.workers * config.batch_size or num_val == 0:
         raise UsageError(
             f"{config.workers} workers with batches of {config.batch_size} need at least "
-            f"{config.workers * config.batch_size} training images, there are {len(splits.train)}"
+            f"{config.workers * config.batch_size} training images, there are {len(parts[0])}"
         )
-    if config.dataset == "cifar100":
-        splits = replace(splits, source=_source(folder, splits.digest()))
-    return splits
+    digest = _digest(parts)
+    return Splits(*parts, "synthetic" if config.dataset == "synthetic" else _source(folder, digest), digest)
+
+
+def _digest(parts: tuple[ImageSet, ...]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.images.numpy().data)
+        sha.update(part.labels.numpy().data)
+    return sha.hexdigest()
 
 
 def _source(folder: Path, digest: str) -> Source:

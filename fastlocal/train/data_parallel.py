@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlocal.comm import Group
+from fastlocal.comm import Group, ring_bytes
 from fastlocal.flat import Workers
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.policy import Stats
@@ -36,7 +36,7 @@ class DataParallel:
             self.model = DistributedDataParallel(workers[0], process_group=group.process_group)
         self.model.broadcast_buffers = False  # as an argument it is called otherwise from PyTorch 2.13 on
         self.stats = Stats()
-        self._bytes_a_step = self._ring(workers.rows.num_bytes)
+        self._bytes_a_step = ring_bytes(workers.rows.num_bytes, len(group))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -62,12 +62,8 @@ class DataParallel:
         self.group.arrive("average buffers", self.stats.local_steps)
         buffers = [[buffer] for buffer in self.model.module.buffers()]
         payload = merge_across_(buffers, "average", [[True]] * len(self.group), self.group)
-        self.stats.bytes_on_wire += self._ring(payload)
+        self.stats.bytes_on_wire += ring_bytes(payload, len(self.group))
         self.stats.seconds_in_sync += time.perf_counter() - started
-
-    def _ring(self, payload: int) -> int:
-        """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
-        return 2 * (len(self.group) - 1) * payload // len(self.group)
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:
         """No policy asks for it."""

@@ -60,7 +60,7 @@ class Training:
         self.device = device
         self.processes = processes
         self.here = processes.share(config.workers)
-        self.digest = splits.digest()
+        self.digest = splits.digest
         train = _to(splits.train, self.device)
         self.normalize = Normalizer(train.images)
         self.val, self.test_set = _to(splits.val, self.device), _to(splits.test, self.device)

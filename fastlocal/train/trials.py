@@ -87,16 +87,15 @@ class _Trials:
 
     def ask(self) -> Iterator[Place]:
         """The runs to make, one when asked for, until there are as many trials as wanted."""
-        while (number := len(_tried(self.study, TrialState.RUNNING))) < self.asked.trials:
+        while len(tried := _tried(self.study, TrialState.RUNNING)) < self.asked.trials:
             if self.asked.sampler == "grid":
-                tried = _tried(self.study, TrialState.RUNNING)
                 left = [params for params in grid(self.asked) if params not in tried]
                 if not left:
                     return
                 if not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):  # of a killed search
                     self.study.enqueue_trial(left[0])
             # A new one for each trial, so that a search that was stopped draws what it would have drawn.
-            seed = self.asked.seed * 100_003 + number
+            seed = self.asked.seed * 100_003 + len(tried)
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             trial = self.study.ask(self.asked.space)
             name = folder_name(trial.params)
