@@ -1,5 +1,6 @@
 """Policies: replayed traces with hand-computed intervals."""
 
+import itertools
 import json
 import math
 import random
@@ -20,11 +21,11 @@ ALL = [
 ]
 
 
-def replay(policy, losses):
+def replay(policy, losses, train_losses=()):
     """The interval after each observed validation loss."""
     stats, intervals = Stats(), []
-    for loss in losses:
-        stats.val_loss, stats.observations = loss, stats.observations + 1
+    for loss, train_loss in itertools.zip_longest(losses, train_losses):
+        stats.val_loss, stats.train_loss, stats.observations = loss, train_loss, stats.observations + 1
         intervals.append(policy.next_interval(stats))
     return intervals
 
@@ -93,6 +94,16 @@ def test_validation_loss_halves_after_three_rises_in_a_row_and_each_halving_need
     assert replay(policy, losses) == [32, 32, 32, 32, 32, 16, 16, 16, 8, 8]
 
 
+def test_validation_loss_counts_no_rise_while_the_training_loss_falls():
+    losses = [4.0, 4.5, 4.5, 4.5, 4.5, 4.5, 4.6, 4.6, 4.6, 4.6]
+    falling = [3.0 - epoch / 10 for epoch in range(10)]
+    assert replay(ValidationLoss(32, total_epochs=10, smoothing=0.0), losses, falling) == [32] * 10
+    # From the fifth epoch on it stays where it is: rises in a row are 1, 2, 3 in the sixth, seventh and eighth.
+    stays = falling[:5] + [falling[4]] * 5
+    intervals = replay(ValidationLoss(32, total_epochs=10, smoothing=0.0), losses, stays)
+    assert intervals == [32] * 7 + [16] * 3
+
+
 def test_validation_loss_needs_twice_the_stalls_after_a_halving():
     # 20 epochs: rises count from the seventh on; the seventh, eighth and ninth halve, then the loss stays.
     policy = ValidationLoss(32, total_epochs=20, smoothing=0.0)
@@ -131,15 +142,16 @@ def test_under_noise_the_smoothed_rule_reaches_long_intervals_and_the_original_o
 @pytest.mark.parametrize("rule", [ValidationLoss, OriginalValidationLoss])
 def test_validation_loss_goes_on_from_its_state(rule):
     losses = [4.0, 3.99, 3.98, 3.97, 3.96, 3.95, 4.5, 4.6, 4.6, 4.6, 4.6, 4.6, 4.61, 4.6, 4.6]
-    expected = replay(rule(8, total_epochs=15), losses)
+    train_losses = [3.0] * 6 + [2.9] * 9  # the first rise of the validation loss is none
+    expected = replay(rule(8, total_epochs=15), losses, train_losses)
     assert len(set(expected)) > 2
     for stop in range(len(losses)):
         first, second = rule(8, total_epochs=15), rule(8, total_epochs=15)
-        assert replay(first, losses[:stop]) == expected[:stop]
+        assert replay(first, losses[:stop], train_losses[:stop]) == expected[:stop]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         stats, rest = Stats(observations=stop), []
-        for loss in losses[stop:]:
-            stats.val_loss, stats.observations = loss, stats.observations + 1
+        for loss, train_loss in zip(losses[stop:], train_losses[stop:], strict=True):
+            stats.val_loss, stats.train_loss, stats.observations = loss, train_loss, stats.observations + 1
             rest.append(second.next_interval(stats))
         assert rest == expected[stop:]
 

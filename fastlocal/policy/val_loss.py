@@ -46,10 +46,10 @@ class _FromValidationLoss:
         """The interval, changed if a loss was observed since the last call."""
         if stats.val_loss is not None and stats.observations != self.observations:
             self.observations = stats.observations
-            self._observe(stats.val_loss)
+            self._observe(stats.val_loss, stats.train_loss)
         return self.interval
 
-    def _observe(self, loss: float) -> None:
+    def _observe(self, loss: float, train_loss: float | None) -> None:
         raise NotImplementedError
 
     def _double(self) -> None:
@@ -67,8 +67,9 @@ class ValidationLoss(_FromValidationLoss):
     - A stall: s fell by less than the threshold since the last observation and lies within 1 % of the mark.
       The threshold is 2 % in the first 20 % of the epochs, 0.5 % until 80 %, 0.1 % after. `patience` stalls in
       a row double the interval; after each halving it takes twice as many as before.
-    - A rise: s lies more than 2 % above the mark. After 30 % of the epochs, `patience` rises in a row halve the
-      interval.
+    - A rise: s lies more than 2 % above the mark, and the training loss, if observed too, has not fallen since the
+      last observation: where it falls the model overfits, which more syncs do not mend. After 30 % of the epochs,
+      `patience` rises in a row halve the interval.
 
     So one noisy loss changes nothing, a change must earn the next one, and an interval that was too long is
     tried again later each time.
@@ -105,8 +106,11 @@ class ValidationLoss(_FromValidationLoss):
         self.stalls = self.rises = 0  # in a row
         self.weighted_sum = self.weight = 0.0  # their quotient is the smoothed loss, from the first one on
         self.mark = 0.0
+        self.train_loss: float | None = None
 
-    def _observe(self, loss: float) -> None:
+    def _observe(self, loss: float, train_loss: float | None) -> None:
+        overfits = train_loss is not None and self.train_loss is not None and train_loss < self.train_loss
+        self.train_loss = train_loss
         previous = self.weighted_sum / self.weight if self.weight else None
         self.weighted_sum = self.smoothing * self.weighted_sum + (1 - self.smoothing) * loss
         self.weight = self.smoothing * self.weight + 1 - self.smoothing
@@ -116,7 +120,7 @@ class ValidationLoss(_FromValidationLoss):
             return
         self.mark = min(self.mark, smoothed)
         stalled = previous - smoothed < self.threshold * previous and smoothed <= (1 + _NEAR) * self.mark
-        risen = self.progress > 0.3 and smoothed > (1 + _RISE) * self.mark
+        risen = self.progress > 0.3 and smoothed > (1 + _RISE) * self.mark and not overfits
         self.stalls = self.stalls + 1 if stalled else 0
         self.rises = self.rises + 1 if risen else 0
         if self.stalls >= self.stalls_needed:
@@ -138,6 +142,7 @@ class ValidationLoss(_FromValidationLoss):
             "weighted_sum": self.weighted_sum,
             "weight": self.weight,
             "mark": self.mark,
+            "train_loss": self.train_loss,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,6 +152,7 @@ class ValidationLoss(_FromValidationLoss):
         self.stalls, self.rises = state_dict["stalls"], state_dict["rises"]
         self.weighted_sum, self.weight = state_dict["weighted_sum"], state_dict["weight"]
         self.mark = state_dict["mark"]
+        self.train_loss = state_dict.get("train_loss")  # not there before it mattered
 
 
 class OriginalValidationLoss(_FromValidationLoss):
@@ -171,7 +177,7 @@ class OriginalValidationLoss(_FromValidationLoss):
         super().__init__(initial, total_epochs=total_epochs, minimum=minimum, maximum=maximum)
         self.previous_loss: float | None = None
 
-    def _observe(self, loss: float) -> None:
+    def _observe(self, loss: float, train_loss: float | None) -> None:
         previous, self.previous_loss = self.previous_loss, loss
         if not previous:
             return
