@@ -35,7 +35,8 @@ def start(program, port, rank, world, *arguments, **variables):
         **variables,
     }
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 def finish(process):
@@ -63,6 +64,32 @@ def test_a_process_that_does_not_come_to_the_rendezvous_is_named(store):
         _, said, errors = finish(process)
         assert said.startswith(f"rank {rank} of 3 did not meet the others at 127.0.0.1:{store.port} "), errors
         assert said.endswith(" s: rank 1 did not come\n")
+
+
+MEET = """
+import sys
+import torch
+from fastlocal import comm
+group = comm.join(torch.device("cpu"), timeout=30.0)
+print(sum(said[0] for said in group.gather([group.rank + 1.0])), comm.was_noted("began"), flush=True)
+comm.note_for_restarts("began")
+group.gather([0.0])
+sys.stdin.read()
+"""
+
+
+def test_processes_meet_again_whose_machines_have_counted_other_numbers_of_restarts(store):
+    # A machine whose processes did not die themselves is told to start them again, and does not count that.
+    for counts, noted in ((("0", "0"), False), (("1", "0"), True)):
+        processes = [
+            start(MEET, store.port, rank, 2, **UNDER_TORCHRUN, TORCHELASTIC_RESTART_COUNT=count)
+            for rank, count in enumerate(counts)
+        ]
+        for process in processes:
+            assert process.stdout.readline() == f"3.0 {noted}\n", process.stderr.read()
+        for process in processes:  # dead before they can tell anybody
+            process.kill()
+            finish(process)
 
 
 def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_seconds():

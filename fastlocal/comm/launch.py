@@ -2,6 +2,8 @@
 
 import os
 import time
+import uuid
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,9 @@ from fastlocal.comm.group import Group, find_group, is_initialized
 
 TIMEOUT_SECONDS = 300.0
 """How long a collective waits for a process before the others give it up."""
+
+
+_SECONDS_BETWEEN_LOOKS = 0.02
 
 
 class RendezvousError(RuntimeError):
@@ -36,7 +41,7 @@ def note_for_restarts(text: str) -> None:
 
 def was_noted(text: str) -> bool:
     """Whether a process that failed had left this note."""
-    return _attempt() > 0 and is_initialized() and _job_store().check([f"fastlocal/{text}"])
+    return is_initialized() and _job_store().check([f"fastlocal/{text}"])
 
 
 def _job_store() -> Any:
@@ -47,10 +52,6 @@ def _job_store() -> Any:
     while isinstance(store, distributed_c10d.PrefixStore):
         store = store.underlying_store
     return store
-
-
-def _attempt() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def join(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Group | None:
@@ -70,17 +71,13 @@ def join(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Group | None
     rank, port = _read_environment()
     began, store = time.monotonic(), None
     try:
-        # One store serves every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
-        store = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-            f"attempt_{_attempt()}",
-            dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                os.environ["MASTER_ADDR"],
-                port,
-                is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0,
-                timeout=timedelta(seconds=timeout),
-            ),
+        job = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            os.environ["MASTER_ADDR"],
+            port,
+            is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0,
+            timeout=timedelta(seconds=timeout),
         )
-        store.set(_came(rank), "1")
+        store = _store_of_attempt(job, rank, began + timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -111,6 +108,37 @@ def _read_environment() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
 
 
+def _store_of_attempt(job: Any, rank: int, end: float) -> Any:
+    """The part of the store that this attempt's processes have to themselves.
+
+    One store may serve every attempt, and gloo would find the addresses of processes that are dead: it then hangs.
+    torchrun's count of restarts does not tell attempts apart: each machine counts its own processes' deaths alone.
+    So rank 0 draws a name, and tells it to whoever asks by a token of its own: no earlier attempt knows either.
+    """
+    if rank != 0:
+        token = uuid.uuid4().hex
+        job.set(f"fastlocal/asks/{rank}", token)
+        try:
+            name = job.get(f"fastlocal/answer/{token}").decode()
+        except dist.DistStoreError as error:
+            raise RuntimeError("rank 0 did not come") from error
+        store = dist.PrefixStore(name, job)  # pyright: ignore[reportPrivateImportUsage]
+        store.set(_came(rank), "1")
+        return store
+    name = f"fastlocal/attempt/{uuid.uuid4().hex}"
+    store = dist.PrefixStore(name, job)  # pyright: ignore[reportPrivateImportUsage]
+    store.set(_came(0), "1")
+    absent = set(range(1, launched_processes()))
+    while absent and time.monotonic() < end:  # a token may be that of a process that is dead
+        for other in [r for r in absent if job.check([f"fastlocal/asks/{r}"])]:
+            job.set(f"fastlocal/answer/{job.get(f'fastlocal/asks/{other}').decode()}", name)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        absent = {r for r in absent if not store.check([_came(r)])}
+    if absent:
+        raise RuntimeError(_did_not_come(absent))
+    return store
+
+
 def _came(rank: int) -> str:
     return f"fastlocal/came/{rank}"
 
@@ -121,7 +149,11 @@ def _absent(store: Any) -> str:
         absent = [] if store is None else [r for r in range(launched_processes()) if not store.check([_came(r)])]
     except RuntimeError:
         return ""
-    return f"{', '.join(f'rank {rank}' for rank in absent)} did not come" if absent else ""
+    return _did_not_come(absent) if absent else ""
+
+
+def _did_not_come(ranks: Iterable[int]) -> str:
+    return f"{', '.join(f'rank {rank}' for rank in sorted(ranks))} did not come"
 
 
 def leave() -> None:
