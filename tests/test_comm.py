@@ -71,9 +71,10 @@ import sys
 import torch
 from fastlocal import comm
 group = comm.join(torch.device("cpu"), timeout=30.0)
-print(sum(said[0] for said in group.gather([group.rank + 1.0])), comm.was_noted("began"), flush=True)
+noted = comm.was_noted("began")
+ranks = group.gather([group.rank + 1.0])
 comm.note_for_restarts("began")
-group.gather([0.0])
+print(sum(said[0] for said in ranks), noted, flush=True)
 sys.stdin.read()
 """
 
@@ -85,11 +86,11 @@ def test_processes_meet_again_whose_machines_have_counted_other_numbers_of_resta
             start(MEET, store.port, rank, 2, **UNDER_TORCHRUN, TORCHELASTIC_RESTART_COUNT=count)
             for rank, count in enumerate(counts)
         ]
-        for process in processes:
-            assert process.stdout.readline() == f"3.0 {noted}\n", process.stderr.read()
-        for process in processes:  # dead before they can tell anybody
+        said = [process.stdout.readline() for process in processes]
+        for process in processes:  # dead before it can tell anybody
             process.kill()
-            finish(process)
+            process.communicate()
+        assert said == [f"3.0 {noted}\n"] * 2
 
 
 def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_seconds():

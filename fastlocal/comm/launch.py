@@ -40,7 +40,7 @@ def note_for_restarts(text: str) -> None:
 
 
 def was_noted(text: str) -> bool:
-    """Whether a process that failed had left this note."""
+    """Whether a process that failed had left this note; to be asked before any process of this attempt leaves it."""
     return is_initialized() and _job_store().check([f"fastlocal/{text}"])
 
 
