@@ -277,6 +277,8 @@ def test_wrong_arguments_are_named_with_value_and_rule():
 def test_asking_for_a_kernel_that_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match="has kernels for float32, bfloat16 and float16, got torch.float64"):
         ops.finite_rows(torch.zeros(1, 4, dtype=torch.float64), impl="triton")
+    with pytest.raises(RuntimeError, match="needs tensors on a CUDA device, they are on meta"):
+        ops.finite_rows(torch.zeros(1, 4, device="meta"), impl="triton")  # in the interpreter too
     code = "import torch; from fastlocal.ops.averaging import *; finite_rows(torch.zeros(1, 4), impl='triton')"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

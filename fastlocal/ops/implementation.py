@@ -37,10 +37,11 @@ def choose(impl: Implementation, device: torch.device, dtype: torch.dtype) -> Im
             raise RuntimeError("impl='triton' needs the package triton, which is not installed")
         if dtype not in _TRITON_DTYPES:
             raise RuntimeError(f"impl='triton' has kernels for float32, bfloat16 and float16, got {dtype}")
-        if device.type != "cuda" and not _is_interpreting():
+        if device.type != "cuda" and not (device.type == "cpu" and _is_interpreting()):
             raise RuntimeError(
-                f"impl='triton' needs tensors on a CUDA device, they are on {device}: use impl='auto', or set "
-                "TRITON_INTERPRET=1 before Python starts to interpret the kernels on a CPU"
+                f"impl='triton' needs tensors on a CUDA device, they are on {device} (`fused=True` requires all the "
+                "params to be floating point Tensors there): use impl='auto', or set TRITON_INTERPRET=1 before "
+                "Python starts to interpret the kernels on a CPU"
             )
     return impl
 
