@@ -130,7 +130,7 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
         ),
         "square": (
             lambda block, warps: square[grid](
-                *tables(of_norm), partials, tensors, G_DTYPE=DTYPES[dtype], **common(block, warps)
+                *tables(of_norm), partials, tensors, ROW=0, G_DTYPE=DTYPES[dtype], **common(block, warps)
             ),
             total * each,
         ),

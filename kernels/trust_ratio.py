@@ -132,25 +132,33 @@ def grad_norm(grads: Sequence[Tensor], cache: dict, again: bool = False) -> Tens
             if again:
                 return None
             found = buckets(cache, "norm", [grads], (), None, lambda _: True)
-        sums, norm = _norm_buffers(cache, len(grads), device)
-        start = 0
         for bucket in found:
             _copy(bucket.copies_in)
-            sums_here = sums[start : start + bucket.num_tensors]
-            partials = bucket.float_scratch("squares", bucket.num_chunks)
-            arguments = _arguments(bucket) | {"partials": partials, "sums": sums_here}
-            _launch(square_kernel, bucket.num_chunks, arguments, _size("square", bucket))
-            _launch(tensor_sum_kernel, bucket.num_tensors, arguments)
-            start += bucket.num_tensors
-        _launch(norm_kernel, 1, {"sums": sums, "num_sums": len(grads), "norm": norm, "BLOCK": BLOCK})
+        return _norm(found, 0, cache)
+
+
+def _norm(found: list[Bucket], row: int, cache: dict) -> Tensor:
+    """‖·‖ of what the tables have in this row."""
+    device = found[0].pointers.device
+    num_tensors = sum(bucket.num_tensors for bucket in found)
+    sums, norm = _norm_buffers(cache, num_tensors, device)
+    start = 0
+    for bucket in found:
+        sums_here = sums[start : start + bucket.num_tensors]
+        partials = bucket.float_scratch("squares", bucket.num_chunks)
+        arguments = _arguments(bucket) | {"partials": partials, "sums": sums_here, "ROW": row}
+        _launch(square_kernel, bucket.num_chunks, arguments, _size("square", bucket))
+        _launch(tensor_sum_kernel, bucket.num_tensors, arguments)
+        start += bucket.num_tensors
+    _launch(norm_kernel, 1, {"sums": sums, "num_sums": num_tensors, "norm": norm, "BLOCK": BLOCK})
     return norm
 
 
-def _norm_buffers(cache: dict, num_grads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Σg² of each gradient and ‖G‖, the same at every step; a graph has its own."""
+def _norm_buffers(cache: dict, num_tensors: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Σ of squares of each tensor and the norm of all, the same at every step; a graph has its own."""
     kept = cache.get("norm buffers")
-    if kept is None or kept[0].numel() != num_grads or kept[0].device != device or is_capturing(device):
-        kept = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((num_grads,), ()))
+    if kept is None or kept[0].numel() != num_tensors or kept[0].device != device or is_capturing(device):
+        kept = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((num_tensors,), ()))
         if not is_capturing(device):
             cache["norm buffers"] = kept
     return kept
@@ -172,6 +180,7 @@ def lamb_(
 ) -> bool:
     """One LAMB step of every tensor, and one more in each of `steps`.
 
+    norm: what options.max_grad_norm bounds, ‖G‖; None for that of `grads`.
     masters: the weights in float32, of which the parameters are roundings; None where they are their own.
     again: return False, having done nothing, unless the tensors are those of the step before.
     """
@@ -185,6 +194,9 @@ def lamb_(
         lr = _on_device(cache, "lr", options.lr, device)
         for bucket in found:
             _copy(bucket.copies_in)
+        if norm is None and options.max_grad_norm is not None:
+            norm = _norm(found, lamb.G.value, cache)
+        for bucket in found:
             scalars = _float32(norm), _float32(grad_scale), _float32(found_inf)
             _lamb_bucket(bucket, lr, options, masters is not None, *scalars)
             _copy(bucket.copies_out)

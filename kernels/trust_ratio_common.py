@@ -117,11 +117,12 @@ def _square_block(pointer, start, size, total, MASKED: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def square_kernel(
-    pointers,  # (1, num_tensors) int64
+    pointers,  # (rows, num_tensors) int64
     sizes,  # (num_tensors,) int64, elements
     chunks,  # (num_chunks, 2) int32
     partials,  # (num_chunks, 1) float32, written
     num_tensors,
+    ROW: tl.constexpr,  # of the pointer table
     G_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -130,7 +131,7 @@ def square_kernel(
     """partials[i] = Σ x² over chunk i. Moves one tensor's bytes once."""
     program = tl.program_id(0)
     tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
-    x = tensor_pointer(pointers, 0, num_tensors, tensor, G_DTYPE, ALIGNED)
+    x = tensor_pointer(pointers, ROW, num_tensors, tensor, G_DTYPE, ALIGNED)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if size - base >= CHUNK:
         for i in range(0, CHUNK, BLOCK):

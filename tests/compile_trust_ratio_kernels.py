@@ -103,7 +103,7 @@ def main(capability):
     for name, changes in masters.items():
         kernel, constexprs, _ = KERNELS[name]
         report(name + " masters", kernel, constexprs | layout | bf16 | changes, capability)
-    square = {"G_DTYPE": tl.float32} | layout
+    square = {"G_DTYPE": tl.float32, "ROW": 1} | layout
     report("square", trust_ratio_common.square_kernel, square, capability)
 
 

@@ -249,6 +249,23 @@ def test_the_norm_of_gradients_of_several_dtypes_is_that_of_their_concatenation(
     assert ops.grad_norm(grads, impl="triton").item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("impl", ["triton", "portable", "reference"])
+def test_lamb_clips_by_the_norm_of_its_own_gradients_where_none_is_given(impl, dtypes):
+    options = replace(LAMB_OPTIONS, max_grad_norm=0.5)
+    results = []
+    for given in (True, False):
+        params = [p.to(DEVICE) for d in dtypes for p in tensors(0, d)]
+        first, second = ([torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2))
+        steps, tables = [torch.zeros((), device=DEVICE) for _ in params], {}
+        for seed in (1, 2):  # the second step finds the tables of the first
+            grads = [g.to(DEVICE) for d in dtypes for g in tensors(seed, d)]
+            norm = ops.grad_norm(grads, impl=impl) if given else None
+            ops.lamb_(params, grads, first, second, steps, options, norm=norm, impl=impl, tables=tables)
+        results.append([*params, *first, *second])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def pair_of_optimizers(optimizer, shapes, extra=None):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes]

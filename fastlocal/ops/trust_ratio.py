@@ -90,12 +90,16 @@ def _step_(
     sum_: Sum | None,
 ) -> None:
     params: Any = lists["params"]
+    grads: Any = lists["grads"]
+    must_find_norm = norm is None and max_grad_norm is not None
     if sum_ is not None:
         if impl == "triton":
             raise RuntimeError(
                 "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
             )
         _check(lists if masters is None else {**lists, "masters": masters})
+        if must_find_norm:
+            norm = grad_norm(grads, sum_=sum_)
         if not sharded.found_anywhere(found_inf, len(params), sum_):
             multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
             _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
@@ -109,6 +113,11 @@ def _step_(
             return
     _check(lists if masters is None else {**lists, "masters": masters})
     parts = _split(impl, params, masters, tables)
+    if must_find_norm and [these.chosen for these, _ in parts] not in (
+        [],
+        ["triton"],
+    ):  # the kernels find it themselves
+        norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
     for these, indices in parts:
         room = _room(tables, parts, these)
         part: list[Any] = [_take(values, indices) for values in lists.values()]
@@ -222,15 +231,13 @@ def lamb_(
         options: the group's hyper-parameters.
         masters: the weights in at least float32, of which params are roundings, or None for a parameter that is
             its own; stepped. An element of a parameter written to since the last step counts, not its master's.
-        norm: ‖G‖ from `grad_norm` as stored, still scaled; needed where options.max_grad_norm is set.
+        norm: ‖G‖ from `grad_norm` as stored, still scaled, which max_grad_norm bounds; None for that of `grads`.
         grad_scale: what the loss was multiplied by (GradScaler); None if nothing.
         found_inf: where it is not 0, nothing changes.
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
         sum_: where the tensors are pieces of larger ones, adds up over the processes that hold the others.
     """
-    if options.max_grad_norm is not None and norm is None and params:
-        raise ValueError(f"norm must be given where max_grad_norm is set ({options.max_grad_norm}), got None")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _step_("lamb_", lists, masters, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables, sum_)
 

@@ -4,7 +4,7 @@ The hash of a tensor is a Python call, so a look-up a tensor costs more than the
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_, itemgetter
 from typing import Any
 
@@ -39,7 +39,7 @@ class StateColumns:
         Args:
             group: a key that the caller uses for these parameters alone.
             params: the parameters stepped.
-            names: the entries wanted.
+            names: the entries wanted; the first of them may be there and be None.
             find: looks a parameter's state up, and creates what it lacks of the names.
         """
         if not torch.compiler.is_compiling():
@@ -49,7 +49,7 @@ class StateColumns:
                     columns = [list(map(itemgetter(name), known[1])) for name in names]
                 except KeyError:  # options now ask for an entry that nothing has needed so far
                     columns = None
-                if columns is not None and not any(map(is_, chain(*columns), repeat(None))):
+                if columns is not None and not any(map(is_, columns[0], repeat(None))):
                     return columns
         states = [find(p) for p in params]
         if not torch.compiler.is_compiling():

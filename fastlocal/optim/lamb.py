@@ -136,8 +136,8 @@ class LAMB(TrustRatioOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        norm = None
-        if any(group["max_grad_norm"] is not None for group, _, _ in groups):
+        norm = None  # of one group's gradients, found on the way
+        if len(groups) > 1 and any(group["max_grad_norm"] is not None for group, _, _ in groups):
             norm = self._grad_norm(groups)
         for index, (group, params, grads) in enumerate(groups):
             names = ("exp_avg", "exp_avg_sq", "step")
