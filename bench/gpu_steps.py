@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastlocal import LAMB, LARS
+from fastlocal.bench import machine
 from fastlocal.bench.measure import event_seconds
 from fastlocal.bench.shapes import SHAPES, num_parameters
 
@@ -117,13 +118,13 @@ def main() -> None:
                 found = measure(make, shapes)
                 share = FLOORS[name] * parameters / found["device"] * 1e6 / (8 * parameters / copy)
                 row = {"size": size, "tensors": len(shapes), "parameters": parameters, "contender": name}
-                row |= {"device_name": torch.cuda.get_device_name(), "share_of_copy": share}
+                row |= {"share_of_copy": share}
                 row |= {f"{kind} us".replace(" ", "_"): us for kind, us in found.items()}
                 times = "  ".join(f"{kind} {us:.0f}" for kind, us in found.items())
                 print(f"{size:9} {name:18} {100 * share:5.1f} % of copy; us: {times}", flush=True)
                 if given.out:
                     with given.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                        file.write(json.dumps({**machine.origin("cuda"), **row}) + "\n")
 
 
 if __name__ == "__main__":

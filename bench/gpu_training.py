@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fastlocal.bench import machine
 from fastlocal.train import data
 from fastlocal.train.config import Config
 from fastlocal.train.loop import Training
@@ -42,8 +43,7 @@ def train(config: Config, device: torch.device, limit: float) -> dict[str, Any]:
         last = training.records[-1]
         test_loss, test_accuracy = training.test()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        **machine.origin(device.type),
         "dataset": config.dataset,
         "workers": config.workers,
         "precision": config.precision,
