@@ -1,6 +1,7 @@
 """Four workers in a Lightning module: python examples/lightning_module.py (needs pytorch-lightning).
 
-Lightning keeps the loop; the module holds the workers and returns a wrapped optimizer.
+Lightning keeps the loop; the module holds the workers and returns a wrapped optimizer. Give it a model that is on its
+device and in its dtype already: Lightning then moves nothing out of the workers' buffer.
 """
 
 import pytorch_lightning as lightning  # pyright: ignore[reportMissingImports]
@@ -19,7 +20,7 @@ class LocalTraining(lightning.LightningModule):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.workers = fastlocal.Workers(model, WORKERS)
-        self.models = nn.ModuleList(self.workers)  # Lightning saves and moves what it knows as modules
+        self.models = nn.ModuleList(self.workers)  # Lightning saves what it knows as modules
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """The sum over the workers: each one's gradient is of its own part alone."""

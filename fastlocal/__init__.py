@@ -1,7 +1,7 @@
 """Communication-efficient, large-batch training for PyTorch."""
 
 from fastlocal.flat import Workers
-from fastlocal.local import DiLoCo, LocalSGD, SlowMo
+from fastlocal.local import DiLoCo, DisagreementError, DivergedError, LocalSGD, LostRankError, SlowMo
 from fastlocal.optim import LAMB, LARS
 from fastlocal.policy import QSR, AdaComm, ConsensusDistance, FixedInterval, PostLocal, Stats, ValidationLoss
 
@@ -12,8 +12,11 @@ __all__ = [
     "AdaComm",
     "ConsensusDistance",
     "DiLoCo",
+    "DisagreementError",
+    "DivergedError",
     "FixedInterval",
     "LocalSGD",
+    "LostRankError",
     "PostLocal",
     "SlowMo",
     "Stats",

@@ -185,6 +185,7 @@ class Workers:
         num_workers: K, at least 1.
 
     Raises:
+        TypeError: `model` is no module, or num_workers is not a whole number.
         ValueError: num_workers is below 1, or the model has nothing to train.
 
     Examples:
@@ -197,6 +198,10 @@ class Workers:
     """
 
     def __init__(self, model: nn.Module, num_workers: int) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool):
+            raise TypeError(f"num_workers must be an int, got {num_workers!r}")
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         self.rows = Rows([model, *(copy.deepcopy(model) for _ in range(num_workers - 1))])
@@ -235,7 +240,11 @@ class Workers:
         """A new model that holds the mean of all workers as they stand now.
 
         Parameters and floating-point buffers are averaged, integer buffers take the maximum.
+
+        Raises:
+            RuntimeError: a parameter no longer lies in its row.
         """
+        self.rows.check()
         model = copy.deepcopy(self[0])
         averaged = dict(model.named_parameters())
         for block in self.rows.blocks:
@@ -254,9 +263,13 @@ class Workers:
         """Load what state_dict() returned, into the same storage.
 
         Raises:
-            ValueError: it holds another number of workers.
+            ValueError: it is of something else, or holds another number of workers.
             RuntimeError: a module's state does not fit, as nn.Module.load_state_dict says.
         """
+        if "workers" not in state_dict:
+            raise ValueError(
+                f"the state is not one of Workers, which has the key 'workers': got {list(state_dict)[:3]}"
+            )
         states = state_dict["workers"]
         if len(states) != len(self):
             raise ValueError(f"the state has {len(states)} workers, there are {len(self)}")

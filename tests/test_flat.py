@@ -157,6 +157,10 @@ def test_training_mode_and_names_reach_every_worker():
 def test_models_that_cannot_be_averaged_are_refused_by_name():
     with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
         Workers(make_model(), 0)
+    with pytest.raises(TypeError, match="num_workers must be an int, got 2.5"):
+        Workers(make_model(), 2.5)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
+        Workers([make_model()], 2)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         Workers(nn.ReLU(), 2)
     with pytest.raises(ValueError, match="parameter 'weight' is complex"):
@@ -167,3 +171,14 @@ def test_models_that_cannot_be_averaged_are_refused_by_name():
         Rows([nn.Linear(2, 2), nn.Linear(3, 2)])
     with pytest.raises(ValueError, match="'bias' is in one only"):
         Rows([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
+
+
+def test_the_mean_of_a_model_that_was_moved_out_of_its_rows_is_an_error_and_a_state_of_a_module_too():
+    team = Workers(nn.Linear(2, 1), 2)
+    with pytest.raises(
+        ValueError, match=r"not one of Workers, which has the key 'workers': got \['weight', 'bias'\]"
+    ):
+        team.load_state_dict(team[0].state_dict())
+    team[1].double()
+    with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row"):
+        team.mean()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlocal import DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal import LAMB, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
 
 
 def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
@@ -415,8 +415,25 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         LocalSGD(LocalSGD(sgd(), team, 2), team, 2)
     with pytest.raises(ValueError, match="that is no trainable parameter of model"):
         LocalSGD(torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1), team, 2)
-    with pytest.raises(ValueError, match=r"in the groups \[0, None\] for the workers 0 to 1"):
+    with pytest.raises(ValueError, match=r"'weight' is not in inner for worker 1, .* over workers.parameters\(\)"):
         LocalSGD(torch.optim.SGD(team[0].parameters(), lr=0.1), team, 2)
+    apart = [{"params": team[0].parameters()}, {"params": team[1].parameters()}]
+    with pytest.raises(ValueError, match=r"in the groups \[0, 1\] for the workers 0 to 1"):
+        LocalSGD(torch.optim.SGD(apart, lr=0.1), team, 2)
+    with pytest.raises(TypeError, match="warmup_steps must be an int, got 1.5"):
+        LocalSGD(sgd(), team, 2, warmup_steps=1.5)
+    half = type("Half", (), {"next_interval": lambda self, stats: 2})()
+    with pytest.raises(TypeError, match="interval is a Half that lacks state_dict and load_state_dict"):
+        LocalSGD(sgd(), team, half)
+
+
+def test_an_optimizer_that_clips_by_the_norm_of_all_its_gradients_is_refused_for_several_workers():
+    one, two = Workers(nn.Linear(2, 2), 1), Workers(nn.Linear(2, 2), 2)
+    LocalSGD(LAMB(one.parameters(), max_grad_norm=1.0), one, 2)
+    with pytest.raises(
+        ValueError, match=r"max_grad_norm=1.0 would bound the norm of all workers' gradients together"
+    ):
+        LocalSGD(LAMB(two.parameters(), max_grad_norm=1.0), two, 2)
 
 
 def test_training_in_one_process_does_not_touch_the_process_group_and_a_group_that_comes_later_is_an_error():

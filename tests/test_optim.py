@@ -471,6 +471,28 @@ def test_a_state_of_the_wrong_shape_is_refused(optimizer):
         optimizer([nn.Parameter(torch.randn(5, 4))]).load_state_dict(opt.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("other", "optimizer", "said"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            LAMB,
+            "momentum_buffer, LAMB goes on from exp_avg and exp_avg_sq",
+        ),
+        (torch.optim.AdamW, LARS, "exp_avg and exp_avg_sq, LARS goes on from momentum_buffer"),
+    ],
+)
+def test_a_state_of_other_moments_is_refused_and_changes_nothing(other, optimizer, said):
+    params = make_params()
+    given = other(params)
+    train(given, params, [1])
+    opt = optimizer(clone(params), lr=0.5)
+    with pytest.raises(ValueError, match=f"state_dict has {said}"):
+        opt.load_state_dict(given.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert not opt.state
+
+
 @BOTH
 def test_state_takes_the_strides_of_the_parameter_it_is_loaded_for(optimizer):
     weight = nn.Parameter(torch.randn(4, 6, 3, 5))

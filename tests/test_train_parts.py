@@ -106,6 +106,12 @@ def test_a_file_that_is_no_checkpoint_is_found(tmp_path, content):
         checkpoint.read(path)
 
 
+def test_a_file_in_a_place_that_is_no_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"c.pt cannot be written: Not a directory; free some space or choose another"):
+        checkpoint.save(tmp_path / "file" / "c.pt", {})
+
+
 def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"a": torch.zeros(3)})

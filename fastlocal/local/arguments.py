@@ -26,11 +26,15 @@ def policy_of(interval: int | Policy) -> Policy:
     """The policy that an interval stands for.
 
     Raises:
-        TypeError: it is neither an int nor a policy.
+        TypeError: it is neither an int nor a whole policy.
         ValueError: it is below 1.
     """
     if isinstance(interval, type):
         raise TypeError(f"interval must be a policy, not its class: {interval.__name__}(...)")
+    methods = ("next_interval", "state_dict", "load_state_dict")
+    missing = [name for name in methods if not hasattr(interval, name)]
+    if 0 < len(missing) < len(methods):
+        raise TypeError(f"interval is a {type(interval).__name__} that lacks {' and '.join(missing)}")
     return interval if isinstance(interval, Policy) else FixedInterval(require_interval("interval", interval))
 
 

@@ -43,7 +43,8 @@ class LocalSGD(Checkpointed):
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
         model: the workers, or one module (a single worker: nothing to average with in this process).
         interval: local steps between two syncs, or a policy that chooses them.
-        inner_state: what a sync does to the inner optimizer's state.
+        inner_state: what a sync does to the inner optimizer's state: "keep" leaves each worker its own, "reset" drops
+            it, "average" gives all the mean.
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
             maximum of the others, "broadcast" copies the first finite worker's.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
@@ -57,6 +58,8 @@ class LocalSGD(Checkpointed):
 
     Attributes:
         stats: what was counted so far, see Stats.
+        steps_in_round: local steps since the last sync.
+        policy: what chooses the interval.
         num_workers: in all processes.
 
     Raises:
@@ -84,6 +87,8 @@ class LocalSGD(Checkpointed):
         arguments.check_choice("inner_state", inner_state, get_args(InnerState))
         arguments.check_choice("buffers", buffers, get_args(Buffers))
         check_implementation(impl)
+        if not isinstance(warmup_steps, int):
+            raise TypeError(f"warmup_steps must be an int, got {warmup_steps!r}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         arguments.check_model(model)

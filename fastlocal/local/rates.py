@@ -19,7 +19,8 @@ class Rates:
         last: of the last step, one a group.
 
     Raises:
-        ValueError: a parameter is in no row, or in different groups for different workers.
+        ValueError: a parameter is in no row, or in different groups for different workers, or a group clips the
+            gradients of several workers together.
     """
 
     def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
@@ -30,6 +31,12 @@ class Rates:
     def find_groups(self) -> None:
         """Look up again which group each parameter is in; worker k's is in the same one as worker 0's."""
         groups = self._optimizer.param_groups
+        for group in groups:
+            if len(self._rows) > 1 and group.get("max_grad_norm"):
+                raise ValueError(
+                    f"max_grad_norm={group['max_grad_norm']} would bound the norm of all workers' gradients "
+                    "together: leave it out, and clip each worker's, clip_grad_norm_(worker.parameters(), ...)"
+                )
         group_of = {p: index for index, group in enumerate(groups) for p in group["params"]}
         known = {parameter for parameters in self._rows.parameters for parameter in parameters.values()}
         for parameter in group_of:
@@ -40,6 +47,11 @@ class Rates:
                 )
         for name in self._rows.parameters[0]:
             places = [group_of.get(parameters[name]) for parameters in self._rows.parameters]
+            if len(set(places)) > 1 and None in places:
+                raise ValueError(
+                    f"parameter {name!r} is not in inner for worker {places.index(None)}, but for others it is: "
+                    "build inner over workers.parameters()"
+                )
             if len(set(places)) > 1:
                 raise ValueError(
                     f"parameter {name!r} is in the groups {places} for the workers 0 to {len(places) - 1}: "

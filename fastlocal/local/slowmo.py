@@ -26,7 +26,7 @@ class SlowMo(LocalSGD):
         interval: local steps between two syncs, or a policy that chooses them.
         slow_lr: α, positive.
         slow_momentum: β, in [0, 1). The more workers, the larger: 0.2 to 0.6 are usual.
-        inner_state: what a sync does to the inner optimizer's state.
+        inner_state: "keep", "reset" or "average", see LocalSGD.
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
         impl: how the outer step is carried out; "auto" chooses.
@@ -100,7 +100,7 @@ class DiLoCo(SlowMo):
         interval: local steps between two syncs, or a policy that chooses them.
         slow_lr: α, positive.
         slow_momentum: β, in [0, 1).
-        inner_state: what a sync does to the inner optimizer's state.
+        inner_state: "keep", "reset" or "average", see LocalSGD.
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
         impl: how the outer step is carried out; "auto" chooses.

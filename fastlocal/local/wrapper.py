@@ -17,7 +17,9 @@ class Wrapper(torch.optim.Optimizer):
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, Wrapper):
-            raise TypeError(f"inner must be a torch.optim optimizer that is not wrapped yet, got {inner!r}")
+            raise TypeError(
+                f"inner must be a torch.optim optimizer that is not wrapped yet, got {type(inner).__name__}"
+            )
         # Optimizer.__init__ makes a list of groups and a state of its own; both go when `inner` is set.
         super().__init__(inner.param_groups, inner.defaults)
         self.__dict__.pop("_own_param_groups")

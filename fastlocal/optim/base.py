@@ -101,7 +101,8 @@ class TrustRatioOptimizer(Optimizer):
         which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
 
         Raises:
-            ValueError: it does not fit, or an option is out of its range; then nothing has changed.
+            ValueError: it does not fit, is of an optimizer with other moments, or an option is out of its range;
+                then nothing has changed.
             TypeError: a value in it is of the wrong kind; likewise.
         """
         before = self.state, self.param_groups
@@ -152,6 +153,10 @@ class TrustRatioOptimizer(Optimizer):
     def _own(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         """Copies of the saved state this class uses, in its own dtype, device and memory layout."""
         owned = {}
+        shaped = [name for name, value in saved.items() if isinstance(value, Tensor) and value.dim()]
+        if shaped and not any(name in (*self._moments, "master") for name in shaped):
+            mine = " and ".join(self._moments)
+            raise ValueError(f"state_dict has {' and '.join(shaped)}, {type(self).__name__} goes on from {mine}")
         for name, value in saved.items():
             if name == "step":
                 owned[name] = self._new_step(param, float(value))

@@ -22,7 +22,8 @@ class LARS(TrustRatioOptimizer):
         lr: learning rate, a float or a 1-element tensor.
         momentum: μ.
         dampening: of every gradient but a tensor's first, as in torch.optim.SGD.
-        weight_decay: λ. Tensors in groups without it take plain SGD steps, unless `adapt` says otherwise.
+        weight_decay: λ. Tensors in groups without it take plain SGD steps, unless `adapt` says otherwise: with all
+            defaults this is SGD with a rate of 1.
         nesterov: steps by r·d + μ·buffer.
         trust_coefficient: η.
         eps: added to the ratio's denominator.
@@ -116,6 +117,7 @@ class LARS(TrustRatioOptimizer):
             raise ValueError(f"trust_coefficient must be positive, got {group['trust_coefficient']}")
         if group["nesterov"] and (momentum == 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        check_choice(group, "trust_clip", True, False)
         check_choice(group, "norm", "sum", "joint")
         check_choice(group, "momentum_form", "torch", "lr_in_buffer")
 

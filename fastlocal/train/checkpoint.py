@@ -1,5 +1,6 @@
 """A run's checkpoint: one file, written whole or not at all, refused if a byte of it changed."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -32,7 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
