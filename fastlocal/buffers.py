@@ -63,6 +63,8 @@ def merged(values: Sequence[Tensor], choice: Buffers) -> Tensor:
     finite = stacked.isfinite().flatten(1).all(dim=1)
     if choice != "average":
         return stacked[finite.to(torch.uint8).argmax()]
-    # One worker's infinite batch must not stay in everybody's statistics. With none finite, this is NaN again.
+    # One worker's infinite batch must not stay in everybody's statistics. What is finite in none, such as a mask of
+    # -inf, stays as worker 0 has it.
     kept = torch.where(finite.view(-1, *[1] * (stacked.dim() - 1)), stacked, 0)
-    return kept.sum(dim=0) / finite.sum()
+    mean = kept.sum(dim=0, dtype=torch.promote_types(stacked.dtype, torch.float32)) / finite.sum()
+    return torch.where(finite.any(), mean.to(stacked.dtype), stacked[0])

@@ -75,9 +75,12 @@ class Rows:
         ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
         self.modules = list(modules)
-        self.parameters = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in self.modules]
+        self.parameters = [
+            {n: p for n, p in m.named_parameters() if (p.requires_grad if names is None else n in names)}
+            for m in self.modules
+        ]
         if not self.parameters[0]:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
         for worker, parameters in enumerate(self.parameters[1:], start=1):
@@ -169,10 +172,11 @@ class Rows:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self.modules}  # copies of views are no views: __setstate__ lays the rows out again
+        # Copies of views are no views: __setstate__ lays the rows out again, frozen meanwhile or not.
+        return {"modules": self.modules, "names": list(self.parameters[0])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Rows.__init__(self, state["modules"])
+        Rows.__init__(self, state["modules"], state["names"])
 
 
 class Workers:

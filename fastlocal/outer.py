@@ -65,8 +65,8 @@ class Coefficients(NamedTuple):
 class SlowMomentum:
     """A step from the anchor along the mean progress, with momentum across rounds.
 
-    lr-scaled: v ← β(γ_t/γ_{t−1})v + Δ; x ← anchor − αv, with γ the inner learning rate of the parameter and
-    γ_{t−1} the last positive one. While γ_t is 0, v is neither applied nor lost.
+    lr-scaled: v ← β(γ_t/γ_{t−1})v + Δ; x ← anchor − αv, with γ the inner learning rate of the parameter, the
+    mean over the round, and γ_{t−1} the last positive one. While γ_t is 0, v is neither applied nor lost.
     nesterov: v ← βv + Δ; x ← anchor − α(Δ + βv).
 
     Args:
@@ -100,7 +100,7 @@ class SlowMomentum:
         self.slow_lr, self.slow_momentum, self.form = slow_lr, slow_momentum, form
         self.impl: Implementation = impl
         dtype = ops.accumulate_dtype(rows.dtype)
-        self.anchor = torch.empty(rows.shape[1], dtype=dtype, device=rows.device)
+        self.anchor = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
         self.momentum_buffer = torch.zeros_like(self.anchor)
         self.last_rates = [0.0] * len(self.bounds)  # 0: none was positive yet
 
@@ -115,7 +115,7 @@ class SlowMomentum:
 
         Args:
             weights: shape (k,), float32; 0 leaves a row out.
-            rates: each parameter's inner learning rate in the round that ends.
+            rates: each parameter's mean inner learning rate in the round that ends.
             mean: shape (n,), where other processes have a share in it; may be overwritten.
             measures: whether the drift is wanted.
 

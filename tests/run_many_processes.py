@@ -136,7 +136,9 @@ def two_times_one_is_bit_equal_to_one_times_two(rank, new_group):
 
 
 def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
-    optimizer, team = build(LocalSGD, 1, 100, group=new_group(), seed=rank)
+    model = network(rank)
+    model[0].weight.requires_grad_(False)  # frozen ones too
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group(), model=model)
     with torch.no_grad():
         team[0][1].running_mean.fill_(rank + 1.0)
         optimizer.zero_grad()
@@ -159,6 +161,7 @@ class Motley(nn.Module):
         self.low = nn.Linear(4, 3).bfloat16()
         self.exact = nn.Parameter(torch.randn(3, dtype=torch.float64))
         self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
         self.unused = nn.Parameter(torch.randn(5))
         self.empty = nn.Parameter(torch.empty(0, 3))
         self.one = nn.Parameter(torch.tensor(2.0))
@@ -197,6 +200,7 @@ def odd_tensors_are_averaged_and_keep_their_storage(rank, new_group):
         torch.testing.assert_close(own, other, **ROUNDED)
     assert buffers["seen"].tolist() == [3 + 4, 4]
     assert buffers["flag"].item()
+    assert torch.equal(buffers["mask"], Motley().mask)
     assert buffers["rotary"].tolist() == [1 + 1.5j, 2.0]
     assert buffers["low_buffer"].item() == 1.5
     # 15 low-precision values travel as float32 between processes: 2 more bytes each, 3 rounds, 2 · 3/4 times.
@@ -261,6 +265,8 @@ def rank_0_alone_decides_the_interval(rank, new_group):
         run(optimizer, team, 4, first=4 * epoch, worker=rank)
         optimizer.sync()
         optimizer.observe(val_loss=1.0 - 0.001 * epoch if rank == 0 else 5.0 + rank * epoch)
+        if rank == 2:
+            optimizer.observe(val_loss=torch.nan)  # of a worker that will be healed, say
         intervals.append(optimizer.stats.interval)
     assert intervals == [4, 4, 8, 16, 32, 64]
     run(optimizer, team, 1, first=99, worker=rank)
@@ -284,6 +290,13 @@ def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):
     run(optimizer, team, 1, first=9, worker=rank)
     run(single, workers, 1, first=9)
     assert optimizer.stats.interval == single.stats.interval != 4
+    # Whoever asks for it on the way has it, and with it all.
+    optimizer, team = build(LocalSGD, 1, 2, group=new_group())
+    run(optimizer, team, 2, worker=rank)
+    if rank == 1:
+        optimizer.policy.reads_drift = True
+    run(optimizer, team, 2, first=2, worker=rank)
+    assert optimizer.stats.drift > 0
 
 
 def poison(model):

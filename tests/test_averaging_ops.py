@@ -274,6 +274,12 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         ops.finite_rows(rows, impl="cuda")
 
 
+def test_rows_without_columns_have_a_sum():
+    out = torch.empty(0)
+    ops.weighted_sum_(out, torch.empty(2, 0), [0.5, 0.5])
+    assert out.shape == (0,)
+
+
 def test_asking_for_a_kernel_that_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match="has kernels for float32, bfloat16 and float16, got torch.float64"):
         ops.finite_rows(torch.zeros(1, 4, dtype=torch.float64), impl="triton")

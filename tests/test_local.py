@@ -522,9 +522,71 @@ def test_a_worker_with_a_nan_gradient_is_excluded_once_and_then_healed(name, inn
         if step == 1:
             team[1].weight.grad.view(-1)[0] = torch.nan
         optimizer.step()
-    # Rprop takes NaN for a zero and steps on.
-    assert optimizer.stats.excluded == (0 if name == "rprop" else 1)
+    # Rprop takes NaN for a zero and steps on, but keeps it in its state, which an average would give to all.
+    assert optimizer.stats.excluded == (0 if name == "rprop" and inner_state != "average" else 1)
     assert parameters_of(team).isfinite().all()
+
+
+def test_state_that_is_not_finite_is_not_averaged_into_the_others():
+    # Adam's second moment of such a gradient is infinite, its parameters are not: they stand still for ever.
+    team = Workers(nn.Linear(3, 1, bias=False), 4)
+    optimizer = LocalSGD(torch.optim.Adam(team.parameters(), lr=0.1), team, 2, inner_state="average")
+    before: list[torch.Tensor] = []
+    for step in range(8):
+        for worker, parameter in enumerate(team.parameters()):
+            parameter.grad = torch.full_like(parameter, 1e25 if (step, worker) == (1, 2) else 1.0)
+        before = [parameter.detach().clone() for parameter in team.parameters()]
+        optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert not any(torch.equal(old, new) for old, new in zip(before, team.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_buffer_that_is_finite_in_no_worker_stays_as_it_is(k):
+    model = nn.Linear(6, 2)
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    mask = model.mask.clone()
+    team = Workers(model, k)
+    assert torch.equal(team.mean().mask, mask)
+    run(LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1), team, 2)
+    assert all(torch.equal(worker.mask, mask) for worker in team)
+
+
+@pytest.mark.parametrize(("dtype", "k", "value"), [(torch.float16, 8, 10000.0), (torch.bfloat16, 7, 1.1)])
+def test_buffers_of_low_precision_that_are_equal_stay_equal(dtype, k, value):
+    model = nn.Linear(6, 2)
+    model.register_buffer("table", torch.full((5,), value, dtype=dtype))
+    team = Workers(model, k)
+    run(LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1), team, 1)
+    assert torch.equal(team[0].table, torch.full((5,), value, dtype=dtype))
+
+
+def test_a_state_of_before_the_first_observed_loss_can_be_loaded_after_it():
+    team = Workers(nn.Linear(2, 1), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, ValidationLoss(4, total_epochs=10))
+    early = copy.deepcopy(optimizer.state_dict())
+    optimizer.observe(val_loss=1.0, train_loss=2.0)
+    optimizer.load_state_dict(early)
+    assert (optimizer.stats.val_loss, optimizer.stats.train_loss, optimizer.stats.observations) == (None, None, 0)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_a_copy_made_after_a_layer_was_frozen_has_the_same_rows_and_takes_the_state(kind):
+    team = Workers(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), 2)
+    optimizer = kind(torch.optim.SGD(team.parameters(), lr=0.1), team, 2)
+
+    def step():
+        for worker in team:
+            worker(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    step()
+    for worker in team:
+        worker[0].requires_grad_(False)
+    step()
+    twin = copy.deepcopy(optimizer)
+    assert twin.rows.blocks[0].rows.shape == optimizer.rows.blocks[0].rows.shape
+    twin.load_state_dict(optimizer.state_dict())
 
 
 def test_one_workers_infinite_batch_does_not_stay_in_the_averaged_batchnorm():
@@ -676,7 +738,7 @@ def test_a_policy_is_asked_once_a_round_even_if_the_first_step_fails():
     assert policy.asked == 1
 
 
-def test_a_tensor_rate_is_the_one_of_the_last_step_even_if_it_changes_before_the_sync():
+def test_a_tensor_rate_is_the_one_of_the_steps_even_if_it_changes_before_the_sync():
     outcomes = []
     for rate in (0.1, torch.tensor(0.1)):
         torch.manual_seed(0)

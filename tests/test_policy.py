@@ -156,6 +156,12 @@ def test_validation_loss_goes_on_from_its_state(rule):
         assert rest == expected[stop:]
 
 
+def test_a_loss_below_zero_that_falls_all_the_time_never_halves_the_interval():
+    losses = [-float(epoch) for epoch in range(40)]
+    assert min(replay(ValidationLoss(64, total_epochs=40), losses)) == 64
+    assert min(replay(OriginalValidationLoss(64, total_epochs=40), losses)) == 64
+
+
 def test_qsr_follows_the_square_of_the_inverse_rate():
     policy = QSR(4, 0.2, maximum=500)
     assert [policy.next_interval(Stats(lr=lr)) for lr in (0.4, 0.1, 0.05, 0.03, 0.01, 0.0)] == [

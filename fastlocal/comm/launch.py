@@ -123,17 +123,22 @@ def _store_of_attempt(job: Any, rank: int, end: float) -> Any:
         except dist.DistStoreError as error:
             raise RuntimeError("rank 0 did not come") from error
         store = dist.PrefixStore(name, job)  # pyright: ignore[reportPrivateImportUsage]
-        store.set(_came(rank), "1")
+        store.set(_came(rank), token)
         return store
     name = f"fastlocal/attempt/{uuid.uuid4().hex}"
     store = dist.PrefixStore(name, job)  # pyright: ignore[reportPrivateImportUsage]
     store.set(_came(0), "1")
     absent = set(range(1, launched_processes()))
-    while absent and time.monotonic() < end:  # a token may be that of a process that is dead
-        for other in [r for r in absent if job.check([f"fastlocal/asks/{r}"])]:
-            job.set(f"fastlocal/answer/{job.get(f'fastlocal/asks/{other}').decode()}", name)
+    while absent and time.monotonic() < end:  # a token may be that of a process that is dead, also of one that came
+        absent = set()
+        for other in range(1, launched_processes()):
+            token = job.get(f"fastlocal/asks/{other}") if job.check([f"fastlocal/asks/{other}"]) else b""
+            if token and not (store.check([_came(other)]) and store.get(_came(other)) == token):
+                job.set(f"fastlocal/answer/{token.decode()}", name)
+                absent.add(other)
+            elif not token:
+                absent.add(other)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        absent = {r for r in absent if not store.check([_came(r)])}
     if absent:
         raise RuntimeError(_did_not_come(absent))
     return store

@@ -153,7 +153,7 @@ class Checkpointed(Wrapper):
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
-        present = self._saved()
+        present = self._saved() | {"stats": asdict(Stats())}
         # What a policy keeps is its own affair, and the layout has an error of its own, before the tensors.
         skipped: dict[str, Any] = {"layout": [], "policy": {}, "outer": []}
         saved = {key: skipped.get(key, value) for key, value in own.items()} if isinstance(own, dict) else own

@@ -154,7 +154,7 @@ class LocalSGD(Checkpointed):
         warming_up = self.stats.local_steps < self.warmup_steps
         if not self._round_is_open:
             self._begin_round(warming_up)
-        self._rates.note()
+        self._rates.note(self.steps_in_round)
         if warming_up:
             loss = self._step_together(closure)
         else:
@@ -284,6 +284,8 @@ class LocalSGD(Checkpointed):
         """
         for name, loss in (("val_loss", val_loss), ("train_loss", train_loss)):
             if loss is not None and not math.isfinite(loss):
+                if self._group is not None and self._group.rank != 0:  # a worker that will be left out and healed
+                    return
                 raise ValueError(f"{name} must be finite, got {loss}: training has diverged")
         if val_loss is not None:
             self.stats.val_loss, self.stats.observations = float(val_loss), self.stats.observations + 1

@@ -81,23 +81,25 @@ class ManyProcesses(OneProcess):
         ]
         buffers = module_buffers.collect(self.rows.modules)
         names = [name for name, _ in self.rows.modules[0].named_buffers()]
+        frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
+        names += frozen
+        buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
         compare(self.group, settings, slots + kinds, stats.local_steps)
         if fresh:
             self.rows.pull()
-            if self._rows_differ():
+            if self._rows_differ(buffers[len(buffers) - len(frozen) :]):
                 for block in self.rows.blocks:
                     self.group.broadcast_(block.rows[0], source=0)
                     block.rows.copy_(block.rows[0].clone().expand_as(block.rows))
                 self.rows.push()
                 merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 
-    def _rows_differ(self) -> bool:
-        """Whether two rows of any processes differ, as two sums over each tell."""
-        sums = []
-        for block in self.rows.blocks:
-            for row in block.rows:
-                sums.append(torch.stack([row.sum(dtype=torch.float64), row.abs().sum(dtype=torch.float64)]))
+    def _rows_differ(self, frozen: list[list[Tensor]]) -> bool:
+        """Whether two workers of any processes differ in rows or frozen parameters, as two sums over each tell."""
+        rows = [row for block in self.rows.blocks for row in block.rows]
+        values = rows + [torch.view_as_real(v) if v.is_complex() else v for twins in frozen for v in twins]
+        sums = [torch.stack([v.sum(dtype=torch.float64), v.abs().sum(dtype=torch.float64)]) for v in values]
         own = torch.cat([each.cpu() for each in sums]).tolist()
         return len({row for said in self.group.gather(own) for row in _by_row(said, len(self.rows))}) > 1
 
@@ -150,8 +152,10 @@ class ManyProcesses(OneProcess):
         header = header._replace(
             rates=math.fsum(rate for own in closing.rates for rate in own) if self._steps_by_rates() else 0.0,
             elements=sum(own[0].numel() for own in buffers),
+            reads_drift=int(closing.reads_drift),
         )
         headers = meet(self.group, header)
+        closing = closing._replace(reads_drift=any(h.reads_drift for h in headers))
         included = [list(header.flags) for header in headers]
         total = math.fsum(w for h in headers for w, counts in zip(h.weights, h.flags, strict=True) if counts)
         if total == 0:
@@ -238,6 +242,7 @@ class ManyProcesses(OneProcess):
             elements=0,
             interval=0,
             message_bytes=0,
+            reads_drift=0,
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )

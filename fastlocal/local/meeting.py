@@ -29,6 +29,7 @@ class Header(NamedTuple):
     elements: int  # of the buffers, which are exchanged too
     interval: int  # which rank 0 has chosen
     message_bytes: int  # of what rank 0 sends after this
+    reads_drift: int  # 1 where somebody wants to know it
     flags: tuple[bool, ...]  # one a row: whether it counts
     weights: tuple[float, ...]  # one a row
 

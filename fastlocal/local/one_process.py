@@ -140,6 +140,12 @@ class OneProcess:
         finite = torch.ones(len(self.rows), dtype=torch.int32, device=device)
         for block in self.rows.blocks:
             finite *= finite_rows(block.rows, impl=self.choices.impl).to(device)
+        if self.choices.inner_state == "average":  # what is not finite there would be given to everybody
+            for row, parameters in enumerate(self.rows.parameters):
+                for parameter in parameters.values():
+                    for value in self.inner.state.get(parameter, {}).values():
+                        if isinstance(value, Tensor) and value.is_floating_point():
+                            finite[row] *= comm.held_here(value).isfinite().all().to(device)
         for owner in self.rows.owners():
             comm.take_least_on_mesh_(finite, owner)
         return finite.to(torch.bool)

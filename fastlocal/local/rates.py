@@ -1,4 +1,4 @@
-"""Which learning rate each parameter had in the last step: what the outer step needs to know."""
+"""Which learning rate each parameter had in the round under way: what the outer step needs to know."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from fastlocal.flat import Rows
 
 
 class Rates:
-    """The learning rates of the last step, by parameter.
+    """The learning rates of the round, by parameter: the mean over its steps.
 
     Args:
         rows: the workers' parameters.
         optimizer: whose groups they are in.
 
     Attributes:
-        last: of the last step, one a group.
+        last: the mean so far, one a group; of the last step alone during warm-up.
 
     Raises:
         ValueError: a parameter is in no row, or in different groups for different workers, or a group clips the
@@ -59,12 +59,20 @@ class Rates:
                 )
         self._group_of = group_of
 
-    def note(self) -> None:
-        """Remember the rates of the step that is taken now: a scheduler may change them before a sync."""
-        self.last = [_copied(group["lr"]) for group in self._optimizer.param_groups]
+    def note(self, steps_in_round: int) -> None:
+        """Take in the rates of the step that follows so many others of its round.
+
+        The last step's alone would make slow momentum explode where a rate that fell to almost nothing rises again.
+        """
+        now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
+        if steps_in_round == 0:
+            self.last = now
+            return
+        before = self.last + now[len(self.last) :]  # a group added on the way
+        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
 
     def of_blocks(self) -> list[list[float]]:
-        """The last step's rate of each parameter in each block; 1 if no optimizer moves it."""
+        """The round's rate of each parameter in each block; 1 if no optimizer moves it."""
         values = [float(rate) for rate in self.last]
         # A group added since the last step has a rate too.
         values += [float(group["lr"]) for group in self._optimizer.param_groups[len(values) :]]

@@ -59,9 +59,15 @@ def _means(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], grou
 
     totals = _reduced(buffers, contribution, group, "max")
     everybody = torch.tensor(group.gather(counts.tolist())).sum(0).tolist()
-    return [
-        total / count if total.is_floating_point() else total for total, count in zip(totals, everybody, strict=True)
+    values = [
+        total / count if total.is_floating_point() and count else total
+        for total, count in zip(totals, everybody, strict=True)
     ]
+    never = [index for index, count in enumerate(everybody) if not count]  # a mask of -inf, say: there is no mean
+    if never:
+        for index, value in zip(never, _firsts([buffers[i] for i in never], included, group), strict=True):
+            values[index] = value
+    return values
 
 
 def _firsts(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], group: Group) -> list[Tensor]:
@@ -110,5 +116,6 @@ def _wire_dtype(buffer: Tensor) -> torch.dtype:
 
 def _finite(buffers: list[list[Tensor]]) -> list[list[bool]]:
     """Whether each buffer is finite in each worker; one read from the device."""
-    flags = torch.stack([torch.stack([b.isfinite().all() for b in twins]) for twins in buffers])
-    return flags.tolist()
+    flags = [torch.stack([b.isfinite().all() for b in twins]) for twins in buffers]
+    home = flags[0].device  # a model may lie on several
+    return torch.stack([own.to(home) for own in flags]).tolist()

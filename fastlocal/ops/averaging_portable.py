@@ -132,6 +132,8 @@ def _sums(
 
 def _blocks(num_rows: int, columns: int, *, at_most: int) -> list[slice]:
     """Slices of equal length, but for the last: `num_rows` rows and three vectors fit _BLOCK_BYTES."""
+    if not columns:
+        return [slice(0, 0)]
     most = min(at_most, max(1024, _BLOCK_BYTES // (4 * (num_rows + 3))))
     length = -(-columns // -(-columns // most))
     return [slice(start, min(start + length, columns)) for start in range(0, columns, length)]

@@ -34,6 +34,8 @@ class ConsensusDistance:
         self.target = target
         self.minimum, self.maximum = require_bounds(minimum, maximum)
         self.interval = require_interval("initial", initial)
+        if not minimum <= initial <= maximum:
+            raise ValueError(f"initial must lie in [minimum, maximum] = [{minimum}, {maximum}], got {initial}")
         self.rounds = 0
 
     def next_interval(self, stats: Stats) -> int:

@@ -119,8 +119,10 @@ class ValidationLoss(_FromValidationLoss):
             self.mark = smoothed
             return
         self.mark = min(self.mark, smoothed)
-        stalled = previous - smoothed < self.threshold * previous and smoothed <= (1 + _NEAR) * self.mark
-        risen = self.progress > 0.3 and smoothed > (1 + _RISE) * self.mark and not overfits
+        stalled = previous - smoothed < self.threshold * abs(previous) and smoothed <= self.mark + _NEAR * abs(
+            self.mark
+        )
+        risen = self.progress > 0.3 and smoothed > self.mark + _RISE * abs(self.mark) and not overfits
         self.stalls = self.stalls + 1 if stalled else 0
         self.rises = self.rises + 1 if risen else 0
         if self.stalls >= self.stalls_needed:
@@ -181,7 +183,7 @@ class OriginalValidationLoss(_FromValidationLoss):
         previous, self.previous_loss = self.previous_loss, loss
         if not previous:
             return
-        delta = (previous - loss) / previous
+        delta = (previous - loss) / abs(previous)
         if 0 < delta < self.threshold:
             self._double()
         elif self.progress > 0.3 and delta < -_RISE:
