@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from fastlocal import comm
+from fastlocal.comm import launch
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +94,25 @@ def test_processes_meet_again_whose_machines_have_counted_other_numbers_of_resta
             process.kill()
             process.communicate()
         assert said == [f"3.0 {noted}\n"] * 2
+
+
+def test_a_process_that_came_and_is_started_again_before_the_last_one_came_is_met(store, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+
+    def meet(rank):
+        job = TCPStore(
+            "127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20), wait_for_workers=False
+        )
+        return launch._store_of_attempt(job, rank, time.monotonic() + 20).get("fastlocal/came/0")
+
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(meet, 0)
+        assert threads.submit(meet, 1).result() == b"1"  # dies now
+        again = threads.submit(meet, 1)
+        assert again.result() == b"1"
+        assert not first.done()
+        assert threads.submit(meet, 2).result() == b"1"
+        assert first.result() == b"1"
 
 
 def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_seconds():

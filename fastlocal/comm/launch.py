@@ -129,19 +129,23 @@ def _store_of_attempt(job: Any, rank: int, end: float) -> Any:
     store = dist.PrefixStore(name, job)  # pyright: ignore[reportPrivateImportUsage]
     store.set(_came(0), "1")
     absent = set(range(1, launched_processes()))
-    while absent and time.monotonic() < end:  # a token may be that of a process that is dead, also of one that came
+    while absent and time.monotonic() < end:
         absent = set()
         for other in range(1, launched_processes()):
-            token = job.get(f"fastlocal/asks/{other}") if job.check([f"fastlocal/asks/{other}"]) else b""
-            if token and not (store.check([_came(other)]) and store.get(_came(other)) == token):
+            token = _entry(job, f"fastlocal/asks/{other}")
+            if token and token == _entry(store, _came(other)):
+                continue  # until it dies, is started again and asks anew
+            absent.add(other)
+            if token:  # which may be that of a process that is dead
                 job.set(f"fastlocal/answer/{token.decode()}", name)
-                absent.add(other)
-            elif not token:
-                absent.add(other)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if absent:
         raise RuntimeError(_did_not_come(absent))
     return store
+
+
+def _entry(store: Any, key: str) -> bytes:
+    return store.get(key) if store.check([key]) else b""
 
 
 def _came(rank: int) -> str:
