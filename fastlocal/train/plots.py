@@ -7,11 +7,12 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from fastlocal.train.collect import Group, Run
 
 _MARKERS = "osD^vPX*<>"
+_FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
 
 
 def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
@@ -87,9 +88,23 @@ def _pareto(groups: Sequence[Group]) -> bytes:
         )
     # One worker alone sends nothing: the scale must have a 0.
     axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlim(left=-1)
+    most = max(spread.mean for group in groups if (spread := group.spread("bytes_on_wire"))) / 1e6
+    axes.set_xlim(-1, max(1.3 * most, 10))
+    axes.xaxis.set_major_locator(FixedLocator(_megabyte_ticks(most)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="MB sent by a worker", ylabel="test accuracy (%)")
     return _finish(figure, axes)
+
+
+def _megabyte_ticks(most: float) -> list[float]:
+    """0, then 10, 20, 50, 100 ... MB to the end of the axis; the decades alone where the others would crowd."""
+    steps = (1, 2, 5) if most < 500 else (1,)
+    decades = range(1, 1 + len(f"{most:.0f}"))
+    return [
+        0,
+        *(step * 10.0**decade for decade in decades for step in steps if step * 10**decade <= max(1.3 * most, 10)),
+    ]
 
 
 def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -148,6 +163,7 @@ def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[
                 color=_style(index)["color"],
                 linestyle=dashes[index // 10 % 3],
                 linewidth=1.3,
+                marker="." if len(xs) < _FEW_POINTS else None,
                 drawstyle="steps-post" if points is _intervals else "default",
                 label=None if number else group.name,
             )
