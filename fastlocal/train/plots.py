@@ -86,25 +86,24 @@ def _pareto(groups: Sequence[Group]) -> bytes:
             label=group.name,
             **_style(index),
         )
-    # One worker alone sends nothing: the scale must have a 0.
-    axes.set_xscale("symlog", linthresh=10)
-    most = max(spread.mean for group in groups if (spread := group.spread("bytes_on_wire"))) / 1e6
-    axes.set_xlim(-1, max(1.3 * most, 10))
-    axes.xaxis.set_major_locator(FixedLocator(_megabyte_ticks(most)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    sent = [spread.mean / 1e6 for group in groups if (spread := group.spread("bytes_on_wire"))]
+    end = 1.3 * max(*sent, 1)
+    axes.set_xlim(-0.05 * min(end, 20), end)
+    if end > 10:
+        # One worker alone sends nothing: the scale must have a 0.
+        axes.set_xscale("symlog", linthresh=10)
+        axes.xaxis.set_major_locator(FixedLocator(_megabyte_ticks(end)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="MB sent by a worker", ylabel="test accuracy (%)")
     return _finish(figure, axes)
 
 
-def _megabyte_ticks(most: float) -> list[float]:
-    """0, then 10, 20, 50, 100 ... MB to the end of the axis; the decades alone where the others would crowd."""
-    steps = (1, 2, 5) if most < 500 else (1,)
-    decades = range(1, 1 + len(f"{most:.0f}"))
-    return [
-        0,
-        *(step * 10.0**decade for decade in decades for step in steps if step * 10**decade <= max(1.3 * most, 10)),
-    ]
+def _megabyte_ticks(end: float) -> list[float]:
+    """0, 5, 10, 20, 50, 100 ... up to `end` MB; the decades alone where the others would crowd."""
+    steps = (1, 2, 5) if end < 700 else (1,)
+    ticks = [step * 10.0**decade for decade in range(len(f"{end:.0f}")) for step in steps]
+    return [0, *(tick for tick in ticks if (10 if end >= 700 else 5) <= tick <= end)]
 
 
 def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -163,12 +162,13 @@ def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[
                 color=_style(index)["color"],
                 linestyle=dashes[index // 10 % 3],
                 linewidth=1.3,
-                marker="." if len(xs) < _FEW_POINTS else None,
+                marker="." if len(xs) < _FEW_POINTS and points is not _intervals else None,
+                markersize=8,
                 drawstyle="steps-post" if points is _intervals else "default",
                 label=None if number else group.name,
             )
     axes.set(xlabel="epoch", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if points is _intervals:
         axes.set_ylim(bottom=0)
     return _finish(figure, axes)

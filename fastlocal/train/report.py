@@ -128,7 +128,7 @@ def write_curves(path: Path, records: Sequence[Record], interval_trace: list[lis
     intervals.step(steps, [*values, values[-1]], where="post")
     intervals.set(xlabel="local step", ylabel="interval (local steps)", ylim=(0, None))
     for axes in (losses, accuracy):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (losses, accuracy, pareto, intervals):
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
