@@ -76,10 +76,10 @@ def main() -> None:
     given = parser.parse_args()
     real = (given.data_dir / "cifar-100-python" / "train").exists()
     for workers in given.workers:
+        images: dict[str, Any] = {"dataset": "cifar100"} if real else {"synthetic_images": given.images}
         config = Config(
-            dataset="cifar100" if real else "synthetic",
+            **images,
             data_dir=given.data_dir,
-            synthetic_images=given.images,
             workers=workers,
             epochs=given.epochs,
             policy="val-loss",

@@ -55,6 +55,7 @@ TRAIN_ARROWS = {
     "plan_report": {"errors", "plan"},
     "values": {"config", "errors"},
     "study": {"config", "errors", "values"},
+    "ready": {"build", "config", "data", "errors"},
     "lock": {"errors"},
     "job": {"display", "errors", "lock", "report", "run", "values"},
     "pool": {"config", "errors", "job", "report"},
@@ -62,14 +63,15 @@ TRAIN_ARROWS = {
     "study_display": {"pool"},
     "search": {"config", "errors", "study", "values"},
     "trials": {
-        *("checkpoint", "config", "errors", "lock", "pool", "report", "search", "study", "study_display", "values"),
+        *("checkpoint", "config", "errors", "lock", "pool", "ready", "report", "search", "study", "study_display"),
+        "values",
     },
     "collect": {"cells", "config", "errors", "job", "report"},
     "plots": {"collect"},
     "page": {"checkpoint", "collect", "config", "display", "errors", "plots"},
     "cli": {
         *("bench", "cells", "config", "display", "errors", "lock", "page", "plan_report", "pool", "run", "search"),
-        *("study", "study_display", "trials"),
+        *("ready", "study", "study_display", "trials"),
     },
     "__init__": set(),
 }

@@ -136,7 +136,10 @@ def test_a_file_cut_short_is_refused(tmp_path, keep):
 
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path):
-    with pytest.raises(UsageError, match=r"cifar-100-python/train is missing: unpack .* or add --download"):
+    told = (
+        r"cifar-100-python/train is missing: unpack .* fetch it with `fastlocal train --dataset cifar100 --download "
+    )
+    with pytest.raises(UsageError, match=told):
         load(Config(dataset="cifar100", data_dir=tmp_path))
 
 

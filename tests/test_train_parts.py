@@ -25,12 +25,6 @@ def test_warmup_rises_linearly_reaches_the_peak_and_then_falls():
     assert rates[3:] == pytest.approx([0.15 * (1 + math.cos(math.pi * step / 10)) for step in range(1, 10)])
 
 
-def test_a_warmup_longer_than_the_run_still_has_positive_rates():
-    rates = [learning_rate("warmup-cosine", 0.3, step, 4, 100) for step in range(4)]
-    assert all(rate > 0 for rate in rates)
-    assert max(rates) == rates[-1] == 0.3
-
-
 def test_constant_is_constant():
     assert {learning_rate("constant", 0.1, step, 5, 2) for step in range(5)} == {0.1}
 
@@ -65,6 +59,18 @@ def test_relu_after_pooling_equals_relu_before_it():
         ({"seed": 2**41}, r"--seed must be below 2\^40, got"),
         ({"policy": "consensus"}, "--policy consensus needs --consensus-target"),
         ({"method": "sync", "policy": "qsr"}, "--method sync averages in every step"),
+        ({"method": "sync", "interval": 8}, "--interval has no use without --method local-sgd, slowmo or diloco"),
+        ({"method": "sync", "inner_state": "reset"}, "--inner-state has no use without --method local-sgd"),
+        ({"optimizer": "lamb", "momentum": 0.5}, "--momentum has no use without --optimizer sgd or lars"),
+        ({"lr_warmup_epochs": 3}, "--lr-warmup-epochs has no use without --schedule warmup-cosine"),
+        ({"post_local_steps": 4}, "--post-local-steps has no use without --policy post-local"),
+        ({"policy": "qsr", "min_interval": 2}, "--min-interval has no use without --policy val-loss, val-loss-orig"),
+        ({"download": True}, "--download has no use without --dataset cifar100"),
+        ({"dataset": "cifar100", "synthetic_images": 9}, "--synthetic-images has no use without --dataset synthetic"),
+        (
+            {"schedule": "warmup-cosine", "epochs": 5},
+            "--lr-warmup-epochs must be below --epochs 5 for --schedule warmup-cosine, got 5",
+        ),
     ],
 )
 def test_a_flag_out_of_range_is_named_with_value_and_rule(values, message):
@@ -72,10 +78,18 @@ def test_a_flag_out_of_range_is_named_with_value_and_rule(values, message):
         Config(**values)
 
 
+def test_what_cannot_be_told_from_a_default_is_accepted_and_what_has_a_use_too():
+    assert Config(method="sync", optimizer="lamb", interval=16, momentum=0.9, lr_warmup_epochs=5).lr is None
+    assert Config(schedule="warmup-cosine", lr_warmup_epochs=4, epochs=5).epochs == 5
+    assert Config(policy="post-local", post_local_steps=4, interval=8).interval == 8
+
+
 def test_only_what_makes_another_run_counts_as_a_difference():
     saved = Config(lr=0.1, workers=2).as_dict()
     assert Config(lr=0.1, workers=2, resume=True, device="cpu", checkpoint_seconds=3).differences(saved) == []
     assert Config(lr=0.2, workers=2).differences(saved) == ["--lr 0.2 (it was 0.1)"]
+    assert Config(workers=2).differences(saved) == ["--lr the default (it was 0.1)"]
+    assert Config(lr=0.1).differences(Config().as_dict()) == ["--lr 0.1 (it was the default)"]
 
 
 def test_a_checkpoint_comes_back_and_torch_reads_it_too(tmp_path):

@@ -203,6 +203,9 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         ),
         (["--step-flops", "1e12"], "--step-seconds has no use together with --step-flops, --device-flops or"),
         (["--utilisation", "-1"], "--step-seconds has no use together with --step-flops, --device-flops or"),
+        (["--method", "sync", "--interval", "7"], "--interval has no use without a --method that syncs once an"),
+        (["--fragments", "4"], "--fragments has no use without --method streaming"),
+        (["--overlap-steps", "2"], "--overlap-steps has no use without --method streaming"),
         (["--inner-latency-ms", "-1"], "--inner-latency-ms has no use without --inner-gbps"),
         (["--wire-dtype", "fp5"], "fp5"),
         (["--plot", "/nonexistent/plan.png"], "--plot /nonexistent/plan.png cannot be written"),
@@ -214,6 +217,30 @@ def test_a_bad_value_ends_in_one_line_that_names_it(flags, message, capsys):
     told = capsys.readouterr().err.strip()
     assert message in told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--parameters 3.5e8 --workers 8 --step-seconds 0.3 --overlap backward --gbps 200 --latency-ms 0.02",
+        "--parameters 3.5e8 --workers 8 --step-seconds 0.3 --gbps 0.001 --method streaming --interval 1000",
+    ],
+)
+def test_the_table_fits_a_narrow_terminal_whole(flags, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", *flags.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "in messages" in shown
+
+
+def test_a_flag_that_is_missing_is_not_said_to_lack_its_value(capsys):
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == "error: --parameters is missing: see fastlocal plan --help\n"
+    assert main(["plan", "--parameters"]) == 2
+    assert "--parameters requires an argument" in capsys.readouterr().err
+    assert main(["study"]) == 2
+    assert capsys.readouterr().err == "error: FILE is missing: see fastlocal study --help\n"
 
 
 def test_the_seconds_of_a_step_must_be_given(capsys):

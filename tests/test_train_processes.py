@@ -13,8 +13,9 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 ROOT = Path(__file__).parent.parent
-RUN = ["train", "--batch-size", "16", "--interval", "4", "--synthetic-images", "400"]
+RUN = ["train", "--batch-size", "16", "--synthetic-images", "400"]
 FOUR = [*RUN, "--workers", "4", "--epochs", "3"]
+METHODS = {"slowmo": ["--method", "slowmo", "--interval", "4"], "sync": ["--method", "sync"]}
 TIMES = ("train_seconds", "sync_seconds")
 
 
@@ -70,7 +71,7 @@ def in_one_process(tmp_path_factory):
 
     def made(method):
         if not (folder / method).exists():
-            run(1, [*FOUR, "--method", method], folder / method)
+            run(1, [*FOUR, *METHODS[method]], folder / method)
         return folder / method
 
     return made
@@ -78,7 +79,7 @@ def in_one_process(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["slowmo", "sync"])
 def test_four_workers_are_the_same_run_in_one_process_and_in_several(tmp_path, method, in_one_process):
-    arguments = [*FOUR, "--method", method]
+    arguments = [*FOUR, *METHODS[method]]
     one = in_one_process(method)
     processes = {"slowmo": 2, "sync": 4}[method]
     said = run(processes, arguments, tmp_path / "n")
@@ -112,7 +113,7 @@ def workers_of(process, number, everybody=False):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_run_goes_on_with_its_workers_in_another_number_of_processes(tmp_path, in_one_process):
-    arguments = [*FOUR, "--method", "slowmo", "--checkpoint-seconds", "0"]
+    arguments = [*FOUR, *METHODS["slowmo"], "--checkpoint-seconds", "0"]
     stop_in_the_middle(start(1, arguments, tmp_path / "moved"), tmp_path / "moved")
     assert "going on after epoch" in run(4, [*arguments, "--resume"], tmp_path / "moved")
     assert_same_run(in_one_process("slowmo"), tmp_path / "moved")
@@ -120,7 +121,7 @@ def test_a_run_goes_on_with_its_workers_in_another_number_of_processes(tmp_path,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_worker_killed_under_torchrun_is_started_again_and_the_run_ends_with_the_same_bits(tmp_path):
-    arguments = [*RUN, "--workers", "2", "--epochs", "12", "--method", "slowmo"]
+    arguments = [*RUN, "--workers", "2", "--epochs", "12", *METHODS["slowmo"]]
     run(2, arguments, tmp_path / "straight")
     process = start(2, arguments, tmp_path / "killed", restarts=1)
     while not (tmp_path / "killed" / "checkpoint.pt").exists():
@@ -166,7 +167,7 @@ def test_a_process_lost_in_the_backward_pass_of_synchronous_training_is_one_line
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": "4",
     }
-    arguments = [*RUN, "--workers", "4", "--epochs", "3", "--method", "sync", "--out", str(tmp_path / "run")]
+    arguments = [*RUN, "--workers", "4", "--epochs", "3", *METHODS["sync"], "--out", str(tmp_path / "run")]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", DIES, *arguments],
@@ -216,7 +217,7 @@ def test_a_process_killed_right_after_it_made_the_folder_is_let_in_again(tmp_pat
         "--nproc-per-node=2",
         "--max-restarts=1",
     ]
-    arguments = [*RUN, "--workers", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    arguments = [*RUN, "--workers", "2", "--epochs", "1", "--interval", "4", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         [*command, str(script), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -231,7 +232,7 @@ def test_a_process_killed_right_after_it_made_the_folder_is_let_in_again(tmp_pat
 
 
 def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
-    code, _, errors = finish(start(2, [*RUN, "--workers", "3"], tmp_path / "out"))
+    code, _, errors = finish(start(2, [*RUN, "--workers", "3", "--interval", "4"], tmp_path / "out"))
     assert code != 0
     for rank in (0, 1):
         assert f"error on rank {rank}: --workers must be a multiple of the 2 processes, got 3" in errors
@@ -240,7 +241,7 @@ def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
 
 def test_a_folder_that_was_refused_is_not_resumed_because_torchrun_tries_again(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    code, _, errors = finish(start(2, FOUR, tmp_path, restarts=1))
+    code, _, errors = finish(start(2, [*FOUR, "--interval", "4"], tmp_path, restarts=1))
     assert code != 0
     assert errors.count("holds a run already: add --resume") == 4  # two processes, twice
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 
-from fastlocal.train import cells, page, study
+from fastlocal.train import cells, page, plots, study
 from fastlocal.train.cli import main
-from fastlocal.train.collect import Spread, collect
+from fastlocal.train.collect import Group, Run, Spread, collect
 
 TOML = """
 title = "Two grids"
@@ -201,6 +201,54 @@ def test_a_training_time_reads_as_people_say_it():
     assert [page.duration(seconds) for seconds in (59.4, 119.4, 150, 3599, 8790)] == [
         *("59 s", "119 s", "2 min", "1 h 0 min", "2 h 26 min"),
     ]
+
+
+@pytest.fixture
+def axes_of(monkeypatch):
+    """The axes of a drawing, which the library would close into a PNG."""
+
+    def drawn(draw, *arguments):
+        seen = []
+        finish = plots._finish
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "_finish", lambda figure, axes: seen.append(axes) or finish(figure, axes))
+            assert draw(*arguments).startswith(b"\x89PNG")
+        return seen[0]
+
+    return drawn
+
+
+def shown(ticks, limits):
+    return [float(tick) for tick in ticks if limits[0] <= tick <= limits[1]]
+
+
+def test_a_run_of_one_epoch_is_a_visible_point_at_a_whole_epoch(axes_of):
+    def axes(epochs):
+        records = [{"epoch": epoch, "val_loss": 4.0} for epoch in range(1, epochs + 1)]
+        return axes_of(
+            plots._curves, [Group("one", [Run("one", {}, {}, records)])], "loss", plots._column("val_loss")
+        )
+
+    (one, many) = (axes(1), axes(40))
+    assert one.lines[0].get_marker() == "."
+    assert shown(one.get_xticks(), one.get_xlim()) == [1]
+    assert many.lines[0].get_marker() == "None"
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "ticks"),
+    [
+        ([0, 3.2, 5], [0, 1, 2, 3, 4, 5, 6]),
+        ([13, 26, 52], [0, 5, 10, 20, 50]),
+        ([0, 90, 2607], [0, 10, 100, 1000]),
+    ],
+)
+def test_the_bytes_of_any_study_lie_within_the_axis_and_between_ticks_that_can_be_read(axes_of, megabytes, ticks):
+    runs = [Run("run", {}, {"test_accuracy": 40.0, "bytes_on_wire": sent * 1e6}, []) for sent in megabytes]
+    axes = axes_of(plots._pareto, [Group(f"{run.summary['bytes_on_wire']}", [run]) for run in runs])
+    assert axes.get_xlim()[1] == pytest.approx(1.3 * megabytes[-1])
+    assert axes.get_xlim()[0] < 0
+    assert shown(axes.get_xticks(), axes.get_xlim()) == ticks
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

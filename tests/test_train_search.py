@@ -118,13 +118,17 @@ def test_a_search_of_two_trials_at_a_time_is_killed_and_the_next_one_goes_on_wit
 
 
 def test_a_trial_that_breaks_ends_the_search_and_is_tried_again_by_the_next(tmp_path, capsys):
-    text = "sampler = 'grid'\n" + BASE + "dataset = 'cifar100'\n[space]\nlr = [0.01]\n"
-    command = ["search", str(written(tmp_path, text)), "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path)]
+    few = BASE.replace("synthetic_images = 60", "synthetic_images = 30")
+    text = "sampler = 'grid'\n" + few + "[space]\nlr = [0.01]\n"
+    command = ["search", str(written(tmp_path, text)), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(command) == 1
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: lr0.01 did not end: ")
-    assert "train is missing" in told
+    assert "need at least 32 training images, there are 24" in told
     assert "\n" not in told
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    assert "grid: 0 of 1 trials are made, of 1 epochs each" in capsys.readouterr().out
     study, params = trials(tmp_path / "out")
     assert params == [{"lr": 0.01}]
     assert study.trials[0].state.name == "RUNNING"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from fastlocal.train import build, cli, search, study
+from fastlocal.train import build, cells, cli, search, study
 from fastlocal.train.cli import main
+from fastlocal.train.collect import collect
 from fastlocal.train.errors import UsageError
 from fastlocal.train.schedule import learning_rate
 
@@ -81,22 +82,23 @@ def test_the_headline_sets_the_originals_figures_beside_its_own_cells_alone():
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if not path.stem.endswith("-search")], ids=str)
 def test_every_cell_of_an_example_can_be_planned_at_a_small_budget_and_listed(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for cell in study.load(path, epochs=5).cells:
+    for cell in study.load(path, epochs=6).cells:
         config = cell.config
-        assert (config.epochs, cell.file_epochs) == (5, 150)
+        assert (config.epochs, cell.file_epochs) == (6, 150)
         steps = 40_000 // config.workers // config.batch_size
         assert steps > 0
-        assert build.policy(config, 5 * steps).state_dict() is not None
+        assert build.policy(config, 6 * steps).state_dict() is not None
         rates = [
-            learning_rate(config.schedule, config.learning_rate, step, 5 * steps, config.lr_warmup_epochs * steps)
-            for step in range(5 * steps)
+            learning_rate(config.schedule, config.learning_rate, step, 6 * steps, config.lr_warmup_epochs * steps)
+            for step in range(6 * steps)
         ]
         assert 0 < max(rates) <= config.learning_rate
     count = len(study.load(path).cells)
-    assert main(["study", str(path), "--epochs", "5", "--dry-run"]) == 0
+    assert main(["study", str(path), "--epochs", "6", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert f"{count} cells: {count} new" in shown
-    assert f"0 of {5 * count} epochs are done" in shown
+    assert f"0 of {6 * count} epochs are done" in shown
+    assert "not ready: data/cifar-100-python/train is missing" in shown
     assert not list(tmp_path.iterdir())
 
 
@@ -153,6 +155,16 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
         ("[grid]\nworkers = ['x']", r"\[grid\] \(x\): --workers must be a whole number, got 'x'"),
         ("[grid]\nworkers = [true]", r"--workers must be a whole number, got True"),
         ("[grid]\nnodes = [2]", r"\[grid\] \(nodes-2\): there is no field nodes; the fields are batch_size"),
+        (
+            "[base]\nwokers = 2\n[grid]\ninterval = [2, 4]",
+            r"\[base\]: there is no field wokers; did you mean workers\?",
+        ),
+        ("[base]\nworkers = 'x'\n[grid]\ninterval = [2, 4]", r"\[base\]: --workers must be a whole number, got 'x'"),
+        (
+            "[grid]\nintervall = [2]",
+            r"\[grid\] \(intervall-2\): there is no field intervall; did you mean interval\?",
+        ),
+        ("[[cells]]\nmethod = 'sync'\ninterval = 8", "--interval has no use without --method local-sgd"),
         ("[grid]\nworkers = 2", r"\[grid\]: workers must be a list, got 2"),
         ("[grid]\nworkers = []", r"\[grid\]: workers is an empty list"),
         ("[[cells]]\nmethod = 'gossip'", r"cell 1 \(gossip\): --method must be sync, local-sgd, slowmo, diloco, got"),
@@ -179,6 +191,76 @@ def test_a_wrong_study_is_one_line_that_names_the_file_and_the_cell(tmp_path, te
         study.load(written(tmp_path, text))
     assert "mine.toml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_list_of_fields_leaves_out_what_a_file_may_not_set(tmp_path):
+    with pytest.raises(UsageError, match="the fields are") as error:
+        study.load(written(tmp_path, "[base]\nnodes = 2"))
+    listed = str(error.value).partition("the fields are ")[2].split(", ")
+    assert {"workers", "device", "lr"} <= set(listed)
+    assert not {"seed", "out", "resume", "download"} & set(listed)
+
+
+def test_a_warm_up_as_long_as_a_smaller_budget_is_refused_by_both_numbers():
+    path = ROOT / "examples" / "studies" / "large-batch.toml"
+    with pytest.raises(UsageError, match="--lr-warmup-epochs must be below --epochs 5 .*, got 5"):
+        study.load(path, epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-dir", "nowhere"], "nowhere/cifar-100-python/train is missing"),
+        (["--device", "gpu"], "--device must be auto, cpu, cuda or cuda:1 ..., got gpu"),
+    ],
+)
+@pytest.mark.parametrize(("command", "file"), [("study", "recipe.toml"), ("search", "baseline-search.toml")])
+def test_what_no_run_could_do_without_is_looked_for_before_any_is_started(
+    tmp_path, monkeypatch, capsys, command, file, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    path = str(ROOT / "examples" / "studies" / file)
+    assert main([command, path, *flags]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(f"error: {message}")
+    assert "\n" not in told
+    assert main([command, path, *flags, "--dry-run"]) == 0
+    assert f"not ready: {message}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_under_torchrun_a_study_and_a_search_say_what_to_use_instead(tmp_path, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for command in ("study", "search"):
+        assert main([command, str(tmp_path / "mine.toml")]) == 2
+        assert "run it without torchrun, and use --parallel" in capsys.readouterr().err
+
+
+def test_a_cell_that_broke_is_remembered_with_its_reason_and_tried_again(tmp_path, capsys):
+    text = "[base]\nworkers = 2\nbatch_size = 16\nepochs = 1\nsynthetic_images = 30\n[grid]\ninterval = [2]"
+    out, log = tmp_path / "study", tmp_path / "study" / "j2-s0.log"
+    command = ["study", str(written(tmp_path, text)), "--out", str(out), "--threads", "1"]
+    read = study.load(tmp_path / "mine.toml")
+    cells.begin(read, out)
+    broke = "process started\nerror: the disk is gone\n"
+    for content, state, message in (
+        (broke, "broken", "the disk is gone"),
+        (f"{broke}process started\n", "new", ""),  # the next one was stopped before it said anything
+        (f"{broke}process started\nerror: it is still gone\n", "broken", "it is still gone"),
+    ):
+        log.write_text(content)
+        (place,) = cells.places(read, out, data_dir=None, threads=1, device=None, retry=False)
+        assert (place.state, place.message) == (state, message)
+        (cell,) = collect(out).unfinished
+        assert (cell.state, cell.message) == ((state, message) if message else ("missing", "never started"))
+    assert main([*command, "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "j2-s0 broken 0/1 it is still gone 1 cell: 1 broken" in shown
+    assert main(command) == 1
+    reason = "2 workers with batches of 16 need at least 32 training images, there are 24"
+    assert f"1 of 1 cells did not end (j2-s0: {reason})" in capsys.readouterr().err
+    assert log.read_text().endswith(f"still gone\nprocess started\nerror: {reason}\n")
 
 
 def jobs_of(pid):

@@ -35,16 +35,29 @@ def device(config: Config) -> torch.device:
         raise UsageError(f"--device must be auto, cpu or cuda with several processes, got {name}")
     if name == "cuda" and comm.launched_processes() > 1:
         name = f"cuda:{comm.local_rank()}"
+    require_device(name)
+    chosen = torch.device(name)
     try:
-        chosen = torch.device(name)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, got {config.device}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that is not there. Takes no memory of a GPU.
+
+    Raises:
+        UsageError: it is none of auto, cpu and cuda, or PyTorch finds no such GPU.
+    """
+    kind, colon, index = name.partition(":")
+    if name != "auto" and (kind not in ("cpu", "cuda") or (colon and not index.isdecimal())):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:1 ..., got {name}")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= found:
+        raise UsageError(f"--device {name} cannot be used: PyTorch finds {found or 'no'} CUDA devices")
 
 
 def workers(config: Config, number: int, on: torch.device) -> Workers:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from cyclopts import App, CycloptsError, Parameter, Token, convert
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, convert
 from rich.console import Console
 
 import fastlocal
+from fastlocal import comm
 from fastlocal.bench.cases import Operation
 from fastlocal.bench.run import Plan, require_writable
 from fastlocal.train import cells, pool
@@ -22,6 +23,7 @@ from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.plan_report import PlanConfig, answer
+from fastlocal.train.ready import require_ready, what_is_missing
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
 
@@ -110,9 +112,14 @@ def study(
 
     chosen = chosen_cells()  # a wrong request leaves no folder behind
     epochs_of_all = sum(place.config.epochs for place in chosen)
+    to_do = [place.config for place in chosen if place.state not in ("finished", "diverged")]
     if dry_run:
-        StudyDisplay(Console(), chosen, epochs_of_all).plan()
+        display = StudyDisplay(Console(), chosen, epochs_of_all)
+        display.plan()
+        if missing := what_is_missing(to_do):
+            display.note(f"not ready: {missing}")
         return
+    require_ready(to_do)
     with hold(root):
         cells.begin(read, root)
         chosen = chosen_cells()  # another study may have ended since
@@ -130,6 +137,8 @@ def study(
 
 def _shared_threads(threads: int | None, parallel: int, epochs: int | None) -> int | None:
     """Check what study and search have in common; returns the threads of each process, None for PyTorch's choice."""
+    if comm.launched_processes() > 1:
+        raise UsageError("a study or a search starts its own processes: run it without torchrun, and use --parallel")
     for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
@@ -158,7 +167,9 @@ def search(
     epochs: int | None = None,
     parallel: int = 1,
     data_dir: Path | None = None,
+    device: str | None = None,
     threads: int | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Search hyper-parameters on the validation images with Optuna; the same command goes on.
 
@@ -176,8 +187,12 @@ def search(
         Trials at a time, each in its own process.
     data_dir
         Instead of the file's.
+    device
+        Instead of the file's.
     threads
         CPU threads of each trial. Default with --parallel above 1: the processors that may be used, divided by it.
+    dry_run
+        Show what is searched and how many trials are made, and stop.
     """
     threads = _shared_threads(threads, parallel, epochs)
     try:
@@ -188,7 +203,10 @@ def search(
     read = searches.load(file, trials=trials, epochs=epochs)
     folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
     root = out or Path("runs") / "search" / folder
-    trying.search(read, root, Console(), data_dir=data_dir, threads=threads, parallel=parallel)
+    if dry_run:
+        trying.plan(read, root, Console(), data_dir=data_dir, device=device)
+        return
+    trying.search(read, root, Console(), data_dir=data_dir, device=device, threads=threads, parallel=parallel)
 
 
 @app.command
@@ -218,7 +236,7 @@ def bench(
         if out is not None:
             require_writable(out)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"--{str(error).removeprefix('--')}") from error
     run_bench(plan, out, Console())
 
 
@@ -233,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         app(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, error_console=errors)
+    except MissingArgumentError as error:
+        _say(errors, _without_a_value(error))
+        return 2
     except (CycloptsError, UsageError) as error:
         _say(errors, error)
         return 2
@@ -244,6 +265,13 @@ def main(argv: list[str] | None = None) -> int:
         errors.print(f"stopped; the same command {'with --resume ' if arguments[0] == 'train' else ''}goes on")
         return 130
     return 0
+
+
+def _without_a_value(error: MissingArgumentError) -> CycloptsError | UsageError:
+    """A parameter that was not given at all is missing; only one that was given lacks its value."""
+    if error.argument is None or error.keyword is not None or error.argument.tokens:
+        return error
+    return UsageError(f"{error.argument.name} is missing: see fastlocal {' '.join(error.command_chain or ())} --help")
 
 
 def _say(errors: Console, error: Exception) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from fastlocal.train.cells import STUDY
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
-from fastlocal.train.job import FAILED
+from fastlocal.train.job import FAILED, last_error, log_of
 from fastlocal.train.report import read_json
 
 _SPLITS = {
@@ -107,10 +107,12 @@ def collect(root: Path) -> Collection:
         elif (folder / FAILED).exists():
             unfinished.append(Unfinished(name, "diverged", str(read_json(folder / FAILED).get("message", ""))))
         else:
-            epochs = read_json(path).get("epochs")
-            unfinished.append(Unfinished(name, "started", f"{len(_records(folder))} of {epochs} epochs"))
+            done = f"{len(_records(folder))} of {read_json(path).get('epochs')} epochs"
+            broke = last_error(log_of(folder))
+            state, message = ("started", done) if broke is None else ("broken", f"{done}: {broke}")
+            unfinished.append(Unfinished(name, state, message))
     unfinished += [
-        Unfinished(str((folder / cell["name"]).relative_to(root)), "missing", "never started")
+        _never_begun(folder / cell["name"], root)
         for folder, study in studies.items()
         for cell in study["cells"]
         if not (folder / cell["name"] / "config.json").exists()
@@ -120,6 +122,12 @@ def collect(root: Path) -> Collection:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
     return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked), unfinished)
+
+
+def _never_begun(folder: Path, root: Path) -> Unfinished:
+    broke = last_error(log_of(folder))
+    state, message = ("missing", "never started") if broke is None else ("broken", broke)
+    return Unfinished(str(folder.relative_to(root)), state, message)
 
 
 def _run(name: str, folder: Path) -> Run:

@@ -1,6 +1,7 @@
 """Every knob of a training run, its default and its unit, once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,27 @@ Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 
 _OUTER_DEFAULTS = {"slowmo": (1.0, 0.5), "diloco": (0.7, 0.9)}  # slow_lr, slow_momentum
+
+_LOCAL = ("local-sgd", "slowmo", "diloco")
+_BOUNDED_BELOW = ("val-loss", "val-loss-original", "consensus")
+USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "download": ("dataset", ("cifar100",)),
+    "synthetic_images": ("dataset", ("synthetic",)),
+    "policy": ("method", _LOCAL),
+    "interval": ("method", _LOCAL),
+    "warmup_steps": ("method", _LOCAL),
+    "inner_state": ("method", _LOCAL),
+    "slow_lr": ("method", ("slowmo", "diloco")),
+    "slow_momentum": ("method", ("slowmo", "diloco")),
+    "min_interval": ("policy", _BOUNDED_BELOW),
+    "max_interval": ("policy", (*_BOUNDED_BELOW, "qsr", "adacomm")),
+    "post_local_steps": ("policy", ("post-local",)),
+    "qsr_alpha": ("policy", ("qsr",)),
+    "consensus_target": ("policy", ("consensus",)),
+    "momentum": ("optimizer", ("sgd", "lars")),
+    "lr_warmup_epochs": ("schedule", ("warmup-cosine",)),
+}
+"""Fields that only some runs have a use for: the field that decides, and the values of it that do."""
 
 NOT_PART_OF_A_RUN = ("data_dir", "download", "device", "threads", "out", "resume", "checkpoint_seconds")
 """Fields that may change when a run is resumed."""
@@ -156,20 +178,11 @@ class Config:
         )
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         _require(self.seed < 2**40, "seed", self.seed, "below 2^40")
-        for name, needs, holds in (
-            ("slow_lr", "--method slowmo or diloco", self.method in ("slowmo", "diloco")),
-            ("slow_momentum", "--method slowmo or diloco", self.method in ("slowmo", "diloco")),
-            ("qsr_alpha", "--policy qsr", self.policy == "qsr"),
-            ("consensus_target", "--policy consensus", self.policy == "consensus"),
-        ):
-            if getattr(self, name) is not None and not holds:
-                raise UsageError(f"--{name.replace('_', '-')} has no use without {needs}")
         if self.max_interval < self.min_interval:
             raise UsageError(
                 f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"
             )
-        adaptive = self.policy in ("val-loss", "val-loss-original", "consensus")
-        if adaptive and not self.min_interval <= self.interval <= self.max_interval:
+        if self.policy in _BOUNDED_BELOW and not self.min_interval <= self.interval <= self.max_interval:
             raise UsageError(
                 f"--interval must lie between --min-interval {self.min_interval} and --max-interval "
                 f"{self.max_interval} for --policy {self.policy}, got {self.interval}"
@@ -180,6 +193,20 @@ class Config:
             raise UsageError("--policy consensus needs --consensus-target, the drift to steer to")
         if self.method == "sync" and self.policy != "fixed":
             raise UsageError(f"--method sync averages in every step: --policy {self.policy} has no use with it")
+        self._refuse_what_has_no_use()
+        if self.schedule == "warmup-cosine" and self.lr_warmup_epochs >= self.epochs:
+            raise UsageError(
+                f"--lr-warmup-epochs must be below --epochs {self.epochs} for --schedule warmup-cosine, "
+                f"got {self.lr_warmup_epochs}"
+            )
+
+    def _refuse_what_has_no_use(self) -> None:
+        """A field that this run would ignore keeps its default: anything else is a misunderstanding."""
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and not has_use(field.name, vars(self)):
+                decides, values = USED_WITH[field.name]
+                listed = " or ".join(", ".join(values).rsplit(", ", 1))
+                raise UsageError(f"{_flag(field.name)} has no use without {_flag(decides)} {listed}")
 
     @property
     def learning_rate(self) -> float:
@@ -226,12 +253,26 @@ class Config:
         mine = self.as_dict()
         before = {field.name: saved.get(field.name, field.default) for field in fields(self)}
         return [
-            f"--{name.replace('_', '-')} {mine[name]} (it was {before[name]})"
+            f"{_flag(name)} {_said(mine[name])} (it was {_said(before[name])})"
             for name in before
             if name not in NOT_PART_OF_A_RUN and mine[name] != before[name]
         ]
 
 
+def has_use(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a run of these fields has a use for one of them."""
+    decides, values = USED_WITH.get(name, (None, ()))
+    return decides is None or config[decides] in values
+
+
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
+        raise UsageError(f"{_flag(name)} must be {rule}, got {value}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _said(value: Any) -> str:
+    return "the default" if value is None else str(value)

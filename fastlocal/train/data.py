@@ -133,7 +133,8 @@ def read_cifar100(path: Path) -> ImageSet:
             entry = _ArrayUnpickler(file, encoding="bytes").load()
     except FileNotFoundError:
         raise UsageError(
-            f"{path} is missing: unpack the Python version of CIFAR-100 into {path.parent.parent}, or add --download"
+            f"{path} is missing: unpack the Python version of CIFAR-100 into {path.parent.parent}, or fetch it with "
+            f"`fastlocal train --dataset cifar100 --download --data-dir {path.parent.parent}`"
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None

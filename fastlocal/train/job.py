@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 
 from rich.console import Console
 
@@ -21,10 +22,30 @@ from fastlocal.train.values import config_from
 FAILED = "failed.json"
 """In the folder of a run that diverged: its message."""
 
+_ERROR = "error: "
+
 
 def _leave_with_the_study() -> None:
     os.read(0, 1)  # not sys.stdin: its lock would be held when the interpreter shuts down
     os._exit(1)
+
+
+def log_of(folder: Path) -> Path:
+    """Where the processes of the run that is kept in `folder` print to."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def last_error(log: Path) -> str | None:
+    """What a run's last process ended with; None where it went well, was stopped, or left no log.
+
+    Args:
+        log: what the run's processes printed, one after another.
+    """
+    if not log.exists():
+        return None
+    lines = log.read_text(errors="replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return last.removeprefix(_ERROR) if last.startswith(_ERROR) else None
 
 
 def main() -> int:
@@ -38,12 +59,16 @@ def main() -> int:
                 run(config, display)
         except RunDivergedError as error:
             report.write_json(config.folder / FAILED, {"message": str(error), "config": config.as_dict()})
-            print(f"error: {error}", file=sys.stderr)
+            _say(error)
             return 1
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     return 0
+
+
+def _say(error: Exception) -> None:
+    print(_ERROR + " ".join(str(error).split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`fastlocal report`: one HTML page of all runs below a folder, which asks nothing of the network."""
 
 import base64
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.collect import Collection, Group, Run, Spread, collect
-from fastlocal.train.config import NOT_PART_OF_A_RUN
+from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
 from fastlocal.train.display import megabytes
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
-
-_ADAPTIVE = ("val-loss", "val-loss-original", "consensus")
-_USED_WITH: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "synthetic_images": lambda config: config["dataset"] == "synthetic",
-    "policy": lambda config: config["method"] != "sync",
-    "interval": lambda config: config["method"] != "sync",
-    "inner_state": lambda config: config["method"] != "sync",
-    "warmup_steps": lambda config: config["method"] != "sync",
-    "min_interval": lambda config: config["policy"] in _ADAPTIVE,
-    "max_interval": lambda config: config["policy"] in (*_ADAPTIVE, "qsr", "adacomm"),
-    "post_local_steps": lambda config: config["policy"] == "post-local",
-    "momentum": lambda config: config["optimizer"] in ("sgd", "lars"),
-    "lr_warmup_epochs": lambda config: config["schedule"] == "warmup-cosine",
-}
-"""Settings that would only mislead beside a run that has no use for them."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +133,7 @@ def _difference(test: Spread | None, original: float | None) -> str:
 def _settings(run: Run) -> dict[str, Any]:
     """What a run was made with, defaults resolved as the run itself recorded them."""
     hidden = (*NOT_PART_OF_A_RUN, "seed")
-    used = {
-        key: value
-        for key, value in run.config.items()
-        if key not in hidden and (key not in _USED_WITH or _USED_WITH[key](run.config))
-    }
+    used = {key: value for key, value in run.config.items() if key not in hidden and has_use(key, run.config)}
     if "resolved" not in run.summary:
         for key in ("lr", "weight_decay"):
             used[key] = "default (its value was not recorded)" if used.get(key) is None else used[key]

@@ -103,8 +103,17 @@ class PlanConfig:
         """The plan asked for.
 
         Raises:
-            UsageError: the seconds of a step are given twice or not at all, or a value is out of its range.
+            UsageError: the seconds of a step are given twice or not at all, or a value is out of its range or has
+                no use.
         """
+        for name, needs, holds in (
+            ("interval", "a --method that syncs once an interval", self.method != "sync"),
+            ("fragments", "--method streaming", self.method == "streaming"),
+            ("overlap_steps", "--method streaming", self.method == "streaming"),
+        ):
+            # What cannot be told from a default is accepted.
+            if getattr(self, name) != getattr(PlanConfig, name) and not holds:
+                raise UsageError(f"--{name.replace('_', '-')} has no use without {needs}")
         return Plan(
             parameters=self.parameters,
             workers=self.workers,
@@ -206,7 +215,7 @@ def over_workers(plan: Plan) -> list[tuple[Plan, Estimate]]:
 def table(first: str, rows: list[tuple[str, Estimate]], sender: str) -> Table:
     """Estimates side by side, each under its name."""
     shown = Table(box=None, pad_edge=False)
-    columns = ("seconds a step", "communicating", f"sent a {sender} a day", "speed-up over sync")
+    columns = ("seconds a step", "in messages", f"sent a {sender} a day", "speed-up over sync")
     shown.add_column(first, no_wrap=True)
     for name in columns:
         shown.add_column(name, justify="right")

@@ -7,11 +7,12 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from fastlocal.train.collect import Group, Run
 
 _MARKERS = "osD^vPX*<>"
+_FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
 
 
 def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
@@ -85,11 +86,24 @@ def _pareto(groups: Sequence[Group]) -> bytes:
             label=group.name,
             **_style(index),
         )
-    # One worker alone sends nothing: the scale must have a 0.
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlim(left=-1)
+    sent = [spread.mean / 1e6 for group in groups if (spread := group.spread("bytes_on_wire"))]
+    end = 1.3 * max(*sent, 1)
+    axes.set_xlim(-0.05 * min(end, 20), end)
+    if end > 10:
+        # One worker alone sends nothing: the scale must have a 0.
+        axes.set_xscale("symlog", linthresh=10)
+        axes.xaxis.set_major_locator(FixedLocator(_megabyte_ticks(end)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="MB sent by a worker", ylabel="test accuracy (%)")
     return _finish(figure, axes)
+
+
+def _megabyte_ticks(end: float) -> list[float]:
+    """0, 5, 10, 20, 50, 100 ... up to `end` MB; the decades alone where the others would crowd."""
+    steps = (1, 2, 5) if end < 700 else (1,)
+    ticks = [step * 10.0**decade for decade in range(len(f"{end:.0f}")) for step in steps]
+    return [0, *(tick for tick in ticks if (10 if end >= 700 else 5) <= tick <= end)]
 
 
 def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -148,11 +162,13 @@ def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[
                 color=_style(index)["color"],
                 linestyle=dashes[index // 10 % 3],
                 linewidth=1.3,
+                marker="." if len(xs) < _FEW_POINTS and points is not _intervals else None,
+                markersize=8,
                 drawstyle="steps-post" if points is _intervals else "default",
                 label=None if number else group.name,
             )
     axes.set(xlabel="epoch", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if points is _intervals:
         axes.set_ylim(bottom=0)
     return _finish(figure, axes)

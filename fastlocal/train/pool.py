@@ -13,7 +13,7 @@ from typing import Literal
 from fastlocal.train import report
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
-from fastlocal.train.job import FAILED
+from fastlocal.train.job import FAILED, last_error, log_of
 
 State = Literal["new", "started", "running", "finished", "diverged", "broken"]
 _POLL_SECONDS = 0.1
@@ -41,7 +41,7 @@ class Place:
     @property
     def log(self) -> Path:
         """What the run's process printed."""
-        return self.folder.parent / f"{self.folder.name}.log"
+        return log_of(self.folder)
 
     def epochs_done(self) -> int:
         """Finished epochs, from the run's own records."""
@@ -67,20 +67,22 @@ def find(config: Config, *, retry: bool = False) -> Place:
         present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
         raise UsageError(f"{folder} cannot be used: {error.strerror}") from None
+    broke = last_error(log_of(folder))
     if "config.json" not in present:
-        return Place(config, "new")
+        return Place(config, "new") if broke is None else Place(config, "broken", broke)
     differences = config.differences(report.read_json(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}; choose another --out")
     if "summary.json" in present:
         return Place(config, "finished")
-    if FAILED in present and not retry:
-        return Place(config, "diverged", str(report.read_json(folder / FAILED).get("message", "")))
-    return Place(config, "started")
+    if FAILED in present:
+        message = str(report.read_json(folder / FAILED).get("message", ""))
+        return Place(config, "started") if retry else Place(config, "diverged", message)
+    return Place(config, "started") if broke is None else Place(config, "broken", broke)
 
 
 def run_all(waiting: Iterable[Place], parallel: int, on_change: Callable[[list[Place]], None]) -> None:
-    """Run new and started places, `parallel` at a time, until each is finished, diverged or broken.
+    """Run new, started and broken places, `parallel` at a time, until each is finished, diverged or broken.
 
     Args:
         waiting: the places; the next is asked for when a process is free. Their state and message change on the way.
@@ -89,7 +91,7 @@ def run_all(waiting: Iterable[Place], parallel: int, on_change: Callable[[list[P
 
     However this ends, no process is left: each ends when this one does, killed or not.
     """
-    queue = (place for place in waiting if place.state in ("new", "started"))
+    queue = (place for place in waiting if place.state in ("new", "started", "broken"))
     running: list[Place] = []
     try:
         while True:
@@ -112,9 +114,10 @@ def _start(place: Place) -> Place:
         for name in ("checkpoint.pt", "records.jsonl", FAILED):
             (place.folder / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
-    with place.log.open("ab") as log:
+    with place.log.open("ab", buffering=0) as log:
+        log.write(b"process started\n")  # an error above it is of an earlier one
         place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
-    place.state = "running"
+    place.state, place.message = "running", ""
     return place
 
 
@@ -130,9 +133,8 @@ def _ended(place: Place) -> bool:
     elif code == 0:
         place.state = "finished"
     else:
-        lines = [line for line in place.log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
         ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}, see {place.log}"
-        place.state, place.message = "broken", lines[-1].removeprefix("error: ") if lines and code == 2 else ended
+        place.state, place.message = "broken", (code == 2 and last_error(place.log)) or ended
     return True
 
 

@@ -109,12 +109,13 @@ def write_curves(path: Path, records: Sequence[Record], interval_trace: list[lis
     """Plot losses and accuracy by epoch, accuracy by bytes, and the interval by step; RunError if it cannot."""
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, ((losses, accuracy), (pareto, intervals)) = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     epochs = [record.epoch for record in records]
     evaluated = [record for record in records if record.val_accuracy is not None]
-    losses.plot(epochs, [record.train_loss for record in records], label="training")
-    losses.plot([r.epoch for r in evaluated], [r.val_loss for r in evaluated], label="validation")
+    losses.plot(epochs, [record.train_loss for record in records], marker=".", label="training")
+    losses.plot([r.epoch for r in evaluated], [r.val_loss for r in evaluated], marker=".", label="validation")
     losses.set(xlabel="epoch", ylabel="cross-entropy (nats)")
     losses.legend()
     accuracy.plot([r.epoch for r in evaluated], [r.val_accuracy for r in evaluated], marker=".")
@@ -126,6 +127,8 @@ def write_curves(path: Path, records: Sequence[Record], interval_trace: list[lis
     values = [interval for _, interval in interval_trace]
     intervals.step(steps, [*values, values[-1]], where="post")
     intervals.set(xlabel="local step", ylabel="interval (local steps)", ylim=(0, None))
+    for axes in (losses, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (losses, accuracy, pareto, intervals):
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()

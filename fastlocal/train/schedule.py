@@ -13,12 +13,12 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, 
         peak: the highest rate.
         step: completed steps.
         total_steps: of the whole run.
-        warmup_steps: steps of linear rise in "warmup-cosine"; the first one is already positive.
+        warmup_steps: steps of linear rise in "warmup-cosine", fewer than total_steps; the first one is already
+            positive.
     """
     if schedule == "constant":
         return peak
     if schedule == "warmup-cosine":
-        warmup_steps = min(warmup_steps, total_steps - 1)
         if step < warmup_steps:
             return peak * (step + 1) / (warmup_steps + 1)
         step, total_steps = step - warmup_steps, total_steps - warmup_steps

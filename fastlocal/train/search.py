@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from fastlocal.train.config import NOT_PART_OF_A_RUN
 from fastlocal.train.errors import UsageError
-from fastlocal.train.study import plain_name, read_toml, table
+from fastlocal.train.study import base_table, plain_name, read_toml, table
 from fastlocal.train.values import config_from, field_value
 
 _KEYS = {"name", "sampler", "objective", "trials", "seed", "base", "space"}
@@ -67,7 +67,7 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | 
     for name, value, least in (("trials", count, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    base = table(content, "base") | {"seed": seed, "test": False}
+    base = base_table(content) | {"seed": seed, "test": False}
     if epochs is not None:
         base["epochs"] = epochs
     config_from(base)

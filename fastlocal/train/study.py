@@ -10,18 +10,12 @@ from typing import Any
 
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
-from fastlocal.train.values import config_from, field_value
+from fastlocal.train.values import NOT_IN_A_FILE, config_from, field_value
 
 FIGURES = {"test_accuracy": 100, "best_val_accuracy": 100, "communication_reduction": 1}
 """What an original study may have reported, from 0 to this: two in percent, one as a fraction."""
 
 _KEYS = {"name", "title", "seeds", "base", "grid", "cells", "original"}
-_NOT_IN_A_FILE = {
-    "seed": "list them in `seeds`",
-    "out": "the study names the folders",
-    "resume": "a study always goes on",
-    "download": "fetch the images with `fastlocal train --download` first",
-}
 _SHORT = {"workers": "k", "interval": "j", "batch_size": "b", "lr": "lr", "weight_decay": "wd", "momentum": "m"}
 SQRT_RATE = "lr_at_batch_64"
 """A key that is no field: the rate at a batch of 64, which grows with the square root of the batch."""
@@ -92,7 +86,7 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
         seeds
     ):
         raise UsageError(f"seeds must be a list of different whole numbers, got {seeds!r}")
-    base = table(content, "base")
+    base = base_table(content)
     cells: list[Cell] = []
     for group, overrides, where in _combinations(content):
         for seed in seeds:
@@ -161,10 +155,22 @@ def table(content: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
+def base_table(content: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a file share; UsageError if there is no such field or a value is not of its kind."""
+    base = table(content, "base")
+    for key, value in base.items():
+        try:
+            if key != SQRT_RATE:
+                field_value(key, value)
+        except UsageError as error:
+            raise UsageError(f"[base]: {error}") from None
+    return base
+
+
 def _refuse(values: dict[str, Any], where: str) -> None:
     for key in values:
-        if key in _NOT_IN_A_FILE:
-            raise UsageError(f"{where}: {key} has no place here: {_NOT_IN_A_FILE[key]}")
+        if key in NOT_IN_A_FILE:
+            raise UsageError(f"{where}: {key} has no place here: {NOT_IN_A_FILE[key]}")
 
 
 def with_rate(values: dict[str, Any]) -> dict[str, Any]:

@@ -70,10 +70,13 @@ class StudyDisplay:
 
     def plan(self) -> None:
         """The cells and where they stand, their number and their epochs."""
-        table = Table("cell", "state", "epochs", box=None, pad_edge=False)
+        told = any(place.message for place in self.places)
+        table = Table("cell", "state", "epochs", *["because"] * told, box=None, pad_edge=False)
         done = [place.epochs_done() for place in self.places]
         for place, epochs in zip(self.places, done, strict=True):
-            table.add_row(Text(place.name), place.state, f"{epochs}/{place.config.epochs}")
+            table.add_row(
+                Text(place.name), place.state, f"{epochs}/{place.config.epochs}", *[Text(place.message)] * told
+            )
         self.console.print(table, highlight=False)
         self.counts()
         self.note(f"{sum(done):,} of {self.epochs:,} epochs are done")
@@ -81,4 +84,5 @@ class StudyDisplay:
     def counts(self) -> None:
         """How many cells stand where."""
         counts = Counter(place.state for place in self.places)
-        self.note(f"{len(self.places)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        cells = "1 cell" if len(self.places) == 1 else f"{len(self.places)} cells"
+        self.note(f"{cells}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.pool import Place, find, run_all
+from fastlocal.train.ready import require_ready, what_is_missing
 from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
 from fastlocal.train.study_display import StudyDisplay
@@ -25,7 +27,14 @@ from fastlocal.train.values import config_from
 
 
 def search(
-    asked: Search, root: Path, console: Console, *, data_dir: Path | None, threads: int | None, parallel: int = 1
+    asked: Search,
+    root: Path,
+    console: Console,
+    *,
+    data_dir: Path | None,
+    threads: int | None,
+    device: str | None = None,
+    parallel: int = 1,
 ) -> Config:
     """Make the trials that are missing, each in a process of its own; returns the best trial's Config.
 
@@ -37,26 +46,30 @@ def search(
         console: where to show it.
         data_dir: instead of the file's.
         threads: CPU threads of each trial.
+        device: instead of the file's.
         parallel: trials at a time. With one, a search that was stopped makes the trials it would have made; with
             more, which ones TPE proposes depends on which came to an end first.
 
     Raises:
-        UsageError: the folder cannot be used, or another search is at work in it.
+        UsageError: the images or the device are not there, the folder cannot be used, or another search is at work
+            in it.
         RunError: a trial broke, none ended well, or a file cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    base = _placed(config_from(asked.base), data_dir, device, threads)
+    require_ready([base])  # a wrong request leaves no folder behind
     with hold(root):
         study = optuna.create_study(
-            storage=f"sqlite:///{root.resolve() / 'trials.db'}",
+            storage=_storage(root),
             study_name=asked.name,
             direction="maximize",
             load_if_exists=True,
         )
         _require_same(study, asked, root)
         _take_up_interrupted(study, asked)
-        trials = _Trials(asked, study, root, console, data_dir=data_dir, threads=threads)
+        trials = _Trials(asked, study, root, console, base)
         left = asked.trials - len(_tried(study))
-        with StudyDisplay(console, trials.places, epochs=max(0, left) * config_from(asked.base).epochs) as display:
+        with StudyDisplay(console, trials.places, epochs=max(0, left) * base.epochs) as display:
 
             def on_change(ended: list[Place]) -> None:
                 for place in ended:
@@ -67,21 +80,57 @@ def search(
         return _finish(asked, study, root, console)
 
 
+def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, device: str | None) -> None:
+    """Show what is searched, how many of the trials are made, and whether more can be. Starts nothing.
+
+    Raises:
+        UsageError: the folder holds another search.
+    """
+    made = 0
+    if (root / "trials.db").exists() and asked.name in optuna.get_all_study_names(_storage(root)):
+        study = optuna.load_study(storage=_storage(root), study_name=asked.name)
+        _require_same(study, asked, root)
+        made = len(_tried(study))
+    table = Table("searched", "values", box=None, pad_edge=False)
+    for name, choice in asked.space.items():
+        table.add_row(name, Text(_values(choice)))
+    console.print(table, highlight=False)
+    count = min(asked.trials, len(grid(asked))) if asked.sampler == "grid" else asked.trials
+    base = _placed(config_from(asked.base), data_dir, device, None)
+    notes = [f"{asked.sampler}: {made} of {count} trials are made, of {base.epochs:,} epochs each"]
+    if missing := what_is_missing([base]):
+        notes.append(f"not ready: {missing}")
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _placed(config: Config, data_dir: Path | None, device: str | None, threads: int | None) -> Config:
+    """The same run, where the command line wants it to be made."""
+    return replace(
+        config,
+        data_dir=data_dir or config.data_dir,
+        device=device or config.device,
+        threads=threads or config.threads,
+    )
+
+
+def _values(choice: BaseDistribution) -> str:
+    if isinstance(choice, CategoricalDistribution):
+        return ", ".join(map(str, choice.choices))
+    assert isinstance(choice, IntDistribution | FloatDistribution)
+    return f"{choice.low:g} to {choice.high:g}" + (", on a log scale" if choice.log else "")
+
+
+def _storage(root: Path) -> str:
+    return f"sqlite:///{root.resolve() / 'trials.db'}"
+
+
 class _Trials:
     """Asks Optuna what to try next, and tells it how that ended."""
 
-    def __init__(
-        self,
-        asked: Search,
-        study: optuna.Study,
-        root: Path,
-        console: Console,
-        *,
-        data_dir: Path | None,
-        threads: int | None,
-    ) -> None:
+    def __init__(self, asked: Search, study: optuna.Study, root: Path, console: Console, base: Config) -> None:
         self.asked, self.study, self.root, self.console = asked, study, root, console
-        self.data_dir, self.threads = data_dir, threads
+        self.base = base
         self.places: list[Place] = []
         self._open: dict[str, list[optuna.Trial]] = {}  # by folder: what runs now
 
@@ -101,7 +150,7 @@ class _Trials:
             name = folder_name(trial.params)
             self._note(f"trial {trial.number}: {name}")
             try:
-                config = replace(config_from(self.asked.base | trial.params), out=self.root / name, resume=True)
+                config = config_from(self.asked.base | trial.params)
             except UsageError as error:  # these values do not go together; others may
                 self._note(f"left out: {error}")
                 self.study.tell(trial, state=TrialState.PRUNED)
@@ -110,10 +159,8 @@ class _Trials:
                 self._open[name].append(trial)
                 continue
             self._open[name] = [trial]
-            config = replace(
-                config, data_dir=self.data_dir or config.data_dir, threads=self.threads or config.threads
-            )
-            found = find(config)
+            config = _placed(config, self.base.data_dir, self.base.device, self.base.threads)
+            found = find(replace(config, out=self.root / name, resume=True))
             if found.state in ("finished", "diverged"):  # proposed before
                 self.tell(found)
                 continue

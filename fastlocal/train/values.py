@@ -1,5 +1,6 @@
 """A Config from the values of a file: names and kinds are checked here, ranges by Config itself."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
+
+NOT_IN_A_FILE = {
+    "seed": "list them in `seeds`",
+    "out": "the study names the folders",
+    "resume": "a study always goes on",
+    "download": "fetch the images with `fastlocal train --dataset cifar100 --download` first",
+}
+"""Fields that a file may not set, and what to do instead."""
 
 _HINTS = get_type_hints(Config)
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
@@ -29,8 +38,10 @@ def field_value(name: str, value: Any) -> Any:
         UsageError: there is no such field, or the value is not of its kind.
     """
     if name not in _HINTS:
-        known = ", ".join(sorted(field.name for field in fields(Config)))
-        raise UsageError(f"there is no field {name}; the fields are {known}")
+        known = sorted({field.name for field in fields(Config)} - set(NOT_IN_A_FILE))
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        told = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
+        raise UsageError(f"there is no field {name}; {told}")
     hint = _HINTS[name]
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for option in options:
