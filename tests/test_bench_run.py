@@ -74,7 +74,7 @@ def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
 
 def test_an_unknown_size_is_a_usage_error(capsys):
     assert main(["bench", "--size", "gpt"]) == 2
-    assert "size must be one of" in capsys.readouterr().err
+    assert "--size must be one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [lambda a: main(["bench", *a]), run_module])
@@ -85,7 +85,7 @@ def test_an_unknown_size_is_a_usage_error(capsys):
         (["--out", "{folder}"], "error: --out {folder} cannot be written: Is a directory"),
         pytest.param(
             ["--device", "cuda"],
-            "error: device must be 'cpu' here: there is no CUDA device",
+            "error: --device must be 'cpu' here: there is no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],

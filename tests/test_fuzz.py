@@ -280,7 +280,7 @@ def test_a_wrong_value_at_any_key_of_a_file_is_taken_or_ends_in_one_line_that_na
     ("text", "message"),
     [
         ("where = 'x'\ntest_accuracy = 50", "original 1: where must be a table of fields, { workers = 2 }, got 'x'"),
-        ("where = { wrkers = 2 }\ntest_accuracy = 50", "original 1: there is no field wrkers; the fields are"),
+        ("where = { wrkers = 2 }\ntest_accuracy = 50", "original 1: there is no field wrkers; did you mean workers?"),
         ("test_accuracy = 101", "original 1: test_accuracy must be a number from 0 to 100, got 101"),
         ("communication_reduction = 84", "communication_reduction must be a number from 0 to 1, got 84"),
         ("where = { workers = 2 }", "original 1: it has no figure: give one of test_accuracy"),

@@ -50,7 +50,7 @@ def main() -> int:
             compiled=given.compiled,
         )
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
     for said in ahead(run(plan, show, print)):
         print(said)
