@@ -15,7 +15,6 @@ from fastlocal.comm.group import Group, find_group, is_initialized
 TIMEOUT_SECONDS = 300.0
 """How long a collective waits for a process before the others give it up."""
 
-
 _SECONDS_BETWEEN_LOOKS = 0.02
 
 

@@ -47,16 +47,17 @@ class Rates:
                 )
         for name in self._rows.parameters[0]:
             places = [group_of.get(parameters[name]) for parameters in self._rows.parameters]
-            if len(set(places)) > 1 and None in places:
+            if len(set(places)) == 1:
+                continue
+            if None in places:
                 raise ValueError(
                     f"parameter {name!r} is not in inner for worker {places.index(None)}, but for others it is: "
                     "build inner over workers.parameters()"
                 )
-            if len(set(places)) > 1:
-                raise ValueError(
-                    f"parameter {name!r} is in the groups {places} for the workers 0 to {len(places) - 1}: "
-                    "all workers must have it in the same group"
-                )
+            raise ValueError(
+                f"parameter {name!r} is in the groups {places} for the workers 0 to {len(places) - 1}: "
+                "all workers must have it in the same group"
+            )
         self._group_of = group_of
 
     def note(self, steps_in_round: int) -> None:

@@ -113,10 +113,8 @@ def _step_(
             return
     _check(lists if masters is None else {**lists, "masters": masters})
     parts = _split(impl, params, masters, tables)
-    if must_find_norm and [these.chosen for these, _ in parts] not in (
-        [],
-        ["triton"],
-    ):  # the kernels find it themselves
+    kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
+    if must_find_norm and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
     for these, indices in parts:
         room = _room(tables, parts, these)

@@ -103,3 +103,10 @@ def require_bounds(minimum: int, maximum: int, name: str = "minimum") -> tuple[i
     if require_interval("maximum", maximum) < minimum:
         raise ValueError(f"maximum must be at least {name} = {minimum}, got {maximum}")
     return minimum, maximum
+
+
+def require_within(name: str, interval: int, minimum: int, maximum: int) -> int:
+    """Return `interval`, or raise TypeError or ValueError if it is not a whole number from minimum to maximum."""
+    if not minimum <= require_interval(name, interval) <= maximum:
+        raise ValueError(f"{name} must lie in [minimum, maximum] = [{minimum}, {maximum}], got {interval}")
+    return interval

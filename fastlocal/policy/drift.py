@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fastlocal.policy.base import Stats, require_bounds, require_interval
+from fastlocal.policy.base import Stats, require_bounds, require_within
 
 
 class ConsensusDistance:
@@ -33,9 +33,7 @@ class ConsensusDistance:
             raise ValueError(f"target must be positive and finite, got {target}")
         self.target = target
         self.minimum, self.maximum = require_bounds(minimum, maximum)
-        self.interval = require_interval("initial", initial)
-        if not minimum <= initial <= maximum:
-            raise ValueError(f"initial must lie in [minimum, maximum] = [{minimum}, {maximum}], got {initial}")
+        self.interval = require_within("initial", initial, minimum, maximum)
         self.rounds = 0
 
     def next_interval(self, stats: Stats) -> int:

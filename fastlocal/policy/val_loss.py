@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastlocal.policy.base import Stats, require_bounds, require_interval
+from fastlocal.policy.base import Stats, require_bounds, require_interval, require_within
 
 _RISE = 0.02
 """A loss this much higher has risen."""
@@ -27,9 +27,7 @@ class _FromValidationLoss:
             raise ValueError(f"total_epochs must be at least 1, got {total_epochs}")
         self.total_epochs = total_epochs
         self.minimum, self.maximum = require_bounds(minimum, maximum)
-        self.interval = require_interval("initial", initial)
-        if not minimum <= initial <= maximum:
-            raise ValueError(f"initial must lie in [minimum, maximum] = [{minimum}, {maximum}], got {initial}")
+        self.interval = require_within("initial", initial, minimum, maximum)
         self.observations = 0
 
     @property
@@ -119,10 +117,9 @@ class ValidationLoss(_FromValidationLoss):
             self.mark = smoothed
             return
         self.mark = min(self.mark, smoothed)
-        stalled = previous - smoothed < self.threshold * abs(previous) and smoothed <= self.mark + _NEAR * abs(
-            self.mark
-        )
-        risen = self.progress > 0.3 and smoothed > self.mark + _RISE * abs(self.mark) and not overfits
+        above = smoothed - self.mark
+        stalled = previous - smoothed < self.threshold * abs(previous) and above <= _NEAR * abs(self.mark)
+        risen = self.progress > 0.3 and above > _RISE * abs(self.mark) and not overfits
         self.stalls = self.stalls + 1 if stalled else 0
         self.rises = self.rises + 1 if risen else 0
         if self.stalls >= self.stalls_needed:
