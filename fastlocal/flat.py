@@ -124,10 +124,11 @@ class Rows:
 
     @torch.no_grad()
     def push(self) -> None:
-        """Copy the rows back into the pieces of DTensors."""
+        """Copy the rows back into the pieces of DTensors, and let autograd know that all parameters have changed."""
         for view, parameter in self._pieces():
             comm.held_here(parameter).copy_(view)
-            torch.autograd.graph.increment_version(parameter)
+        for parameters in self.parameters:
+            torch.autograd.graph.increment_version(parameters.values())
 
     def _places(self) -> Iterator[tuple[Block, Slot, int, nn.Parameter]]:
         """Every parameter of every worker, with its block, slot and worker's number."""

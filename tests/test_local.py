@@ -678,6 +678,28 @@ def test_weights_weigh_the_gradients_of_the_warmup():
     assert team[0][2].tolist() == [-86.0] * 3  # 258 / 3; in bfloat16 256 + 1 is 256
 
 
+def test_weights_beyond_float32_weigh_the_workers():
+    team = Workers(nn.Linear(1, 1, bias=False), 3)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1, weights=[1e39, 2e39, 5e39])
+    for model, value in zip(team, (8.0, 16.0, -8.0), strict=True):
+        model.weight.data.fill_(value)
+        model.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert [model.weight.item() for model in team] == [0.0] * 3  # (8 + 2 · 16 - 5 · 8) / 8
+
+
+def test_a_backward_pass_whose_parameters_a_sync_has_changed_meanwhile_is_an_error():
+    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 5)
+    for model in team:
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    loss = team[1](torch.ones(1, 2)).sum()
+    optimizer.sync()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_sync_after_warmup_steps_merges_the_buffers():
     team = Workers(nn.BatchNorm1d(2), 2)
     optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 5, warmup_steps=9)

@@ -108,8 +108,10 @@ class OneProcess:
         self.rows.pull()
         finite = self.finite()
         weights = finite.to(torch.float32)
-        if any(weight != 1 for weight in closing.weights):
-            weights *= torch.tensor(closing.weights, dtype=torch.float32, device=weights.device)
+        heaviest = max(closing.weights)
+        if min(closing.weights) != heaviest:  # in float32 a sample count of 1e39 would be infinite
+            relative = [weight / heaviest for weight in closing.weights]
+            weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             own = outer.step_(weights.to(block.rows.device), rates, measures=closing.reads_drift)
