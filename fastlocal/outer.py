@@ -53,6 +53,35 @@ class Average:
         """Nothing was kept."""
 
 
+class AnchoredAverage(Average):
+    """An average that remembers where the workers started, so that they can send their progress alone.
+
+    Args:
+        rows: shape (k, n), one row a worker.
+        impl: which implementation averages.
+    """
+
+    def __init__(self, rows: Tensor, *, impl: Implementation) -> None:
+        super().__init__(rows, impl=impl)
+        self.anchor = torch.zeros_like(rows[0])
+
+    def begin(self) -> None:
+        """The first row becomes the anchor."""
+        self.anchor.copy_(self.rows[0])
+
+    def commit(self, rates: Sequence[float]) -> None:
+        """The mean, which every row holds now, becomes the anchor."""
+        self.anchor.copy_(self.rows[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor."""
+        return {"anchor": self.anchor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned, into the same storage."""
+        self.anchor.copy_(state_dict["anchor"])
+
+
 class Coefficients(NamedTuple):
     """Of v ← decay·v + gain·Δ and x ← anchor − (direct·Δ + momentum·v)."""
 

@@ -135,6 +135,34 @@ def two_times_one_is_bit_equal_to_one_times_two(rank, new_group):
     against_one_process(DiLoCo, rank, pairs[rank // 2], 1, exact, warmup_steps=3)
 
 
+def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, new_group):
+    group, pairs = new_group(), [new_group([0, 1]), new_group([2, 3])]
+    # The same roundings in the same order where each process has one worker; where it has two, it sends their sum.
+    exact, rounded = {"rtol": 0, "atol": 0}, {"rtol": 0, "atol": 1e-3}
+    for kind in KINDS:
+        against_one_process(kind, rank, group, 1, ROUNDED, wire_dtype=torch.bfloat16)  # the buffers differ
+        against_one_process(kind, rank, pairs[rank // 2], 1, exact, wire_dtype=torch.bfloat16)
+        against_one_process(kind, rank, pairs[rank // 2], 2, rounded, wire_dtype=torch.bfloat16)
+    optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16)
+    start = parameters_of(team[0]).double()
+    run(optimizer, team, 4, worker=rank)
+    if rank == 2:
+        poison(team[0])
+    own = parameters_of(team[0]).double() - start
+    everybody = [torch.empty_like(own) for _ in range(WORLD)]
+    dist.all_gather(everybody, own, group=group)
+    optimizer.sync()
+    mean = start + sum(everybody[k].bfloat16().double() for k in (0, 1, 3)) / 3
+    progress = torch.stack([everybody[k].abs() for k in (0, 1, 3)]).sum(0)
+    # The sum is rounded once, whatever the number of processes.
+    assert ((parameters_of(team[0]).double() - mean).abs() <= 2**-8 * progress / 3 + 1e-7).all()
+    assert_equal_everywhere(parameters_of(team[0]), group)
+    assert optimizer.stats.excluded == 1
+    optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16 if rank == 1 else None)
+    with pytest.raises(DisagreementError, match="rank 1 has wire_dtype 'torch.bfloat16', rank 0 has 'None'"):
+        run(optimizer, team, 1)
+
+
 def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
     model = network(rank)
     model[0].weight.requires_grad_(False)  # frozen ones too
@@ -563,7 +591,14 @@ def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group
         return net, kind(inner, net, interval, process_group=replicas, timeout=20.0, **options)
 
     for kind in (LocalSGD, SlowMo):
-        for poisoned, options in ((False, {"warmup_steps": 2}), (True, {}), (True, {"inner_state": "average"})):
+        for poisoned, options in (
+            (False, {"warmup_steps": 2}),
+            (True, {}),
+            (True, {"inner_state": "average"}),
+            (True, {"wire_dtype": torch.bfloat16}),
+        ):
+            # Gradients whose last digit differs may be rounded to the other side: by 1/128 of a round's progress.
+            tolerance = {"rtol": 0, "atol": 2e-3} if "wire_dtype" in options else ROUNDED
             net, optimizer = sharded(kind, ConsensusDistance(1.0, initial=3), **options)
             places = [p.to_local().data_ptr() for p in net.parameters()]
             train(optimizer, [net], own, poisoned)
@@ -572,7 +607,7 @@ def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group
             single = kind(inner, team, ConsensusDistance(1.0, initial=3), process_group=ALONE, **options)
             train(single, team, 0, poisoned)
             for ours, theirs in zip(net.parameters(), team[0].parameters(), strict=True):
-                torch.testing.assert_close(ours.full_tensor().detach(), theirs.detach(), **ROUNDED)
+                torch.testing.assert_close(ours.full_tensor().detach(), theirs.detach(), **tolerance)
             assert [p.to_local().data_ptr() for p in net.parameters()] == places
             assert stats_of(optimizer) == stats_of(single)
             assert optimizer.stats.excluded == poisoned
@@ -636,6 +671,7 @@ SCENARIOS = [
     four_times_one_equals_one_times_four,
     two_times_two_equals_one_times_four_and_measures_drift,
     two_times_one_is_bit_equal_to_one_times_two,
+    a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank,
     rank_0_gives_parameters_and_buffers_to_begin_with,
     odd_tensors_are_averaged_and_keep_their_storage,
     buffers_are_kept_or_broadcast_as_chosen,

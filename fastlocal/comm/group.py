@@ -214,6 +214,30 @@ class Group:
                 tensor.device,
             )
 
+    def sum_rounding_once_(self, tensor: Tensor) -> None:
+        """Overwrite the vector with the sum over all processes, added in float32, for as many bytes as all_reduce.
+
+        In an all_reduce of low precision each process on the way rounds; here each sums a part of the vector that all
+        have sent it, in the group's order, and gives all the result.
+        """
+        if not tensor.numel():
+            return
+        size = -(-len(tensor) // len(self))
+        parts = tensor.new_zeros(len(self), size)
+        parts.view(-1)[: len(tensor)] = tensor
+        received = torch.empty_like(parts)
+        self._run(
+            lambda: dist.all_to_all_single(received, parts, group=self.process_group, async_op=True), tensor.device
+        )
+        total = received[0].to(torch.float32)
+        for part in received[1:]:
+            total.add_(part)
+        own = total.to(tensor.dtype)
+        self._run(
+            lambda: dist.all_gather(list(parts.unbind()), own, group=self.process_group, async_op=True), tensor.device
+        )
+        tensor.copy_(parts.view(-1)[: len(tensor)])
+
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.

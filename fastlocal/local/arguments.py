@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastlocal.flat import Workers
@@ -20,6 +21,12 @@ def check_model(model: object) -> None:
     """Raise TypeError unless it is a module or workers."""
     if not isinstance(model, (nn.Module, Workers)):
         raise TypeError(f"model must be an nn.Module or Workers, got {type(model).__name__}")
+
+
+def check_wire_dtype(wire_dtype: object) -> None:
+    """Raise ValueError unless it is a dtype in which progress keeps its range: half precision loses small steps."""
+    if wire_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
 
 
 def policy_of(interval: int | Policy) -> Policy:

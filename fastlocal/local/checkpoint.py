@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from fastlocal.buffers import Buffers
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
@@ -28,6 +30,7 @@ class Checkpointed(Wrapper):
     inner_state: InnerState
     buffers: Buffers
     impl: Implementation
+    wire_dtype: torch.dtype | None
     stats: Stats
     steps_in_round: int
     _anchored: bool
@@ -45,6 +48,7 @@ class Checkpointed(Wrapper):
         "buffers",
         "warmup_steps",
         "impl",
+        "wire_dtype",
         "stats",
         "steps_in_round",
         "_anchored",
@@ -59,7 +63,7 @@ class Checkpointed(Wrapper):
         """What is built from the rest, anew in a copy."""
         self._rates = Rates(self.rows, self.inner)
         self._outers = [self._make_outer(block) for block in self.rows.blocks]
-        choices = Choices(self.inner_state, self.buffers, self.impl)
+        choices = Choices(self.inner_state, self.buffers, self.impl, self.wire_dtype)
         parts = (self.rows, self._outers, self.inner, choices)
         self._team = OneProcess(*parts) if self._group is None else ManyProcesses(*parts, self._group)
         self.num_workers = len(self.rows) * self._team.num_processes

@@ -23,7 +23,7 @@ from fastlocal.local.clock import Clock
 from fastlocal.local.one_process import Round
 from fastlocal.local.scaling import Scaling
 from fastlocal.ops.implementation import Implementation, check_implementation
-from fastlocal.outer import Average, SlowMomentum
+from fastlocal.outer import AnchoredAverage, Average, SlowMomentum
 from fastlocal.policy import Policy, Stats, require_interval
 
 
@@ -52,6 +52,10 @@ class LocalSGD(Checkpointed):
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
         timeout: seconds that a process waits for the others at a sync before it raises an error that names who is
             missing. Give more where one process evaluates or saves for longer than that between two steps.
+        wire_dtype: torch.bfloat16 halves the bytes of a sync: each worker sends how far it has come since the last
+            one, rounded to 8 significant bits, and keeps a copy of where it started; a process with several workers
+            sends their sum, which is rounded too. None sends the parameters as they are. Buffers, inner state and
+            the gradients of the warm-up are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
             the samples it sees; None weighs all alike. The attribute may be set between rounds. It is not part of
             the state_dict: it belongs to this process's data, which another number of processes cuts otherwise.
@@ -82,6 +86,7 @@ class LocalSGD(Checkpointed):
         impl: Implementation = "auto",
         process_group: Any = None,
         timeout: float = 300.0,
+        wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         arguments.check_choice("inner_state", inner_state, get_args(InnerState))
@@ -92,6 +97,7 @@ class LocalSGD(Checkpointed):
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         arguments.check_model(model)
+        arguments.check_wire_dtype(wire_dtype)
         self.policy = arguments.policy_of(interval)
         super().__init__(inner)
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
@@ -99,6 +105,7 @@ class LocalSGD(Checkpointed):
         self.buffers: Buffers = buffers
         self.warmup_steps = warmup_steps
         self.impl: Implementation = impl
+        self.wire_dtype = wire_dtype
         self.weights = weights
         self.stats = Stats()
         self.steps_in_round = 0
@@ -110,7 +117,7 @@ class LocalSGD(Checkpointed):
         self._assemble()
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
-        return Average(block.rows, impl=self.impl)
+        return (Average if self.wire_dtype is None else AnchoredAverage)(block.rows, impl=self.impl)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -205,6 +212,7 @@ class LocalSGD(Checkpointed):
             "inner_state": self.inner_state,
             "buffers": self.buffers,
             "warmup_steps": self.warmup_steps,
+            "wire_dtype": str(self.wire_dtype),
             "workers a process": len(self.rows),
             "processes": self._team.num_processes,
             "local steps": self.stats.local_steps,
@@ -235,7 +243,7 @@ class LocalSGD(Checkpointed):
         if finite:
             scaling.unscale_(self.inner)
         agreed = self._team.average_gradients(self.stats, finite, self._weights_or_ones())
-        self.stats.bytes_on_wire += self._ring(self._team.payload) if agreed else 0
+        self.stats.bytes_on_wire += self._ring(self._team.gradients_payload) if agreed else 0
         self.stats.seconds_in_sync += time.perf_counter() - started
         return agreed
 

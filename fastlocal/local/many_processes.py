@@ -52,10 +52,11 @@ class ManyProcesses(OneProcess):
         self.group = group
         self.num_processes = len(group)
         # Low precision travels as float32.
-        self.payload = sum(
+        self.gradients_payload = sum(
             parameter.numel() * ops.accumulate_dtype(parameter.dtype).itemsize
             for parameter in rows.parameters[0].values()
         )
+        self.payload = self._progress_payload() or self.gradients_payload
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
         for owner in rows.owners():
@@ -157,13 +158,10 @@ class ManyProcesses(OneProcess):
         headers = meet(self.group, header)
         closing = closing._replace(reads_drift=any(h.reads_drift for h in headers))
         included = [list(header.flags) for header in headers]
-        total = math.fsum(w for h in headers for w, counts in zip(h.weights, h.flags, strict=True) if counts)
-        if total == 0:
+        counted = [[w * counts for w, counts in zip(h.weights, h.flags, strict=True)] for h in headers]
+        if not any(map(any, counted)):
             raise DivergedError(closing.stats.local_steps)
-        own = headers[self.group.rank]
-        shares = [w / total if counts else 0.0 for w, counts in zip(own.weights, own.flags, strict=True)]
-        alike = len({w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)}) == 1
-        drift = self._average_rows(closing, shares, alike)
+        drift = self._average_rows(closing, counted)
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
@@ -182,22 +180,36 @@ class ManyProcesses(OneProcess):
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
 
-    def _average_rows(self, closing: Round, shares: list[float], alike: bool) -> float:
-        """Rows become what the outer step makes of their mean over all processes; returns the drift or nan."""
+    def _average_rows(self, closing: Round, weights: list[list[float]]) -> float:
+        """Rows become what the outer step makes of their mean over all processes; returns the drift or nan.
+
+        Args:
+            closing: the round.
+            weights: of every process's rows, 0 for those that do not count.
+        """
+        everybody = [weight for own in weights for weight in own]
+        total = math.fsum(everybody)
+        shares = [weight / total for weight in weights[self.group.rank]]
+        alike = len(set(everybody)) == 1
         measures = closing.reads_drift
         counted = torch.tensor([float(share > 0) for share in shares])
         squares = torch.zeros(len(shares), dtype=torch.float64)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
-            if len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
+            if self.choices.wire_dtype is not None and len(everybody) > 1:  # a lone worker sends nothing
+                # Weights that are alike multiply by 1, which rounds nothing.
+                relative = [weight / max(everybody) for weight in weights[self.group.rank]]
+                mean = self.mean_of_progress(block, outer, relative, total / max(everybody))
+            elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
                 self._reduce_in_place(block.rows[0], shares[0], alike)
                 outer.step_from_mean_(rates)
                 continue
-            # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
-            wire = self._wire(block)
-            ops.weighted_sum_(wire, block.rows, shares)
-            self.group.reduce_(wire, "sum")
-            own = outer.step_(counted.to(block.rows.device), rates, wire, measures=measures)
+            else:
+                # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
+                mean = self._wire(block)
+                ops.weighted_sum_(mean, block.rows, shares)
+                self.group.reduce_(mean, "sum")
+            own = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
             if own is not None:
                 squares += whole(own, block.owner).cpu()
         if not measures:
@@ -205,6 +217,9 @@ class ManyProcesses(OneProcess):
         drifts = [math.sqrt(square) for square, share in zip(squares.tolist(), shares, strict=True) if share]
         sums, counts = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
         return math.fsum(sums) / sum(counts)
+
+    def _add_others_(self, message: Tensor) -> None:
+        self.group.sum_rounding_once_(message)
 
     def _reduce_in_place(self, row: Tensor, share: float, alike: bool) -> None:
         if alike and self.group.takes_means:

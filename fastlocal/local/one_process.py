@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlocal import buffers as module_buffers
 from fastlocal import comm
 from fastlocal.buffers import Buffers
-from fastlocal.flat import Rows
+from fastlocal.flat import Block, Rows
 from fastlocal.inner import (
     InnerState,
     Twins,
@@ -19,9 +19,10 @@ from fastlocal.inner import (
     reset_state_,
     state_num_bytes,
 )
-from fastlocal.ops.averaging import finite_rows
+from fastlocal.ops import progress
+from fastlocal.ops.averaging import accumulate_dtype, finite_rows
 from fastlocal.ops.implementation import Implementation
-from fastlocal.outer import Average, SlowMomentum
+from fastlocal.outer import AnchoredAverage, Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
 
@@ -41,6 +42,7 @@ class Choices(NamedTuple):
     inner_state: InnerState
     buffers: Buffers
     impl: Implementation
+    wire_dtype: torch.dtype | None
 
 
 class Outcome(NamedTuple):
@@ -81,7 +83,14 @@ class OneProcess:
         choices: Choices,
     ) -> None:
         self.rows, self.outers, self.inner, self.choices = rows, outers, inner, choices
-        self.payload = rows.num_bytes  # of one worker's parameters or gradients, as they are sent
+        self.gradients_payload = rows.num_bytes  # of one worker, as they are sent
+        self.payload = self._progress_payload() or rows.num_bytes  # of its parameters, or of its progress
+
+    def _progress_payload(self) -> int | None:
+        """The bytes of one worker's progress; None where parameters are sent."""
+        if self.choices.wire_dtype is None:
+            return None
+        return self.choices.wire_dtype.itemsize * sum(p.numel() for p in self.rows.parameters[0].values())
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
         """Nobody else to compare with."""
@@ -112,9 +121,11 @@ class OneProcess:
         if min(closing.weights) != heaviest:  # in float32 a sample count of 1e39 would be infinite
             relative = [weight / heaviest for weight in closing.weights]
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
+        sent = self._sent_weights(weights, closing)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
-            own = outer.step_(weights.to(block.rows.device), rates, measures=closing.reads_drift)
+            mean = None if sent is None else self.mean_of_progress(block, outer, sent, math.fsum(sent))
+            own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
                 squares += whole(own, block.owner).to(finite.device)
         # The one read from the device: which rows counted, and how far apart they were.
@@ -130,6 +141,30 @@ class OneProcess:
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
         drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
         return Outcome(drift, included.count(False), payload)
+
+    def _sent_weights(self, weights: Tensor, closing: Round) -> list[float] | None:
+        """The weights, read from the device, if the workers are to send their progress in another dtype."""
+        if self.choices.wire_dtype is None or len(self.rows) == 1:  # a lone worker sends nothing
+            return None
+        sent = weights.tolist()
+        if not any(sent):
+            raise DivergedError(closing.stats.local_steps)
+        return sent
+
+    def mean_of_progress(
+        self, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float
+    ) -> Tensor:
+        """The mean of the workers' rows, of which only the progress was sent, rounded."""
+        anchor = cast(AnchoredAverage | SlowMomentum, outer).anchor
+        message = torch.empty(block.rows.shape[1], dtype=self.choices.wire_dtype, device=block.rows.device)
+        progress.progress_(message, block.rows, anchor, weights)
+        self._add_others_(message)
+        mean = torch.empty_like(message, dtype=accumulate_dtype(block.rows.dtype))
+        progress.mean_(mean, message, block.rows, anchor, total_weight)
+        return mean
+
+    def _add_others_(self, message: Tensor) -> None:
+        """There are no others."""
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""

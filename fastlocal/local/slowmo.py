@@ -32,6 +32,7 @@ class SlowMo(LocalSGD):
         impl: how the outer step is carried out; "auto" chooses.
         process_group: the processes that are averaged, see LocalSGD.
         timeout: seconds that a process waits for the others at a sync.
+        wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.
         weights: of each worker of this process in the mean, see LocalSGD.
 
     Raises:
@@ -59,6 +60,7 @@ class SlowMo(LocalSGD):
         impl: Implementation = "auto",
         process_group: Any = None,
         timeout: float = 300.0,
+        wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         self.slow_lr, self.slow_momentum = slow_lr, slow_momentum
@@ -72,6 +74,7 @@ class SlowMo(LocalSGD):
             impl=impl,
             process_group=process_group,
             timeout=timeout,
+            wire_dtype=wire_dtype,
             weights=weights,
         )
 
@@ -106,6 +109,7 @@ class DiLoCo(SlowMo):
         impl: how the outer step is carried out; "auto" chooses.
         process_group: the processes that are averaged, see LocalSGD.
         timeout: seconds that a process waits for the others at a sync.
+        wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.
         weights: of each worker of this process in the mean, see LocalSGD.
 
     Raises:
@@ -132,6 +136,7 @@ class DiLoCo(SlowMo):
         impl: Implementation = "auto",
         process_group: Any = None,
         timeout: float = 300.0,
+        wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
@@ -146,5 +151,6 @@ class DiLoCo(SlowMo):
             impl=impl,
             process_group=process_group,
             timeout=timeout,
+            wire_dtype=wire_dtype,
             weights=weights,
         )

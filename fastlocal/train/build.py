@@ -83,6 +83,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
     inner = _inner(config, over)
     if config.method == "sync" and group is not None and len(over) == 1:
         return DataParallel(inner, over, group)
+    wire = torch.bfloat16 if config.wire_dtype == "bf16" else None
     match config.method:
         case "sync":
             return LocalSGD(inner, over, 1, warmup_steps=total_steps)
@@ -93,6 +94,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
                 policy(config, total_steps),
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
+                wire_dtype=wire,
             )
         case "slowmo" | "diloco":
             outer = SlowMo if config.method == "slowmo" else DiLoCo
@@ -105,6 +107,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
                 slow_momentum=values["slow_momentum"],
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
+                wire_dtype=wire,
             )
 
 

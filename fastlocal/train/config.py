@@ -27,6 +27,7 @@ USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "interval": ("method", _LOCAL),
     "warmup_steps": ("method", _LOCAL),
     "inner_state": ("method", _LOCAL),
+    "wire_dtype": ("method", _LOCAL),
     "slow_lr": ("method", ("slowmo", "diloco")),
     "slow_momentum": ("method", ("slowmo", "diloco")),
     "min_interval": ("policy", _BOUNDED_BELOW),
@@ -91,6 +92,9 @@ class Config:
 
     inner_state: Literal["keep", "reset", "average"] = "keep"
     """What a sync does to the inner optimizer's momentum."""
+
+    wire_dtype: Precision = "fp32"
+    """What a sync sends: the parameters, or in half the bytes how far they came since the last, rounded to bf16."""
 
     slow_lr: float | None = None
     """Outer step size. Default: 1 for slowmo, 0.7 for diloco."""

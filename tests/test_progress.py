@@ -1,0 +1,50 @@
+"""Progress in low precision: the message, and the mean that comes of it."""
+
+import pytest
+import torch
+
+from fastlocal.ops.progress import mean_, progress_
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def start_and_rows(dtype, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    anchor = torch.randn(columns, generator=generator, dtype=torch.float64)
+    rows = anchor.to(dtype) + torch.randn(3, columns, generator=generator, dtype=torch.float64).to(dtype) / 64
+    return anchor.to(torch.float64 if dtype == torch.float64 else torch.float32), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 1000, 2**22 + 5])
+def test_a_message_is_the_weighted_sum_of_rounded_progress(dtype, columns):
+    anchor, rows = start_and_rows(dtype, columns)
+    rows[1, : columns // 2] = torch.nan
+    message = torch.full((columns,), torch.nan, dtype=torch.bfloat16)
+    progress_(message, rows, anchor, [0.25, 0.0, 1.0])
+    start = anchor.to(dtype).double()
+    rounded = [(rows[k].double() - start).to(torch.bfloat16).double() for k in (0, 2)]
+    exact = 0.25 * rounded[0] + rounded[1]
+    # One rounding of the sum; each term may fall to the other side of a tie where float32 rounded it before.
+    torch.testing.assert_close(message.double(), exact, rtol=2**-8, atol=2**-14)
+    mean = torch.empty(columns, dtype=anchor.dtype)
+    mean_(mean, message, rows, anchor, 1.25)
+    torch.testing.assert_close(mean.double(), start + message.double() / 1.25, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lone_row_is_rounded_once_and_none_is_zero():
+    anchor = torch.tensor([1.0, 1.0, -2.0])
+    rows = torch.tensor([[1.0 + 2**-10, 1.5, -2.0 + 3 * 2**-12]])
+    message = torch.empty(3, dtype=torch.bfloat16)
+    progress_(message, rows, anchor, [1.0])
+    # A parameter near 1 rounded to bfloat16 would have lost 2^-10 altogether.
+    assert message.tolist() == [2**-10, 0.5, 3 * 2**-12]
+    progress_(message, rows * torch.nan, anchor, [0.0])
+    assert message.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_vectors_that_do_not_fit_the_rows_are_refused():
+    with pytest.raises(
+        ValueError, match=r"must have 3, 3 and 2 entries for rows of the shape \(2, 3\), got \(3,\), \(4,\)"
+    ):
+        progress_(torch.empty(3), torch.empty(2, 3), torch.empty(4), [1.0, 1.0])
