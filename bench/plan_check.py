@@ -73,11 +73,25 @@ def remove_cables(workers: int) -> None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def work(rank: int, workers: int, out: Path) -> None:
-    """One process: measures, and rank 0 writes what it measured."""
+def meet(rank: int, workers: int) -> None:
+    """Join the other processes, each behind its link."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method="tcp://10.231.7.1:29517", rank=rank, world_size=workers)
+
+
+def seconds(action: Callable[..., object], *arguments: object) -> float:
+    """From barrier to barrier."""
+    dist.barrier()
+    started = time.perf_counter()
+    action(*arguments)
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def work(rank: int, workers: int, out: Path) -> None:
+    """One process: measures, and rank 0 writes what it measured."""
+    meet(rank, workers)
     model = build("lenet")
     parameters = list(model.parameters())
     flat = torch.cat([p.detach().flatten() for p in parameters])
@@ -93,13 +107,6 @@ def work(rank: int, workers: int, out: Path) -> None:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
-
-    def seconds(action: Callable[..., object], *arguments: object) -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        action(*arguments)
-        dist.barrier()
-        return time.perf_counter() - started
 
     def sync() -> None:
         dist.all_reduce(flat)
@@ -127,8 +134,8 @@ def work(rank: int, workers: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def measure(workers: int) -> dict:
-    """What rank 0 of `workers` processes in their namespaces measured."""
+def measure(workers: int, program: str = __file__) -> dict:
+    """What rank 0 of `workers` processes in their namespaces measured; each runs the program."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
@@ -137,7 +144,7 @@ def measure(workers: int) -> dict:
             lay_cables(workers)
             for rank in range(workers):
                 flags = f"--rank {rank} --workers {workers} --out {out}".split()
-                command = ["ip", "netns", "exec", f"plan{rank}", sys.executable, __file__, *flags]
+                command = ["ip", "netns", "exec", f"plan{rank}", sys.executable, program, *flags]
                 interface = {"GLOO_SOCKET_IFNAME": f"planveth{rank}"}
                 processes.append(subprocess.Popen(command, env={**environment, **interface}))
             codes = [process.wait(timeout=200) for process in processes]

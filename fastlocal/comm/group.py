@@ -220,7 +220,10 @@ class Group:
         In an all_reduce of low precision each process on the way rounds; here each sums a part of the vector that all
         have sent it, in the group's order, and gives all the result.
         """
-        if not tensor.numel():
+        if not tensor.numel() or len(self) == 1:
+            return
+        if len(self) == 2:  # the other's whole vector is as many bytes as two halves, and one message less
+            tensor.copy_(_sum(self._gather_tensors(tensor, tensor.device)))
             return
         size = -(-len(tensor) // len(self))
         parts = tensor.new_zeros(len(self), size)
@@ -229,21 +232,15 @@ class Group:
         self._run(
             lambda: dist.all_to_all_single(received, parts, group=self.process_group, async_op=True), tensor.device
         )
-        total = received[0].to(torch.float32)
-        for part in received[1:]:
-            total.add_(part)
-        own = total.to(tensor.dtype)
-        self._run(
-            lambda: dist.all_gather(list(parts.unbind()), own, group=self.process_group, async_op=True), tensor.device
-        )
-        tensor.copy_(parts.view(-1)[: len(tensor)])
+        summed = self._gather_tensors(_sum(received.unbind()).to(tensor.dtype), tensor.device)
+        tensor.copy_(torch.cat(summed)[: len(tensor)])
 
-    def _gather_tensors(self, own: Tensor) -> list[Tensor]:
+    def _gather_tensors(self, own: Tensor, device: torch.device | None = None) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
         self._run(
             lambda: dist.all_gather(everybody, own, group=self.process_group, async_op=True),
-            torch.device("cpu"),
+            device or torch.device("cpu"),
         )
         return everybody
 
@@ -287,6 +284,13 @@ class Group:
 
     def _named(self) -> int:
         return self.ranks[self.rank]
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0].to(torch.float32)
+    for tensor in tensors[1:]:
+        total.add_(tensor)
+    return total
 
 
 def _is_of_a_transfer(error: RuntimeError) -> bool:
