@@ -222,8 +222,8 @@ class Group:
         """
         if not tensor.numel() or len(self) == 1:
             return
-        if len(self) == 2:  # the other's whole vector is as many bytes as two halves, and one message less
-            tensor.copy_(_sum(self._gather_tensors(tensor, tensor.device)))
+        if len(self) == 2:  # one addition rounds once
+            self.reduce_(tensor, "sum")
             return
         size = -(-len(tensor) // len(self))
         parts = tensor.new_zeros(len(self), size)
@@ -232,7 +232,10 @@ class Group:
         self._run(
             lambda: dist.all_to_all_single(received, parts, group=self.process_group, async_op=True), tensor.device
         )
-        summed = self._gather_tensors(_sum(received.unbind()).to(tensor.dtype), tensor.device)
+        total = received[0].to(torch.float32)
+        for part in received[1:]:
+            total.add_(part)
+        summed = self._gather_tensors(total.to(tensor.dtype), tensor.device)
         tensor.copy_(torch.cat(summed)[: len(tensor)])
 
     def _gather_tensors(self, own: Tensor, device: torch.device | None = None) -> list[Tensor]:
@@ -284,13 +287,6 @@ class Group:
 
     def _named(self) -> int:
         return self.ranks[self.rank]
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0].to(torch.float32)
-    for tensor in tensors[1:]:
-        total.add_(tensor)
-    return total
 
 
 def _is_of_a_transfer(error: RuntimeError) -> bool:
