@@ -70,6 +70,7 @@ class Rows:
 
     Attributes:
         num_bytes: of one worker's trainable parameters, padding not counted; of DTensors all pieces.
+        num_elements: likewise.
 
     Raises:
         ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
@@ -86,6 +87,7 @@ class Rows:
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
         self.blocks = _allocate(self.parameters[0], len(self.modules))
+        self.num_elements = sum(p.numel() for p in self.parameters[0].values())
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.parameters[0].values())
         with torch.no_grad():
             for block, slot, worker, parameter in self._places():

@@ -25,23 +25,21 @@ def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None
 
     Args:
         twins: the parameters.
-        weights: of each worker.
+        weights: of each worker; float32 must hold them.
     """
-    # Weights that are alike multiply by 1, which rounds nothing.
-    scaled = [weight / max(weights) for weight in weights]
     for parameters in twins:
         gradients = [parameter.grad for parameter in parameters]
         first = next((gradient for gradient in gradients if gradient is not None), None)
         if first is None:
             continue
         mean = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
-        for gradient, weight in zip(gradients, scaled, strict=True):
+        for gradient, weight in zip(gradients, weights, strict=True):
             if gradient is None:
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
             mean.add_(gradient, alpha=weight)
-        mean.div_(math.fsum(scaled))
+        mean.div_(math.fsum(weights))
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(first)

@@ -28,6 +28,11 @@ class Average:
         self.rows = rows
         self.impl: Implementation = impl
 
+    @property
+    def anchor(self) -> Tensor | None:
+        """Where the workers started, shape (n,), if it is kept."""
+        return None
+
     def begin(self) -> None:
         """Nothing to remember."""
 
@@ -63,23 +68,28 @@ class AnchoredAverage(Average):
 
     def __init__(self, rows: Tensor, *, impl: Implementation) -> None:
         super().__init__(rows, impl=impl)
-        self.anchor = torch.zeros_like(rows[0])
+        self._anchor = torch.zeros_like(rows[0])
+
+    @property
+    def anchor(self) -> Tensor:
+        """Where the workers started, shape (n,), in the rows' dtype."""
+        return self._anchor
 
     def begin(self) -> None:
         """The first row becomes the anchor."""
-        self.anchor.copy_(self.rows[0])
+        self._anchor.copy_(self.rows[0])
 
     def commit(self, rates: Sequence[float]) -> None:
         """The mean, which every row holds now, becomes the anchor."""
-        self.anchor.copy_(self.rows[0])
+        self.begin()
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor."""
-        return {"anchor": self.anchor}
+        return {"anchor": self._anchor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what state_dict() returned, into the same storage."""
-        self.anchor.copy_(state_dict["anchor"])
+        self._anchor.copy_(state_dict["anchor"])
 
 
 class Coefficients(NamedTuple):

@@ -32,6 +32,7 @@ from fastlocal.train.data_parallel import DataParallel
 
 WORLD = 4
 KINDS = (LocalSGD, SlowMo, DiLoCo)
+WEIGHTS = [1.0, 3.0, 2.0, 5.0]
 # Four terms summed in another order differ by at most 3 · 2⁻²⁴ of their size in each of three syncs; the steps in
 # between carry it on. Weights here are below 1.
 ROUNDED = {"rtol": 3e-6, "atol": 3e-6}
@@ -143,6 +144,13 @@ def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, n
         against_one_process(kind, rank, group, 1, ROUNDED, wire_dtype=torch.bfloat16)  # the buffers differ
         against_one_process(kind, rank, pairs[rank // 2], 1, exact, wire_dtype=torch.bfloat16)
         against_one_process(kind, rank, pairs[rank // 2], 2, rounded, wire_dtype=torch.bfloat16)
+    outcomes = []
+    for k, own_group, weights in ((1, group, [WEIGHTS[rank]]), (WORLD, None, WEIGHTS)):
+        optimizer, team = build(SlowMo, k, 3, own_group, wire_dtype=torch.bfloat16, weights=weights)
+        run(optimizer, team, 7, worker=rank if k == 1 else 0)
+        optimizer.sync()
+        outcomes.append(parameters_of(team[0]))
+    assert torch.equal(*outcomes)
     optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16)
     start = parameters_of(team[0]).double()
     run(optimizer, team, 4, worker=rank)
@@ -161,6 +169,18 @@ def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, n
     optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16 if rank == 1 else None)
     with pytest.raises(DisagreementError, match="rank 1 has wire_dtype 'torch.bfloat16', rank 0 has 'None'"):
         run(optimizer, team, 1)
+
+
+def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
+    group = new_group()
+    for kind, wire_dtype in ((SlowMo, None), (LocalSGD, torch.bfloat16), (SlowMo, torch.bfloat16)):
+        optimizer, team = build(kind, 1, 2, group=group, warmup_steps=2, wire_dtype=wire_dtype)
+        run(optimizer, team, 2, worker=rank)
+        with torch.no_grad():
+            for parameter in team.parameters():  # as CPUs that round otherwise leave them
+                parameter.mul_(1 + 1e-3 * rank)
+        run(optimizer, team, 4, first=2, worker=rank)
+        assert_equal_everywhere(parameters_of(team[0]), group)
 
 
 def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
@@ -672,6 +692,7 @@ SCENARIOS = [
     two_times_two_equals_one_times_four_and_measures_drift,
     two_times_one_is_bit_equal_to_one_times_two,
     a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank,
+    ranks_that_left_the_warmup_apart_meet_again,
     rank_0_gives_parameters_and_buffers_to_begin_with,
     odd_tensors_are_averaged_and_keep_their_storage,
     buffers_are_kept_or_broadcast_as_chosen,

@@ -688,6 +688,28 @@ def test_weights_beyond_float32_weigh_the_workers():
     assert [model.weight.item() for model in team] == [0.0] * 3  # (8 + 2 · 16 - 5 · 8) / 8
 
 
+def test_whole_weights_of_float64_workers_give_the_exact_mean():
+    team = Workers(nn.Linear(1, 1, bias=False).double(), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1, weights=[1.0, 3.0])
+    for value, model in enumerate(team):
+        model.weight.data.fill_(value)
+        model.weight.grad = torch.zeros(1, 1, dtype=torch.float64)
+    optimizer.step()
+    assert [model.weight.item() for model in team] == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("weights", [[1.0, 1e50], [1e-50, 1.0]])
+def test_a_worker_counts_whatever_the_weight_of_one_that_is_left_out(weights, wire_dtype):
+    optimizer, team = make(LocalSGD, workers=2, interval=100, weights=weights, wire_dtype=wire_dtype)
+    run(optimizer, team, 2)
+    kept = parameters_of(team[0])
+    poison(team[1])
+    optimizer.sync()
+    torch.testing.assert_close(parameters_of(team[1]), kept, rtol=0, atol=5e-3 if wire_dtype else 0)
+    assert optimizer.stats.excluded == 1
+
+
 def test_a_backward_pass_whose_parameters_a_sync_has_changed_meanwhile_is_an_error():
     team = Workers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), 2)
     optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 5)
@@ -769,6 +791,16 @@ def test_with_a_bfloat16_wire_a_run_that_is_resumed_or_copied_in_a_round_ends_th
 def test_a_wire_dtype_that_loses_small_steps_is_refused():
     with pytest.raises(ValueError, match=r"wire_dtype must be None or torch.bfloat16, got torch.float16"):
         make(LocalSGD, wire_dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"wire_dtype must be None or torch.bfloat16, got 'bfloat16'"):
+        make(LocalSGD, wire_dtype="bfloat16")
+
+
+def test_a_state_without_an_anchor_does_not_fit_a_bfloat16_wire():
+    plain, _ = make(LocalSGD)
+    sending, _ = make(LocalSGD, wire_dtype=torch.bfloat16)
+    for optimizer, other in ((plain, sending), (sending, plain)):
+        with pytest.raises(ValueError, match="state_dict was saved with another wire_dtype"):
+            optimizer.load_state_dict(other.state_dict())
 
 
 def test_a_sync_after_warmup_steps_merges_the_buffers():

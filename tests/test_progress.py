@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from fastlocal.ops.averaging import relative_weights
 from fastlocal.ops.progress import mean_, progress_
+from fastlocal.reference import averaging as reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -12,7 +15,7 @@ def start_and_rows(dtype, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     anchor = torch.randn(columns, generator=generator, dtype=torch.float64)
     rows = anchor.to(dtype) + torch.randn(3, columns, generator=generator, dtype=torch.float64).to(dtype) / 64
-    return anchor.to(torch.float64 if dtype == torch.float64 else torch.float32), rows
+    return anchor.to(DEVICE, torch.float64 if dtype == torch.float64 else torch.float32), rows.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -20,16 +23,25 @@ def start_and_rows(dtype, columns, seed=0):
 def test_a_message_is_the_weighted_sum_of_rounded_progress(dtype, columns):
     anchor, rows = start_and_rows(dtype, columns)
     rows[1, : columns // 2] = torch.nan
-    message = torch.full((columns,), torch.nan, dtype=torch.bfloat16)
+    message = torch.full((columns,), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     progress_(message, rows, anchor, [0.25, 0.0, 1.0])
     start = anchor.to(dtype).double()
-    rounded = [(rows[k].double() - start).to(torch.bfloat16).double() for k in (0, 2)]
-    exact = 0.25 * rounded[0] + rounded[1]
-    # One rounding of the sum; each term may fall to the other side of a tie where float32 rounded it before.
+    exact = sum((weight * (rows[k].double() - start)).bfloat16().double() for k, weight in ((0, 0.25), (2, 1.0)))
+    # The sum is rounded once; a term may fall to the other side of a tie where float32 rounded it before.
     torch.testing.assert_close(message.double(), exact, rtol=2**-8, atol=2**-14)
-    mean = torch.empty(columns, dtype=anchor.dtype)
+    mean = torch.empty_like(anchor)
     mean_(mean, message, rows, anchor, 1.25)
     torch.testing.assert_close(mean.double(), start + message.double() / 1.25, rtol=1e-6, atol=1e-6)
+    weights = torch.tensor([0.25, 0.0, 1.0], device=DEVICE)
+    said = reference.mean_of_progress(rows, anchor, weights, torch.bfloat16)
+    torch.testing.assert_close(mean, said, rtol=1e-6, atol=1e-6)
+
+
+def test_relative_weights_are_over_a_power_of_two_and_fit_float32():
+    assert relative_weights([3.0, 3.0]) == [1.0, 1.0]
+    assert relative_weights([1.0, 3.0, 0.0]) == [0.25, 0.75, 0.0]
+    assert relative_weights([2.0**1000, 1.0]) == [0.5, 2.0**-126]
+    assert relative_weights([2.0**-1000, 2.0**-1001]) == [0.5, 0.25]
 
 
 def test_a_lone_row_is_rounded_once_and_none_is_zero():

@@ -215,10 +215,10 @@ class Group:
             )
 
     def sum_rounding_once_(self, tensor: Tensor) -> None:
-        """Overwrite the vector with the sum over all processes, added in float32, for as many bytes as all_reduce.
+        """Overwrite the vector with the sum over all processes, added in float32, for the bytes of an all_reduce.
 
         In an all_reduce of low precision each process on the way rounds; here each sums a part of the vector that all
-        have sent it, in the group's order, and gives all the result.
+        have sent it, in the group's order, and gives all the result. The last part may be padded.
         """
         if not tensor.numel() or len(self) == 1:
             return
@@ -226,8 +226,10 @@ class Group:
             self.reduce_(tensor, "sum")
             return
         size = -(-len(tensor) // len(self))
-        parts = tensor.new_zeros(len(self), size)
-        parts.view(-1)[: len(tensor)] = tensor
+        whole = len(tensor) == size * len(self)
+        parts = tensor.view(len(self), size) if whole else tensor.new_zeros(len(self), size)
+        if not whole:
+            parts.view(-1)[: len(tensor)] = tensor
         received = torch.empty_like(parts)
         self._run(
             lambda: dist.all_to_all_single(received, parts, group=self.process_group, async_op=True), tensor.device
@@ -235,15 +237,19 @@ class Group:
         total = received[0].to(torch.float32)
         for part in received[1:]:
             total.add_(part)
-        summed = self._gather_tensors(total.to(tensor.dtype), tensor.device)
-        tensor.copy_(torch.cat(summed)[: len(tensor)])
+        own = total.to(tensor.dtype)
+        self._run(
+            lambda: dist.all_gather(list(parts.unbind()), own, group=self.process_group, async_op=True), tensor.device
+        )
+        if not whole:
+            tensor.copy_(parts.view(-1)[: len(tensor)])
 
-    def _gather_tensors(self, own: Tensor, device: torch.device | None = None) -> list[Tensor]:
+    def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
         self._run(
             lambda: dist.all_gather(everybody, own, group=self.process_group, async_op=True),
-            device or torch.device("cpu"),
+            torch.device("cpu"),
         )
         return everybody
 

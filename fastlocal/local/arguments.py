@@ -24,7 +24,9 @@ def check_model(model: object) -> None:
 
 
 def check_wire_dtype(wire_dtype: object) -> None:
-    """Raise ValueError unless it is a dtype in which progress keeps its range: half precision loses small steps."""
+    """Raise TypeError or ValueError unless it is None or torch.bfloat16: float16 makes small steps 0."""
+    if wire_dtype is not None and not isinstance(wire_dtype, torch.dtype):
+        raise TypeError(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
     if wire_dtype not in (None, torch.bfloat16):
         raise ValueError(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
 

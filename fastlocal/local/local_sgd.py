@@ -54,8 +54,9 @@ class LocalSGD(Checkpointed):
             missing. Give more where one process evaluates or saves for longer than that between two steps.
         wire_dtype: torch.bfloat16 halves the bytes of a sync: each worker sends how far it has come since the last
             one, rounded to 8 significant bits, and keeps a copy of where it started; a process with several workers
-            sends their sum, which is rounded too. None sends the parameters as they are. Buffers, inner state and
-            the gradients of the warm-up are not rounded.
+            sends their sum, which is rounded too. What you set parameters to between two syncs counts as such
+            progress. None sends the parameters as they are. Buffers, inner state and the gradients of the warm-up
+            are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
             the samples it sees; None weighs all alike. The attribute may be set between rounds. It is not part of
             the state_dict: it belongs to this process's data, which another number of processes cuts otherwise.
@@ -182,6 +183,8 @@ class LocalSGD(Checkpointed):
                 self.rows.pull()
                 for outer in self._outers:
                     outer.begin()
+                if self.stats.local_steps:  # steps together may have left the processes' rows apart in the last digit
+                    self._team.share_anchors()
                 self._anchored = True
             self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
             self.stats.interval = self._team.next_interval(self._decide, self.policy, self.stats)

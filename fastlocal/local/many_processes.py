@@ -56,7 +56,8 @@ class ManyProcesses(OneProcess):
             parameter.numel() * ops.accumulate_dtype(parameter.dtype).itemsize
             for parameter in rows.parameters[0].values()
         )
-        self.payload = self._progress_payload() or self.gradients_payload
+        if choices.wire_dtype is None:
+            self.payload = self.gradients_payload
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
         for owner in rows.owners():
@@ -126,15 +127,20 @@ class ManyProcesses(OneProcess):
         """The others' policies may have changed: send the state again."""
         self._last_message = None
 
+    def share_anchors(self) -> None:
+        """Take the first process's anchors: where they differ, ranks that add the same progress never meet again."""
+        for outer in self.outers:
+            if outer.anchor is not None:
+                self.group.broadcast_(outer.anchor, source=0)
+
     def average_gradients(self, stats: Stats, finite: bool, weights: Sequence[float]) -> bool:
         """Give every worker the weighted mean gradient, unless one process's overflowed: then nobody steps."""
         headers = meet(self.group, self._header(GRADIENTS, stats, 0, [finite] * len(self.rows), weights))
         if not all(flag for header in headers for flag in header.flags):
             return False
-        everybody = [weight for header in headers for weight in header.weights]
-        # Weights that are alike multiply by 1, which rounds nothing.
-        own = [weight / max(everybody) for weight in weights]
-        total = math.fsum(everybody) / max(everybody)
+        everybody = ops.relative_weights([weight for header in headers for weight in header.weights])
+        own = self._own_of(everybody)
+        total = math.fsum(everybody)
         for block in self.rows.blocks:
             wire = self._wire(block, extra=len(block.slots))
             average_gradients_across_(self.rows, block, own, total, wire, self.group)
@@ -158,10 +164,10 @@ class ManyProcesses(OneProcess):
         headers = meet(self.group, header)
         closing = closing._replace(reads_drift=any(h.reads_drift for h in headers))
         included = [list(header.flags) for header in headers]
-        counted = [[w * counts for w, counts in zip(h.weights, h.flags, strict=True)] for h in headers]
-        if not any(map(any, counted)):
+        counted = [w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)]
+        if not any(counted):
             raise DivergedError(closing.stats.local_steps)
-        drift = self._average_rows(closing, counted)
+        drift = self._average_rows(closing, ops.relative_weights(counted))
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
@@ -180,26 +186,23 @@ class ManyProcesses(OneProcess):
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
 
-    def _average_rows(self, closing: Round, weights: list[list[float]]) -> float:
+    def _average_rows(self, closing: Round, weights: list[float]) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan.
 
         Args:
             closing: the round.
-            weights: of every process's rows, 0 for those that do not count.
+            weights: relative ones, of all processes' rows, 0 for those that do not count.
         """
-        everybody = [weight for own in weights for weight in own]
-        total = math.fsum(everybody)
-        shares = [weight / total for weight in weights[self.group.rank]]
-        alike = len(set(everybody)) == 1
+        own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
+        shares = [weight / total for weight in own]
         measures = closing.reads_drift
         counted = torch.tensor([float(share > 0) for share in shares])
         squares = torch.zeros(len(shares), dtype=torch.float64)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
-            if self.choices.wire_dtype is not None and len(everybody) > 1:  # a lone worker sends nothing
-                # Weights that are alike multiply by 1, which rounds nothing.
-                relative = [weight / max(everybody) for weight in weights[self.group.rank]]
-                mean = self.mean_of_progress(block, outer, relative, total / max(everybody))
+            if self.choices.wire_dtype is not None and len(weights) > 1:  # a lone worker sends nothing
+                mean = self._wire(block)
+                self.write_mean_of_progress(mean, block, outer, own, total)
             elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
                 self._reduce_in_place(block.rows[0], shares[0], alike)
                 outer.step_from_mean_(rates)
@@ -209,14 +212,19 @@ class ManyProcesses(OneProcess):
                 mean = self._wire(block)
                 ops.weighted_sum_(mean, block.rows, shares)
                 self.group.reduce_(mean, "sum")
-            own = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
-            if own is not None:
-                squares += whole(own, block.owner).cpu()
+            parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
+            if parts is not None:
+                squares += whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, share in zip(squares.tolist(), shares, strict=True) if share]
         sums, counts = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
         return math.fsum(sums) / sum(counts)
+
+    def _own_of(self, everybody: list[float]) -> list[float]:
+        """This process's part of a list with an entry a worker."""
+        k = len(self.rows)
+        return everybody[self.group.rank * k : (self.group.rank + 1) * k]
 
     def _add_others_(self, message: Tensor) -> None:
         self.group.sum_rounding_once_(message)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from fastlocal.inner import (
     state_num_bytes,
 )
 from fastlocal.ops import progress
-from fastlocal.ops.averaging import accumulate_dtype, finite_rows
+from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights
 from fastlocal.ops.implementation import Implementation
-from fastlocal.outer import AnchoredAverage, Average, SlowMomentum
+from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
 
@@ -83,14 +83,10 @@ class OneProcess:
         choices: Choices,
     ) -> None:
         self.rows, self.outers, self.inner, self.choices = rows, outers, inner, choices
-        self.gradients_payload = rows.num_bytes  # of one worker, as they are sent
-        self.payload = self._progress_payload() or rows.num_bytes  # of its parameters, or of its progress
-
-    def _progress_payload(self) -> int | None:
-        """The bytes of one worker's progress; None where parameters are sent."""
-        if self.choices.wire_dtype is None:
-            return None
-        return self.choices.wire_dtype.itemsize * sum(p.numel() for p in self.rows.parameters[0].values())
+        # The bytes of one worker as they are sent: its gradients, and its parameters or what it sends in their place.
+        self.gradients_payload = self.payload = rows.num_bytes
+        if choices.wire_dtype is not None:
+            self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
         """Nobody else to compare with."""
@@ -102,9 +98,12 @@ class OneProcess:
     def forget_message(self) -> None:
         """Nothing was sent to anybody."""
 
+    def share_anchors(self) -> None:
+        """Nobody else has another."""
+
     def average_gradients(self, stats: Stats, finite: bool, weights: Sequence[float]) -> bool:
         """Give every worker the weighted mean gradient; returns whether the step may be taken."""
-        average_gradients_(self.twins(), weights)
+        average_gradients_(self.twins(), relative_weights(weights))
         return True
 
     def close_round(self, closing: Round) -> Outcome:
@@ -116,19 +115,27 @@ class OneProcess:
         buffers = module_buffers.collect(self.rows.modules)
         self.rows.pull()
         finite = self.finite()
+        relative = relative_weights(closing.weights)
         weights = finite.to(torch.float32)
-        heaviest = max(closing.weights)
-        if min(closing.weights) != heaviest:  # in float32 a sample count of 1e39 would be infinite
-            relative = [weight / heaviest for weight in closing.weights]
+        if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
-        sent = self._sent_weights(weights, closing)
+        sent = None
+        if self.choices.wire_dtype is not None and len(self.rows) > 1:  # a lone worker sends nothing
+            sent = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
+            if not any(sent):
+                raise DivergedError(closing.stats.local_steps)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
-            mean = None if sent is None else self.mean_of_progress(block, outer, sent, math.fsum(sent))
+            mean = None
+            if sent is not None:
+                mean = torch.empty(
+                    block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
+                )
+                self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
                 squares += whole(own, block.owner).to(finite.device)
-        # The one read from the device: which rows counted, and how far apart they were.
+        # Without a message to write, the one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
             raise DivergedError(closing.stats.local_steps)
@@ -142,26 +149,15 @@ class OneProcess:
         drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
         return Outcome(drift, included.count(False), payload)
 
-    def _sent_weights(self, weights: Tensor, closing: Round) -> list[float] | None:
-        """The weights, read from the device, if the workers are to send their progress in another dtype."""
-        if self.choices.wire_dtype is None or len(self.rows) == 1:  # a lone worker sends nothing
-            return None
-        sent = weights.tolist()
-        if not any(sent):
-            raise DivergedError(closing.stats.local_steps)
-        return sent
-
-    def mean_of_progress(
-        self, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float
-    ) -> Tensor:
-        """The mean of the workers' rows, of which only the progress was sent, rounded."""
-        anchor = cast(AnchoredAverage | SlowMomentum, outer).anchor
+    def write_mean_of_progress(
+        self, mean: Tensor, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float
+    ) -> None:
+        """Overwrite `mean`, shape (n,), with the workers' mean as their rounded progress gives it."""
+        assert outer.anchor is not None
         message = torch.empty(block.rows.shape[1], dtype=self.choices.wire_dtype, device=block.rows.device)
-        progress.progress_(message, block.rows, anchor, weights)
+        progress.progress_(message, block.rows, outer.anchor, weights)
         self._add_others_(message)
-        mean = torch.empty_like(message, dtype=accumulate_dtype(block.rows.dtype))
-        progress.mean_(mean, message, block.rows, anchor, total_weight)
-        return mean
+        progress.mean_(mean, message, block.rows, outer.anchor, total_weight)
 
     def _add_others_(self, message: Tensor) -> None:
         """There are no others."""

@@ -1,5 +1,6 @@
 """Averaging workers' rows and stepping from the anchor: checks, then one implementation."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,20 @@ from fastlocal.reference.averaging import accumulate_dtype as accumulate_dtype
 PART = 1024
 """Columns behind one column of `drift_parts`: the block of the kernels, which a test compares it with."""
 
-
 _MOST_UNROLLED = 32
 """The kernels hold one block of every row at once: 32 rows compile in two seconds, 64 in fifteen."""
+
+
+def relative_weights(weights: Sequence[float]) -> list[float]:
+    """The weights over a power of two, the heaviest at most 1: float32 holds them. Weights that are alike become 1.
+
+    Neither rounds anything that is multiplied by them. One below 2⁻¹²⁶ of the heaviest counts as that.
+    """
+    heaviest = max(weights)
+    if min(weights) == heaviest:
+        return [1.0] * len(weights)
+    exponent = math.frexp(heaviest)[1]
+    return [max(math.ldexp(weight, -exponent), 2.0**-126) if weight else 0.0 for weight in weights]
 
 
 def num_drift_parts(columns: int) -> int:

@@ -1,7 +1,7 @@
 """What workers send where messages have low precision: their progress since the anchor, not their parameters.
 
 A parameter rounded to bfloat16 loses every step below 1/256 of it; progress that is rounded loses 1/256 of itself.
-Plain PyTorch on every device: 10 bytes a float32 parameter and row before the message, 10 after it.
+Plain PyTorch on every device: for a lone float32 row 10 bytes a parameter before the message, 10 after it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,17 @@ from torch import Tensor
 from fastlocal.reference.averaging import accumulate_dtype
 
 _COLUMNS_AT_ONCE = 2**22
-"""What is held besides the message stays small beside the model."""
+"""The temporaries of progress_ stay small beside the model."""
 
 
 def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[float]) -> None:
-    """Overwrite `message` with Σ w_k Δ_k, each Δ_k = x_k − x₀ rounded to the message's dtype, and so is the sum.
+    """Overwrite `message` with Σ w_k Δ_k: each w_k (x_k − x₀) is rounded to the message's dtype, and so is the sum.
 
     Args:
         message: shape (n,), in the dtype that is sent.
         rows: shape (k, n), one row a worker.
         anchor: shape (n,): x₀ is what the rows' dtype holds of it, where the workers started.
-        weights: of each row. One of weight 0 is left out and may hold NaN.
+        weights: of each row, see averaging.relative_weights. One of weight 0 is left out and may hold NaN.
 
     Raises:
         ValueError: a shape or the number of weights is another.
@@ -36,15 +36,17 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
     counted = [(row, weight) for row, weight in zip(rows.unbind(), weights, strict=True) if weight > 0]
     if not counted:
         message.zero_()
-        return
-    for part in _parts(n):
-        start, sent = anchor[part].to(rows.dtype).to(accumulate_dtype(rows.dtype)), message[part]
-        (row, weight), *others = counted
-        torch.sub(row[part], start, out=sent)
-        if others or weight != 1:
-            total = sent.to(start.dtype) * weight
-            for row, weight in others:
-                total.add_(torch.sub(row[part], start, out=sent), alpha=weight)
+    for part in _parts(n) if counted else ():
+        start, sent = _start(anchor[part], rows), message[part]
+        total = None
+        for row, weight in counted:
+            if weight == 1:
+                torch.sub(row[part], start, out=sent)
+            else:
+                sent.copy_(torch.sub(row[part], start).mul_(weight))
+            if len(counted) > 1:
+                total = sent.to(start.dtype) if total is None else total.add_(sent)
+        if total is not None:
             sent.copy_(total)
 
 
@@ -59,8 +61,12 @@ def mean_(mean: Tensor, message: Tensor, rows: Tensor, anchor: Tensor, total_wei
         total_weight: Σ w_k, of all processes.
     """
     for part in _parts(len(mean)):
-        start = anchor[part].to(rows.dtype).to(mean.dtype)
-        torch.add(start, message[part], alpha=1 / total_weight, out=mean[part])
+        torch.add(_start(anchor[part], rows), message[part], alpha=1 / total_weight, out=mean[part])
+
+
+def _start(anchor: Tensor, rows: Tensor) -> Tensor:
+    """x₀ in the dtype that rows are accumulated in."""
+    return anchor.to(rows.dtype).to(accumulate_dtype(rows.dtype))
 
 
 def _parts(columns: int) -> Iterator[slice]:

@@ -32,6 +32,19 @@ def weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
     return total / weights.to(dtype).sum()
 
 
+def mean_of_progress(rows: Tensor, anchor: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """x̄ = x₀ + Σ w_k Δ_k / Σ w_k, shape (n,), of workers that send how far they came, Δ_k = x_k − x₀.
+
+    x₀ is the anchor as the rows' dtype holds it. Each w_k Δ_k is rounded to `dtype`, and so is their sum.
+    """
+    wide = accumulate_dtype(rows.dtype)
+    start = anchor.to(rows.dtype).to(wide)
+    total = torch.zeros_like(start)
+    for row, weight in zip(rows, weights.to(wide), strict=True):
+        total += torch.where(weight > 0, weight * (row.to(wide) - start), 0.0).to(dtype).to(wide)
+    return start + total.to(dtype).to(wide) / weights.to(wide).sum()
+
+
 def squared_drift(rows: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
     """‖x_k − x̄‖², shape (k,); 0 for a row of weight 0."""
     squares = (rows.to(mean.dtype) - mean).square().sum(dim=1)
