@@ -182,11 +182,9 @@ class Checkpointed(Wrapper):
                 f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
             )
         self.rows.require_layout(own["layout"])
-        for before, here in zip(
-            own["outer"], present["outer"], strict=False
-        ):  # LocalSGD keeps an anchor for it alone
-            if isinstance(before, dict) and ("anchor" in before) != ("anchor" in here):
-                raise ValueError(f"state_dict was saved with another wire_dtype than {self.wire_dtype}")
+        first = own["outer"][0] if isinstance(own["outer"], list) and own["outer"] else None
+        if isinstance(first, dict) and ("anchor" in first) != ("anchor" in present["outer"][0]):
+            raise ValueError(f"state_dict was saved with another wire_dtype than {self.wire_dtype}")
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 
     def _restore(self, own: dict[str, Any]) -> None:
