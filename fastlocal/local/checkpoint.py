@@ -183,7 +183,7 @@ class Checkpointed(Wrapper):
             )
         self.rows.require_layout(own["layout"])
         first = own["outer"][0] if isinstance(own["outer"], list) and own["outer"] else None
-        if isinstance(first, dict) and ("anchor" in first) != ("anchor" in present["outer"][0]):
+        if isinstance(first, dict) and ("anchor" in first) != (self._outers[0].anchor is not None):
             raise ValueError(f"state_dict was saved with another wire_dtype than {self.wire_dtype}")
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 
