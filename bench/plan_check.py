@@ -12,15 +12,13 @@ bench/results/plan_check.jsonl.
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +28,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastlocal.bench.machine import device_name  # noqa: E402 - a checkout nobody installed must be measurable
+from fastlocal.bench import machine  # noqa: E402 - a checkout nobody installed must be measurable
 from fastlocal.train.model import build  # noqa: E402
 from fastlocal.train.plan import Link, Plan, estimate  # noqa: E402
 
@@ -73,11 +71,16 @@ def remove_cables(workers: int) -> None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def meet(rank: int, workers: int) -> None:
-    """Join the other processes, each behind its link."""
+def take_part(rank: int, workers: int, work: Callable[[int], dict], out: Path) -> None:
+    """One process behind its link: meets the others and measures; rank 0 writes what it measured."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method="tcp://10.231.7.1:29517", rank=rank, world_size=workers)
+    measured = work(workers)
+    if rank == 0:
+        out.write_text(json.dumps(measured))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def seconds(action: Callable[..., object], *arguments: object) -> float:
@@ -89,9 +92,8 @@ def seconds(action: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - started
 
 
-def work(rank: int, workers: int, out: Path) -> None:
-    """One process: measures, and rank 0 writes what it measured."""
-    meet(rank, workers)
+def work(workers: int) -> dict:
+    """What one process measures."""
     model = build("lenet")
     parameters = list(model.parameters())
     flat = torch.cat([p.detach().flatten() for p in parameters])
@@ -128,13 +130,10 @@ def work(rank: int, workers: int, out: Path) -> None:
         measured["rounds"][interval] = pairs
     measured["sync_seconds"] = [seconds(sync) - barrier for _ in range(5)]
     measured["parameters"] = flat.numel()
-    if rank == 0:
-        out.write_text(json.dumps(measured))
-    dist.barrier()
-    dist.destroy_process_group()
+    return measured
 
 
-def measure(workers: int, program: str = __file__) -> dict:
+def measure(workers: int, program: str) -> dict:
     """What rank 0 of `workers` processes in their namespaces measured; each runs the program."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -157,64 +156,75 @@ def measure(workers: int, program: str = __file__) -> dict:
         return json.loads(out.read_text())
 
 
-def lines(workers: int, measured: dict, commit: str) -> list[dict]:
-    """One record an interval: measured and predicted seconds a round."""
+def lines(workers: int, measured: dict) -> Iterator[tuple[dict, str]]:
+    """One record an interval, measured and predicted seconds a round, and what to say of it."""
     link = Link(RATE_GBPS, measured["latency_seconds"], PAYLOAD_SHARE)
-    records = []
     for name, pairs in measured["rounds"].items():
         interval = int(name)
         step = statistics.median(alone for alone, _ in pairs) / interval
         seconds = statistics.median(whole for _, whole in pairs)
         predicted = estimate(Plan(measured["parameters"], workers, step, link, interval=interval))
-        records.append(
-            {
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": commit,
-                "device": device_name("cpu"),
-                "cores": os.cpu_count(),
-                "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "link": f"tc tbf {RATE_GBPS} Gb/s, burst {BURST_BYTES} B, queue {QUEUE_MS} ms; gloo; payload share "
-                f"{PAYLOAD_SHARE:.4f}",
-                "workers": workers,
-                "interval": interval,
-                "parameters": measured["parameters"],
-                "batch": BATCH,
-                "step_seconds": round(step, 6),
-                "latency_seconds": round(measured["latency_seconds"], 7),
-                "sync_seconds": round(statistics.median(measured["sync_seconds"]), 4),
-                "sync_seconds_predicted": round(predicted.sync_seconds, 4),
-                "round_seconds": round(seconds, 4),
-                "steps_alone_and_round_seconds": [[round(value, 4) for value in pair] for pair in pairs],
-                "round_seconds_predicted": round(predicted.step_seconds * interval, 4),
-                "error": round(predicted.step_seconds * interval / seconds - 1, 4),
-            }
+        record = {
+            **machine.origin("cpu"),
+            "threads": 1,
+            "cores": os.cpu_count(),
+            "link": f"tc tbf {RATE_GBPS} Gb/s, burst {BURST_BYTES} B, queue {QUEUE_MS} ms; gloo; payload share "
+            f"{PAYLOAD_SHARE:.4f}",
+            "workers": workers,
+            "interval": interval,
+            "parameters": measured["parameters"],
+            "batch": BATCH,
+            "step_seconds": round(step, 6),
+            "latency_seconds": round(measured["latency_seconds"], 7),
+            "sync_seconds": round(statistics.median(measured["sync_seconds"]), 4),
+            "sync_seconds_predicted": round(predicted.sync_seconds, 4),
+            "round_seconds": round(seconds, 4),
+            "steps_alone_and_round_seconds": [[round(value, 4) for value in pair] for pair in pairs],
+            "round_seconds_predicted": round(predicted.step_seconds * interval, 4),
+            "error": round(predicted.step_seconds * interval / seconds - 1, 4),
+        }
+        said = (
+            f"{workers} workers, interval {record['interval']:3d}: {record['round_seconds']:.3f} s a round, "
+            f"predicted {record['round_seconds_predicted']:.3f} ({100 * record['error']:+.1f} %)"
         )
-    return records
+        yield record, said
 
 
-def main() -> None:
-    """Without --rank: set up, start the processes, record. With it: be one of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
+def measure_and_record(
+    description: str | None,
+    program: str,
+    workers: Sequence[int],
+    results: Path,
+    work: Callable[[int], dict],
+    lines: Callable[[int, dict], Iterable[tuple[dict, str]]],
+) -> None:
+    """The command line of a program that measures behind links; each of its processes runs it again, with --rank.
+
+    Args:
+        description: of the program.
+        program: its file.
+        workers: numbers of processes to measure, by default.
+        results: the file to append the records to, by default.
+        work: what one of so many processes measures.
+        lines: the records of so many processes' measurement, each with what to say of it.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workers", type=int, nargs="+", default=list(workers))
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=results)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        work(arguments.rank, arguments.workers[0], arguments.out)
+        take_part(arguments.rank, arguments.workers[0], work, arguments.out)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go in any case
     if os.geteuid() != 0:
         parser.error("namespaces and traffic shaping need root")
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    for workers in arguments.workers:
-        for record in lines(workers, measure(workers), head.stdout.strip()):
+    for count in arguments.workers:
+        for record, said in lines(count, measure(count, program)):
             with arguments.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(
-                f"{workers} workers, interval {record['interval']:3d}: {record['round_seconds']:.3f} s a round, "
-                f"predicted {record['round_seconds_predicted']:.3f} ({100 * record['error']:+.1f} %)"
-            )
+            print(said)
 
 
 if __name__ == "__main__":
-    main()
+    measure_and_record(__doc__, __file__, [2, 3, 4], RESULTS, work, lines)
