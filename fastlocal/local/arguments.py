@@ -25,10 +25,9 @@ def check_model(model: object) -> None:
 
 def check_wire_dtype(wire_dtype: object) -> None:
     """Raise TypeError or ValueError unless it is None or torch.bfloat16: float16 makes small steps 0."""
-    if wire_dtype is not None and not isinstance(wire_dtype, torch.dtype):
-        raise TypeError(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
     if wire_dtype not in (None, torch.bfloat16):
-        raise ValueError(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
+        kind = ValueError if isinstance(wire_dtype, torch.dtype) else TypeError
+        raise kind(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
 
 
 def policy_of(interval: int | Policy) -> Policy:

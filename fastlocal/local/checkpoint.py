@@ -63,10 +63,11 @@ class Checkpointed(Wrapper):
         """What is built from the rest, anew in a copy."""
         self._rates = Rates(self.rows, self.inner)
         self._outers = [self._make_outer(block) for block in self.rows.blocks]
-        choices = Choices(self.inner_state, self.buffers, self.impl, self.wire_dtype)
+        self.num_workers = len(self.rows) * (1 if self._group is None else len(self._group))
+        wire_dtype = self.wire_dtype if self.num_workers > 1 else None  # a lone worker sends nothing
+        choices = Choices(self.inner_state, self.buffers, self.impl, wire_dtype)
         parts = (self.rows, self._outers, self.inner, choices)
         self._team = OneProcess(*parts) if self._group is None else ManyProcesses(*parts, self._group)
-        self.num_workers = len(self.rows) * self._team.num_processes
         self._compared = False  # whether the processes have found that they agree
 
     @abstractmethod

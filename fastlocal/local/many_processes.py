@@ -200,7 +200,7 @@ class ManyProcesses(OneProcess):
         squares = torch.zeros(len(shares), dtype=torch.float64)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
-            if self.choices.wire_dtype is not None and len(weights) > 1:  # a lone worker sends nothing
+            if self.choices.wire_dtype is not None:
                 mean = self._wire(block)
                 self.write_mean_of_progress(mean, block, outer, own, total)
             elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:

@@ -120,7 +120,7 @@ class OneProcess:
         if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
         sent = None
-        if self.choices.wire_dtype is not None and len(self.rows) > 1:  # a lone worker sends nothing
+        if self.choices.wire_dtype is not None:
             sent = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
             if not any(sent):
                 raise DivergedError(closing.stats.local_steps)

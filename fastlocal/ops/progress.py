@@ -36,7 +36,8 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
     counted = [(row, weight) for row, weight in zip(rows.unbind(), weights, strict=True) if weight > 0]
     if not counted:
         message.zero_()
-    for part in _parts(n) if counted else ():
+        return
+    for part in _parts(n):
         start, sent = _start(anchor[part], rows), message[part]
         total = None
         for row, weight in counted:
