@@ -68,6 +68,8 @@ if has pytest; then
   if [ "$device" = cuda ]; then
     part kernels 110 "$python" -m pytest "${settings[@]}" \
       tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py
+    # By itself: programs that wait for each other could hang.
+    part queue 25 "$python" -m pytest "${settings[@]}" -m gpu tests/test_trust_ratio_queue.py
   fi
 else
   left_out tests "pytest is not installed"

@@ -5,15 +5,17 @@
 Needs a CUDA device, torch, triton and a checkout. Each configuration is timed with its kernel compiled, in turn
 with the copy; buffers are far larger than the L2 cache. No kernel is autotuned in the library, since it writes what
 it reads: with --adopt the winners are written to kernels/launch.json under the device's name, from where the library
-takes them on devices of that name.
+takes them on devices of that name. LAMB and LARS take a step in one launch there if that is faster than two phases.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,27 @@ from fastlocal.kernels import launch as constants
 from fastlocal.kernels.trust_ratio_common import CHUNK, square_kernel
 from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets
 
-# Parts of the drift are as wide as a block, so averages have one block size.
-ONE_BLOCK = (constants.BLOCK,)
-BLOCKS = {"average": ONE_BLOCK, "outer_step": ONE_BLOCK}
-OTHER_BLOCKS = (512, 1024, 2048)
 WARPS = (4, 8)  # a configuration compiles for about a second
+# Parts of the drift are as wide as a block, so averages have one block size.
+ONE_BLOCK = [(constants.BLOCK, warps) for warps in WARPS]
+LAGS = [(constants.BLOCK, warps, lag) for warps in WARPS for lag in (0, 64, 192)]
+CONFIGURATIONS: dict[str, list[tuple[int, ...]]] = {
+    "average": ONE_BLOCK,
+    "outer_step": ONE_BLOCK,
+    "lamb_step": LAGS,
+    "lars_step": LAGS,
+}
+OTHERS = [(block, warps) for block in (512, 1024, 2048) for warps in WARPS]
+DTYPES_MEASURED = (torch.float32, torch.bfloat16)
+PHASES = {"lamb_step": ("lamb_moments", "lamb_weights"), "lars_step": ("lars_norms", "lars_weights")}
 QUEUED = 200_000  # cycles, 0.1 ms: the device waits so long before a timed launch, which is queued by then
 TURNS = 12
-Launch = Callable[[int, int], object]
+Launch = Callable[..., object]  # given a configuration
+Key = tuple[str, tuple[int, ...]]  # a kernel and its configuration
 
 
 def rows_launches(k: int, n: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Launch, int]]:
-    """By kernel: its launch at a block size and warps, and the bytes it has to move."""
+    """By kernel: its launch at a block size and number of warps, and the bytes it has to move."""
     kernels: Any = (average._average_kernel, slowmo._outer_step_kernel, average._finite_rows_kernel)
     mean_of_rows, outer_step, finite_rows = kernels
     x = torch.randn(k, n, device=device).to(dtype)
@@ -87,8 +98,11 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
     scalar = torch.ones((), device=device)
     partials = of_lamb.float_scratch("partials", of_lamb.num_chunks, 2)
     table = torch.full((tensors, max(lamb.COLUMNS, lars.COLUMNS)), 1e-6, device=device)
-    kernels: Any = (lamb.moments_kernel, lamb.weights_kernel, lars.norms_kernel, lars.weights_kernel, square_kernel)
-    moments, lamb_weights, norms, lars_weights, square = kernels
+    kernels: Any = (
+        lamb.moments_kernel, lamb.weights_kernel, lamb.step_kernel,
+        lars.norms_kernel, lars.weights_kernel, lars.step_kernel, square_kernel,
+    )  # fmt: skip
+    moments, lamb_weights, lamb_step, norms, lars_weights, lars_step, square = kernels
     types = {"P_DTYPE": DTYPES[dtype], "G_DTYPE": DTYPES[dtype]}
 
     def tables(bucket: Bucket) -> tuple[torch.Tensor, ...]:
@@ -97,7 +111,13 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
     def common(block: int, warps: int) -> dict[str, Any]:
         return {"ALIGNED": of_lamb.aligned, "CHUNK": CHUNK, "BLOCK": block, "num_warps": warps}
 
+    def queued(bucket: Bucket, lag: int) -> tuple[torch.Tensor, ...]:
+        queue, counters = bucket.queue(lag)
+        counters.zero_()
+        return *tables(bucket), bucket.first_chunk, bucket.adapts, table, partials, queue, counters
+
     grid, each, total = (of_lamb.num_chunks,), p[0].element_size(), tensors * size
+    twice = (2 * of_lamb.num_chunks,)
     return {
         "lamb_moments": (
             lambda block, warps: moments[grid](
@@ -128,6 +148,21 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
             ),
             total * (3 * each + 8),
         ),
+        "lamb_step": (
+            lambda block, warps, lag: lamb_step[twice](
+                *queued(of_lamb, lag), tensors, scalar, 0.9, 0.999, 0.1, 0.001, 1e-6, 0.0, 0.01, 0.0, 1.0,
+                HAS_FOUND=False, HAS_CLIP=False, HAS_MASTER=False, **types, **common(block, warps),
+            ),
+            total * (3 * each + 16),
+        ),
+        "lars_step": (
+            lambda block, warps, lag: lars_step[twice](
+                *queued(of_lars, lag), tensors, scalar, scalar, scalar, 0.9, 0.01, 1e-3, 1e-8, 1.0,
+                HAS_SCALE=False, HAS_FOUND=False, HAS_BUFFER=True, NESTEROV=False, COUNTED=False, STEP=0, MASTER=0,
+                JOINT=False, CLIP=False, LR_IN_BUFFER=False, MAXIMIZE=False, **types, **common(block, warps),
+            ),
+            total * (3 * each + 8),
+        ),
         "square": (
             lambda block, warps: square[grid](
                 *tables(of_norm), partials, tensors, ROW=0, G_DTYPE=DTYPES[dtype], **common(block, warps)
@@ -137,48 +172,54 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
     }  # fmt: skip
 
 
-def measure(launches: dict[str, tuple[Launch, int]]) -> tuple[float, dict[tuple[str, int, int], float]]:
-    """Bytes a second of a copy, and of each (kernel, block, warps)."""
+def measure(launches: dict[str, tuple[Launch, int]]) -> tuple[float, dict[Key, float]]:
+    """Seconds of each kernel in each configuration, and bytes a second of a copy."""
     source, target = torch.empty(2, 2**28, device="cuda").unbind()
-    keys = [(name, b, w) for name in launches for b in BLOCKS.get(name, OTHER_BLOCKS) for w in WARPS]
-    calls = [(key, launches[key[0]][0]) for key in keys]
+    keys = [(name, configuration) for name in launches for configuration in CONFIGURATIONS.get(name, OTHERS)]
+    calls = [(key, partial(launches[key[0]][0], *key[1])) for key in keys]
     copies: list[float] = []
-    times: dict[tuple[str, int, int], list[float]] = {key: [] for key in keys}
-    for (_, block, warps), launch in calls:
-        launch(block, warps)  # compile
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    for _, call in calls:
+        call()  # compile
     torch.cuda.synchronize()
     for _ in range(TURNS):
         copies.append(event_seconds(lambda: target.copy_(source), QUEUED))
-        for key, launch in calls:
-            times[key].append(event_seconds(lambda launch=launch, key=key: launch(key[1], key[2]), QUEUED))
-    rates = {key: launches[key[0]][1] / statistics.median(times[key]) for key in keys}
-    return 2 * source.nbytes / statistics.median(copies), rates
+        for key, call in calls:
+            times[key].append(event_seconds(call, QUEUED))
+    return 2 * source.nbytes / statistics.median(copies), {key: statistics.median(times[key]) for key in keys}
 
 
 def winners(
-    launches: dict[str, tuple[Launch, int]], dtype: torch.dtype, rows: int, copy: float, rates: dict
+    launches: dict[str, tuple[Launch, int]], dtype: torch.dtype, rows: int, copy: float, seconds: dict[Key, float]
 ) -> list[dict[str, Any]]:
     """Print every configuration, fastest first; the fastest of each kernel."""
     found = []
-    for kernel in launches:
-        mine = sorted(((rate, key) for key, rate in rates.items() if key[0] == kernel), reverse=True)
-        for rate, (_, block, warps) in mine:
-            share = f"{rate / 1e9:7.0f} GB/s {100 * rate / copy:6.1f} % of copy"
+    for kernel, (_, num_bytes) in launches.items():
+        mine = sorted((taken, configuration) for (name, configuration), taken in seconds.items() if name == kernel)
+        for taken, (block, warps, *lag) in mine:
+            rate = num_bytes / taken
+            share = f"{1e6 * taken:7.0f} us {rate / 1e9:6.0f} GB/s {100 * rate / copy:6.1f} % of copy"
             name = f"{kernel:12} K={rows} {str(dtype)[6:]:9}"
-            print(f"{name} BLOCK {block:5} warps {warps:2} {share}", flush=True)
-        best, (_, block, warps) = mine[0]
-        default = rates[kernel, constants.BLOCK, constants.NUM_WARPS]
-        found.append(
-            {"entry": constants.entry(kernel, dtype, rows), "block": block, "num_warps": warps}
-            | {"bytes_a_second": best, "share_of_copy": best / copy, "by_default": default / copy}
-        )
+            print(f"{name} BLOCK {block:5} warps {warps:2} {f'lag {lag[0]:3}' if lag else '':7} {share}", flush=True)
+        best, configuration = mine[0]
+        row = {"entry": constants.entry(kernel, dtype, rows), "constants": list(configuration), "seconds": best}
+        row |= {"bytes_a_second": num_bytes / best, "share_of_copy": num_bytes / best / copy}
+        if kernel not in PHASES:
+            row["by_default"] = num_bytes / seconds[kernel, (constants.BLOCK, constants.NUM_WARPS)] / copy
+        found.append(row)
     return found
+
+
+def slower_than_its_phases(row: dict[str, Any], found: list[dict[str, Any]]) -> bool:
+    kernel, _, rest = row["entry"].partition(" ")
+    phases = [f"{phase} {rest}" for phase in PHASES.get(kernel, ())]
+    return bool(phases) and row["seconds"] >= sum(other["seconds"] for other in found if other["entry"] in phases)
 
 
 def adopt(device: str, found: list[dict[str, Any]]) -> None:
     """Write the winners to the file that the library reads at its first launch on a device of this name."""
     known = json.loads(constants.MEASURED.read_text())
-    known[device] = {row["entry"]: [row["block"], row["num_warps"]] for row in found}
+    known[device] = {row["entry"]: row["constants"] for row in found if not slower_than_its_phases(row, found)}
     constants.MEASURED.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -202,18 +243,24 @@ def main() -> None:
         "defaults": {"block": constants.BLOCK, "num_warps": constants.NUM_WARPS},
         "winners": found,
     }
-    for dtype in (torch.float32, torch.bfloat16):
-        for k in (0, *given.workers):  # 0: the optimizers' kernels
-            if time.monotonic() - started > given.seconds:
-                print(f"out of time: {dtype}, K={k} left out")
-                continue
-            launches = rows_launches(k, n, dtype, "cuda") if k else optimizer_launches(n, dtype, "cuda")
-            found += winners(launches, dtype, max(k, 1), *measure(launches))
-            del launches
-            torch.cuda.empty_cache()
-            given.out.write_text(json.dumps(result, indent=1) + "\n")
-            if given.adopt:
-                adopt(device, found)
+    # Steps in one launch come last: were their programs to wait for ever, the rest would be known.
+    kinds = ("phases", *given.workers, "steps")
+    for kind, dtype in sorted(itertools.product(kinds, DTYPES_MEASURED), key=lambda both: both[0] == "steps"):
+        if time.monotonic() - started > given.seconds:
+            print(f"out of time: {dtype}, {kind} left out")
+            continue
+        if isinstance(kind, int):
+            launches = rows_launches(kind, n, dtype, "cuda")
+        else:
+            every = optimizer_launches(n, dtype, "cuda")
+            launches = {name: every[name] for name in every if (name in PHASES) == (kind == "steps")}
+            del every
+        found += winners(launches, dtype, kind if isinstance(kind, int) else 1, *measure(launches))
+        del launches
+        torch.cuda.empty_cache()
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        if given.adopt:
+            adopt(device, found)
 
 
 if __name__ == "__main__":

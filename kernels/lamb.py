@@ -1,11 +1,7 @@
-"""LAMB in two phases that recompute the update from the moments: 40 bytes a float32 parameter, no temporary.
+"""LAMB's kernels: 40 bytes a float32 parameter in two phases, or both phases in one launch, toward 28.
 
-    phase 1: m ← β1 m + β3 g, v ← β2 v + (1 − β2) g², Σw², Σu²         reads g, m, v, w; writes m, v: 24 bytes
-    ratio:   r = ‖w‖/‖u‖ of each tensor
-    phase 2: w ← w − lr·r·u, u computed again from m and v             reads m, v, w; writes w:       16 bytes
-
-Master weights of a bfloat16 or float16 parameter add 4 bytes to phase 1 and 8 to phase 2; both phases take the
-parameter's value where it no longer is its master's rounding.
+Two phases that recompute the update from the moments need no temporary. In one launch (`step_kernel`) phase 2 of a
+tensor follows its phase 1 so closely that it finds the moments and weights in L2.
 
 Coefficients that depend on the step count, the learning rate, the loss scale or the clip are computed on the
 device, one row a tensor, by `prepare_kernel`: a step never waits for the host.
@@ -14,33 +10,25 @@ device, one row a tensor, by `prepare_kernel`: a step never waits for the host.
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.trust_ratio_common import (
-    find_chunk,
-    gradient_multiplier,
-    load_block,
-    load_weight,
-    store_block,
-    store_weight,
-    sum_partials,
-    tensor_pointer,
+from fastlocal.kernels.lamb_chunks import COLUMNS as COLUMNS
+from fastlocal.kernels.lamb_chunks import (
+    INVERSE1,
+    INVERSE2,
+    MASTER,
+    MULTIPLIER,
+    SHRINK,
+    STEP_SIZE,
+    WIDTH,
+    moments_chunk,
+    multiply_by_ratio,
+    weights_chunk,
 )
+from fastlocal.kernels.lamb_chunks import G as G
+from fastlocal.kernels.trust_ratio_common import BLOCK, gradient_multiplier
+from fastlocal.kernels.trust_ratio_queue import announce, arrive, take_ticket, wait_for
 
-# Columns of the coefficient table.
-MULTIPLIER = tl.constexpr(0)  # of the gradient, with the sign of `maximize`
-INVERSE1 = tl.constexpr(1)  # of m in the update
-INVERSE2 = tl.constexpr(2)  # of √v in the update
-SHRINK = tl.constexpr(3)  # of w, for decoupled decay
-STEP_SIZE = tl.constexpr(4)  # of u; phase 2 finds the trust ratio multiplied in
-COLUMNS = 5
-TENSORS = 128
-_COLUMNS = tl.constexpr(COLUMNS)
-
-# Rows of the pointer table.
-P = tl.constexpr(0)
-G = tl.constexpr(1)
-M = tl.constexpr(2)
-V = tl.constexpr(3)
-MASTER = tl.constexpr(4)  # where there are master weights
+TENSORS = 128  # that one program prepares
+_RATIO_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -99,47 +87,12 @@ def prepare_kernel(
     if DECOUPLED:
         shrink = 1.0 - rate * weight_decay
 
-    row = coefficients + tensors * _COLUMNS
+    row = coefficients + tensors * WIDTH
     tl.store(row + MULTIPLIER, tl.zeros([TENSORS], dtype=tl.float32) + multiplier, mask=mask)
     tl.store(row + INVERSE1, inverse1, mask=mask)
     tl.store(row + INVERSE2, inverse2, mask=mask)
     tl.store(row + SHRINK, tl.zeros([TENSORS], dtype=tl.float32) + shrink, mask=mask)
     tl.store(row + STEP_SIZE, step_size, mask=mask)
-
-
-@triton.jit
-def _update(w, m, v, inverse1, inverse2, eps, update_decay):
-    """u = m̂/(√v̂ + ε) + λw."""
-    return m * inverse1 / (tl.sqrt(v) * inverse2 + eps) + update_decay * w
-
-
-@triton.jit
-def _moments_block(
-    values,  # as below
-    start,
-    weight_squares,
-    update_squares,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-):
-    (
-        p, master, g, m, v, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3, beta4, eps, l2_decay,
-        update_decay,
-    ) = values  # fmt: skip
-    offsets = start + tl.arange(0, BLOCK)
-    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
-    gradient = load_block(g, offsets, size, MASKED) * multiplier + l2_decay * w
-    first = beta1 * load_block(m, offsets, size, MASKED) + beta3 * gradient
-    second = beta2 * load_block(v, offsets, size, MASKED) + beta4 * gradient * gradient
-    store_block(m, offsets, first, size, MASKED)
-    store_block(v, offsets, second, size, MASKED)
-    w *= shrink
-    u = _update(w, first, second, inverse1, inverse2, eps, update_decay)
-    if MASKED:
-        u = tl.where(offsets < size, u, 0.0)  # 0/0 beyond the end where eps is 0
-    return weight_squares + w * w, update_squares + u * u
 
 
 @triton.jit
@@ -170,33 +123,12 @@ def moments_kernel(
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
+    tables = pointers, sizes, chunks, num_tensors
+    numbers = beta1, beta2, beta3, beta4, eps, l2_decay, update_decay
     program = tl.program_id(0)
-    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
-    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
-    g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
-    m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
-    v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if HAS_MASTER:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
-    row = coefficients + tensor * _COLUMNS
-    multiplier, shrink = tl.load(row + MULTIPLIER), tl.load(row + SHRINK)
-    inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
-
-    values = (
-        p, master, g, m, v, size, multiplier, inverse1, inverse2, shrink, beta1, beta2, beta3, beta4, eps, l2_decay,
-        update_decay,
-    )  # fmt: skip
-    ww = tl.zeros([BLOCK], dtype=tl.float32)
-    uu = tl.zeros([BLOCK], dtype=tl.float32)
-    if size - base >= CHUNK:
-        for i in range(0, CHUNK, BLOCK):
-            ww, uu = _moments_block(values, base + i, ww, uu, False, BLOCK, HAS_MASTER, P_DTYPE)
-    else:
-        for i in range(0, (size - base).to(tl.int32), BLOCK):
-            ww, uu = _moments_block(values, base + i, ww, uu, True, BLOCK, HAS_MASTER, P_DTYPE)
-    tl.store(partials + program * 2, tl.sum(ww))
-    tl.store(partials + program * 2 + 1, tl.sum(uu))
+    moments_chunk(
+        program, tables, coefficients, numbers, partials, HAS_MASTER, P_DTYPE, G_DTYPE, ALIGNED, CHUNK, BLOCK
+    )
 
 
 @triton.jit
@@ -212,40 +144,11 @@ def ratio_kernel(
     HAS_CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The trust ratio of each tensor that has one, 1 where a norm is zero."""
+    """Between the phases, one program a tensor."""
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
-    tensor = tl.program_id(0)
-    if tl.load(adapts + tensor) == 0:
-        return
-    first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
-    weight_norm = tl.sqrt(sum_partials(partials, 0, 2, first, last, BLOCK))
-    update_norm = tl.sqrt(sum_partials(partials, 1, 2, first, last, BLOCK))
-    if (weight_norm > 0) & (update_norm > 0):
-        ratio = weight_norm / update_norm
-        if HAS_CLIP:
-            ratio = tl.minimum(tl.maximum(ratio, low), high)
-        step_size = coefficients + tensor * _COLUMNS + STEP_SIZE
-        tl.store(step_size, tl.load(step_size) * ratio)
-
-
-@triton.jit
-def _weights_block(
-    values,  # as below
-    start,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-):
-    p, master, m, v, size, inverse1, inverse2, shrink, step_size, eps, update_decay = values
-    offsets = start + tl.arange(0, BLOCK)
-    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE) * shrink
-    first = load_block(m, offsets, size, MASKED)
-    second = load_block(v, offsets, size, MASKED)
-    u = _update(w, first, second, inverse1, inverse2, eps, update_decay)
-    store_weight(p, master, offsets, w - step_size * u, size, MASKED, HAS_MASTER, P_DTYPE)
+    multiply_by_ratio(tl.program_id(0), partials, first_chunk, adapts, coefficients, low, high, HAS_CLIP, BLOCK)
 
 
 @triton.jit
@@ -269,21 +172,56 @@ def weights_kernel(
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
+    tables = pointers, sizes, chunks, num_tensors
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
-    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
-    m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
-    v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if HAS_MASTER:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
-    row = coefficients + tensor * _COLUMNS
-    shrink, step_size = tl.load(row + SHRINK), tl.load(row + STEP_SIZE)
-    inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
-    values = p, master, m, v, size, inverse1, inverse2, shrink, step_size, eps, update_decay
-    if size - base >= CHUNK:
-        for i in range(0, CHUNK, BLOCK):
-            _weights_block(values, base + i, False, BLOCK, HAS_MASTER, P_DTYPE)
+    weights_chunk(program, tables, coefficients, eps, update_decay, HAS_MASTER, P_DTYPE, ALIGNED, CHUNK, BLOCK)
+
+
+@triton.jit
+def step_kernel(
+    pointers,  # (5 or 6, num_tensors) int64: P, G, M, V, masters if any, step counts
+    sizes,  # (num_tensors,) int64
+    chunks,  # (num_chunks, 2) int32
+    first_chunk,  # (num_tensors + 1,) int32
+    adapts,  # (num_tensors,) int32
+    coefficients,  # (num_tensors, COLUMNS) float32, STEP_SIZE multiplied by the ratio
+    partials,  # (num_chunks, 2) float32, written: Σw², Σu²
+    queue,  # (2·num_chunks,) int32
+    counters,  # (1 + 2·num_tensors,) int32, zeros
+    num_tensors,
+    found_inf,  # () float32
+    beta1,
+    beta2,
+    beta3,
+    beta4,
+    eps,
+    l2_decay,
+    update_decay,
+    low,
+    high,
+    HAS_FOUND: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Both phases, two programs a chunk. Reads 28 bytes and writes 12; 12 of those read may be in L2."""
+    if HAS_FOUND:
+        if tl.load(found_inf) != 0:
+            return
+    tables = pointers, sizes, chunks, num_tensors
+    numbers = beta1, beta2, beta3, beta4, eps, l2_decay, update_decay
+    program, tensor, second = take_ticket(counters, queue, chunks)
+    if second:
+        wait_for(counters, tensor, num_tensors)
+        weights_chunk(program, tables, coefficients, eps, update_decay, HAS_MASTER, P_DTYPE, ALIGNED, CHUNK, BLOCK)
     else:
-        for i in range(0, (size - base).to(tl.int32), BLOCK):
-            _weights_block(values, base + i, True, BLOCK, HAS_MASTER, P_DTYPE)
+        moments_chunk(
+            program, tables, coefficients, numbers, partials, HAS_MASTER, P_DTYPE, G_DTYPE, ALIGNED, CHUNK, BLOCK
+        )
+        if arrive(counters, tensor, num_tensors, first_chunk):
+            multiply_by_ratio(tensor, partials, first_chunk, adapts, coefficients, low, high, HAS_CLIP, _RATIO_BLOCK)
+            announce(counters, tensor, num_tensors)

@@ -1,39 +1,18 @@
-"""LARS in two phases: 28 bytes a float32 parameter, gradients untouched, no temporary.
+"""LARS's kernels: 28 bytes a float32 parameter in two phases, or both phases in one launch, toward 20.
 
-    phase 1: Σw², and Σg² or Σ(g + λw)²                           reads g, w:                   8 bytes
-    ratio:   r = η‖w‖/(‖g‖ + λ‖w‖ + ε) of each tensor
-    phase 2: b ← μb + (1 − dampening)·r·(g + λw), w ← w − lr·b    reads g, b, w; writes b, w:  20 bytes
-
-Tensors without a trust ratio take no part in phase 1: 20 bytes. Coefficients are computed on the device, as
-for LAMB.
+Gradients stay untouched and there is no temporary. In one launch (`step_kernel`) phase 2 of a tensor follows its
+phase 1 so closely that it finds gradients and weights in L2. Coefficients are computed on the device, as for LAMB.
 """
 
 import triton
 import triton.language as tl
 
-from fastlocal.kernels.trust_ratio_common import (
-    find_chunk,
-    gradient_multiplier,
-    load_block,
-    load_weight,
-    store_block,
-    store_weight,
-    sum_partials,
-    tensor_pointer,
-)
+from fastlocal.kernels.lars_chunks import COLUMNS as COLUMNS
+from fastlocal.kernels.lars_chunks import norms_chunk, prepare_tensor, weights_chunk
+from fastlocal.kernels.trust_ratio_common import BLOCK
+from fastlocal.kernels.trust_ratio_queue import announce, arrive, take_ticket, wait_for
 
-# Columns of the coefficient table.
-MULTIPLIER = tl.constexpr(0)  # of the gradient, with the sign of `maximize`
-SCALE = tl.constexpr(1)  # of d = g + λw: the trust ratio
-KEPT = tl.constexpr(2)  # 1 − dampening, or 1 at a tensor's first step
-STEP_SIZE = tl.constexpr(3)  # of what is subtracted from w
-COLUMNS = 4
-_COLUMNS = tl.constexpr(COLUMNS)
-
-# Rows of the pointer table. After G come the buffers, the masters and the step counts that there are.
-P = tl.constexpr(0)
-G = tl.constexpr(1)
-B = tl.constexpr(2)
+_RATIO_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -61,67 +40,15 @@ def prepare_kernel(
     MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Between the phases, one program a tensor: the trust ratio, and the count of steps."""
-    tensor = tl.program_id(0)
-    rate = tl.load(lr)
-    multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
-    share = kept
+    """Between the phases, one program a tensor."""
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
-    if COUNTED:
-        step = tensor_pointer(pointers, STEP, num_tensors, tensor, tl.float32, False)
-        count = tl.load(step) + 1.0
-        tl.store(step, count)
-        share = tl.where(count == 1.0, 1.0, kept)
-
-    scale = 1.0
-    if tl.load(adapts + tensor) != 0:
-        first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
-        weight_norm = tl.sqrt(sum_partials(partials, 0, 2, first, last, BLOCK))
-        norm = tl.sqrt(sum_partials(partials, 1, 2, first, last, BLOCK))
-        if JOINT:
-            denominator = norm + eps
-        else:
-            norm = norm * multiplier
-            denominator = norm + weight_decay * weight_norm + eps
-        if (weight_norm > 0) & (norm > 0):
-            scale = trust_coefficient * weight_norm / denominator
-        if CLIP:
-            scale = tl.where(scale >= rate, 1.0, scale / tl.where(scale >= rate, 1.0, rate))
-
-    step_size = rate
-    if LR_IN_BUFFER:
-        scale *= rate
-        step_size = 1.0
-    if MAXIMIZE:
-        multiplier = -multiplier
-    row = coefficients + tensor * _COLUMNS
-    tl.store(row + MULTIPLIER, multiplier)
-    tl.store(row + SCALE, scale)
-    tl.store(row + KEPT, share)
-    tl.store(row + STEP_SIZE, step_size)
-
-
-@triton.jit
-def _norms_block(
-    values,  # as below
-    start,
-    ww,
-    gg,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    JOINT: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-):
-    p, master, g, size, multiplier, weight_decay = values
-    offsets = start + tl.arange(0, BLOCK)
-    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
-    gradient = load_block(g, offsets, size, MASKED)
-    if JOINT:
-        gradient = gradient * multiplier + weight_decay * w
-    return ww + w * w, gg + gradient * gradient
+    numbers = lr, grad_scale, weight_decay, trust_coefficient, eps, kept
+    prepare_tensor(
+        tl.program_id(0), pointers, num_tensors, coefficients, partials, first_chunk, adapts, numbers, HAS_SCALE,
+        COUNTED, STEP, JOINT, CLIP, LR_IN_BUFFER, MAXIMIZE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -150,54 +77,11 @@ def norms_kernel(
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
-    program = tl.program_id(0)
-    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
-    if tl.load(adapts + tensor) == 0:
-        return
-    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
-    g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
-    master = p
-    if MASTER != P:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
-    multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
-    if MAXIMIZE:
-        multiplier = -multiplier
-    values = p, master, g, size, multiplier, weight_decay
-    ww = tl.zeros([BLOCK], dtype=tl.float32)
-    gg = tl.zeros([BLOCK], dtype=tl.float32)
-    if size - base >= CHUNK:
-        for i in range(0, CHUNK, BLOCK):
-            ww, gg = _norms_block(values, base + i, ww, gg, False, BLOCK, JOINT, MASTER != P, P_DTYPE)
-    else:
-        for i in range(0, (size - base).to(tl.int32), BLOCK):
-            ww, gg = _norms_block(values, base + i, ww, gg, True, BLOCK, JOINT, MASTER != P, P_DTYPE)
-    tl.store(partials + program * 2, tl.sum(ww))
-    tl.store(partials + program * 2 + 1, tl.sum(gg))
-
-
-@triton.jit
-def _weights_block(
-    values,  # as below
-    start,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    P_DTYPE: tl.constexpr,
-    HAS_BUFFER: tl.constexpr,
-    NESTEROV: tl.constexpr,
-):
-    p, master, g, b, size, multiplier, scale, share, step_size, momentum, weight_decay = values
-    offsets = start + tl.arange(0, BLOCK)
-    w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
-    d = (load_block(g, offsets, size, MASKED) * multiplier + weight_decay * w) * scale
-    if HAS_BUFFER:
-        buffer = momentum * load_block(b, offsets, size, MASKED) + share * d
-        store_block(b, offsets, buffer, size, MASKED)
-        if NESTEROV:
-            d += momentum * buffer
-        else:
-            d = buffer
-    store_weight(p, master, offsets, w - step_size * d, size, MASKED, HAS_MASTER, P_DTYPE)
+    tables = pointers, sizes, chunks, num_tensors
+    norms_chunk(
+        tl.program_id(0), tables, adapts, partials, grad_scale, weight_decay, HAS_SCALE, JOINT, MAXIMIZE, MASTER,
+        P_DTYPE, G_DTYPE, ALIGNED, CHUNK, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -224,23 +108,72 @@ def weights_kernel(
     if HAS_FOUND:
         if tl.load(found_inf) != 0:
             return
+    tables = pointers, sizes, chunks, num_tensors
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tensor, base, size = find_chunk(program, chunks, sizes, CHUNK)
-    p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
-    g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
-    b = p
-    if HAS_BUFFER:
-        b = tensor_pointer(pointers, B, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if MASTER != P:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
-    row = coefficients + tensor * _COLUMNS
-    multiplier, scale = tl.load(row + MULTIPLIER), tl.load(row + SCALE)
-    share, step_size = tl.load(row + KEPT), tl.load(row + STEP_SIZE)
-    values = p, master, g, b, size, multiplier, scale, share, step_size, momentum, weight_decay
-    if size - base >= CHUNK:
-        for i in range(0, CHUNK, BLOCK):
-            _weights_block(values, base + i, False, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV)
+    weights_chunk(
+        program, tables, coefficients, momentum, weight_decay, HAS_BUFFER, NESTEROV, MASTER, P_DTYPE, G_DTYPE,
+        ALIGNED, CHUNK, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def step_kernel(
+    pointers,  # (rows, num_tensors) int64
+    sizes,  # (num_tensors,) int64
+    chunks,  # (num_chunks, 2) int32
+    first_chunk,  # (num_tensors + 1,) int32
+    adapts,  # (num_tensors,) int32
+    coefficients,  # (num_tensors, COLUMNS) float32, written
+    partials,  # (num_chunks, 2) float32, written: Σw², Σg² or Σ(g + λw)²
+    queue,  # (2·num_chunks,) int32
+    counters,  # (1 + 2·num_tensors,) int32, zeros
+    num_tensors,
+    lr,  # () float32
+    grad_scale,  # () float32
+    found_inf,  # () float32
+    momentum,
+    weight_decay,
+    trust_coefficient,
+    eps,
+    kept,  # 1 − dampening
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    COUNTED: tl.constexpr,
+    STEP: tl.constexpr,
+    MASTER: tl.constexpr,
+    JOINT: tl.constexpr,
+    CLIP: tl.constexpr,
+    LR_IN_BUFFER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Both phases, two programs a chunk. Reads 20 bytes and writes 8; 8 of those read may be in L2."""
+    if HAS_FOUND:
+        if tl.load(found_inf) != 0:
+            return
+    tables = pointers, sizes, chunks, num_tensors
+    numbers = lr, grad_scale, weight_decay, trust_coefficient, eps, kept
+    program, tensor, second = take_ticket(counters, queue, chunks)
+    if second:
+        wait_for(counters, tensor, num_tensors)
+        weights_chunk(
+            program, tables, coefficients, momentum, weight_decay, HAS_BUFFER, NESTEROV, MASTER, P_DTYPE, G_DTYPE,
+            ALIGNED, CHUNK, BLOCK,
+        )  # fmt: skip
     else:
-        for i in range(0, (size - base).to(tl.int32), BLOCK):
-            _weights_block(values, base + i, True, BLOCK, MASTER != P, P_DTYPE, HAS_BUFFER, NESTEROV)
+        norms_chunk(
+            program, tables, adapts, partials, grad_scale, weight_decay, HAS_SCALE, JOINT, MAXIMIZE, MASTER, P_DTYPE,
+            G_DTYPE, ALIGNED, CHUNK, BLOCK,
+        )  # fmt: skip
+        if arrive(counters, tensor, num_tensors, first_chunk):
+            prepare_tensor(
+                tensor, pointers, num_tensors, coefficients, partials, first_chunk, adapts, numbers, HAS_SCALE,
+                COUNTED, STEP, JOINT, CLIP, LR_IN_BUFFER, MAXIMIZE, _RATIO_BLOCK,
+            )  # fmt: skip
+            announce(counters, tensor, num_tensors)

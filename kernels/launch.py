@@ -1,7 +1,8 @@
 """Block sizes and warps of the kernels: what was measured fastest on a GPU of that name, else the defaults.
 
 `launch.json`, beside this file, is written by bench/roofline.py. It maps a device's name to entries such as
-"outer_step float32 8 rows": [block, warps].
+"outer_step float32 8 rows": [block, warps], and "lamb_step float32 1 rows": [block, warps, lag] where a step in one
+launch is the fastest.
 """
 
 import json
@@ -20,13 +21,24 @@ def entry(kernel: str, dtype: torch.dtype, rows: int = 1) -> str:
     return f"{kernel} {str(dtype).removeprefix('torch.')} {rows} rows"
 
 
+def _measured(device: torch.device) -> dict[str, list[int]]:
+    if device.type != "cuda":
+        return {}
+    return json.loads(MEASURED.read_text()).get(torch.cuda.get_device_name(device), {})
+
+
 @cache
 def launch_constants(kernel: str, device: torch.device, dtype: torch.dtype, rows: int = 1) -> tuple[int, int]:
     """(block, warps) of a kernel on a device; those of the most rows measured that are not more than `rows`."""
-    if device.type != "cuda":
-        return BLOCK, NUM_WARPS
-    measured = json.loads(MEASURED.read_text()).get(torch.cuda.get_device_name(device), {})
+    measured = _measured(device)
     for fewer in range(rows, 0, -1):
         if found := measured.get(entry(kernel, dtype, fewer)):
             return found[0], found[1]
     return BLOCK, NUM_WARPS
+
+
+@cache
+def queue_constants(kernel: str, device: torch.device, dtype: torch.dtype) -> tuple[int, int, int] | None:
+    """(block, warps, lag) of a step in one launch; None where it was not measured faster than one launch a phase."""
+    found = _measured(device).get(entry(kernel, dtype))
+    return None if found is None else (found[0], found[1], found[2])

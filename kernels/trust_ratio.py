@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlocal.kernels import lamb, lars
 from fastlocal.kernels.device import is_capturing, on_device
-from fastlocal.kernels.launch import launch_constants
+from fastlocal.kernels.launch import launch_constants, queue_constants
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
@@ -68,8 +68,20 @@ def _size(kernel: str, bucket: Bucket) -> dict[str, int]:
 
 def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], size: dict[str, int] | None = None) -> None:
     """Launches with those of the arguments that the kernel's parameters name; `size` goes before them."""
-    if num_programs:
-        kernel[(num_programs,)](**{name: arguments[name] for name in kernel.arg_names} | (size or {}))
+    kernel[(num_programs,)](**{name: arguments[name] for name in kernel.arg_names} | (size or {}))
+
+
+def _in_one_launch(kernel: Any, name: str, bucket: Bucket, arguments: dict[str, Any]) -> bool:
+    """Launches both phases together, or returns False where that was not measured to be faster."""
+    constants = queue_constants(name, bucket.pointers.device, bucket.dtypes[0])
+    if constants is None:
+        return False
+    block, warps, lag = constants
+    queue, counters = bucket.queue(lag)
+    counters.zero_()
+    arguments = arguments | {"queue": queue, "counters": counters}
+    _launch(kernel, 2 * bucket.num_chunks, arguments, {"BLOCK": block, "num_warps": warps})
+    return True
 
 
 def _on_device(cache: dict, name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -235,7 +247,7 @@ def _lamb_bucket(
         "TENSORS": lamb.TENSORS,
     }
     _launch(lamb.prepare_kernel, -(-bucket.num_tensors // lamb.TENSORS), arguments)
-    if bucket.num_chunks:
+    if not _in_one_launch(lamb.step_kernel, "lamb_step", bucket, arguments):
         _launch(lamb.moments_kernel, bucket.num_chunks, arguments, _size("lamb_moments", bucket))
         _launch(lamb.ratio_kernel, bucket.num_tensors, arguments)
         _launch(lamb.weights_kernel, bucket.num_chunks, arguments, _size("lamb_weights", bucket))
@@ -301,7 +313,10 @@ def _lars_bucket(
         "CLIP": options.trust_clip,
         "LR_IN_BUFFER": options.momentum_form == "lr_in_buffer",
     }
-    if options.adapt != "decayed" or options.weight_decay != 0:
+    has_ratios = options.adapt != "decayed" or options.weight_decay != 0
+    if has_ratios and _in_one_launch(lars.step_kernel, "lars_step", bucket, arguments):
+        return
+    if has_ratios:
         _launch(lars.norms_kernel, bucket.num_chunks, arguments, _size("lars_norms", bucket))
     _launch(lars.prepare_kernel, bucket.num_tensors, arguments)
     _launch(lars.weights_kernel, bucket.num_chunks, arguments, _size("lars_weights", bucket))

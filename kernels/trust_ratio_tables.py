@@ -9,6 +9,7 @@ dtype and alignment, each of which is one launch a kernel.
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 
@@ -18,8 +19,19 @@ from torch import Tensor
 
 from fastlocal.kernels.device import is_capturing
 from fastlocal.kernels.trust_ratio_common import CHUNK
+from fastlocal.kernels.trust_ratio_queue import queue_of
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _upload(device: torch.device, on_host: list[Tensor], table: Tensor) -> Tensor:
+    """The table on the device; what is copied from is added to `on_host`, to be kept as long."""
+    if device.type != "cuda":
+        return table
+    # From pageable memory the copy would wait for the device; but a graph may not ask for pinned memory before
+    # torch 2.11, and its copies read pageable memory at every replay.
+    on_host.append(table if is_capturing(device) else table.pin_memory())
+    return on_host[-1].to(device, non_blocking=True)
 
 
 @dataclass
@@ -36,6 +48,7 @@ class Bucket:
     members: list[int]  # which of the tensors these are
     num_tensors: int
     num_chunks: int
+    chunk_counts: Tensor  # (num_tensors,) int64, on the host
     scratch: dict[str, Tensor] = field(default_factory=dict)
     # Tensors laid out unlike their neighbours are worked on as copies.
     copies_in: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (copy, original)
@@ -47,6 +60,15 @@ class Bucket:
         if name not in self.scratch:
             self.scratch[name] = torch.empty(shape, dtype=torch.float32, device=self.pointers.device)
         return self.scratch[name]
+
+    def queue(self, lag: int) -> tuple[Tensor, Tensor]:
+        """The queue of a step in one launch, and its counters."""
+        name = f"queue {lag}"
+        if name not in self.scratch:
+            device = self.pointers.device
+            self.scratch[name] = _upload(device, self.on_host, queue_of(self.chunk_counts, lag))
+            self.scratch["counters"] = torch.empty(1 + 2 * self.num_tensors, dtype=torch.int32, device=device)
+        return self.scratch[name], self.scratch["counters"]
 
 
 @dataclass
@@ -247,21 +269,13 @@ def _bucket(
     if steps is not None:
         addresses.append([steps[index].data_ptr() for _, index in members])
     sizes = torch.tensor([tensors[0].numel() for tensors, _ in members])
-    counts = (sizes + CHUNK - 1) // CHUNK
+    counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)  # an empty tensor's step is counted too
     first_chunk = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     owner = torch.repeat_interleave(torch.arange(len(members)), counts)
     within = torch.arange(len(owner)) - first_chunk[owner]
     flags = [adapts[index] for _, index in members]
     on_host: list[Tensor] = []
-
-    def upload(table: Tensor) -> Tensor:
-        if device.type != "cuda":
-            return table
-        # From pageable memory the copy would wait for the device; but a graph may not ask for pinned memory before
-        # torch 2.11, and its copies read pageable memory at every replay.
-        on_host.append(table if is_capturing(device) else table.pin_memory())
-        return on_host[-1].to(device, non_blocking=True)
-
+    upload = partial(_upload, device, on_host)
     return Bucket(
         dtypes=kind[0],
         aligned=kind[1],
@@ -273,6 +287,7 @@ def _bucket(
         members=[index for _, index in members],
         num_tensors=len(members),
         num_chunks=len(owner),
+        chunk_counts=counts,
         copies_in=copies[0],
         copies_out=copies[1],
         on_host=on_host,

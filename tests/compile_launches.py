@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -77,6 +78,12 @@ def lars(shapes: Any, dtype: torch.dtype, options: LarsOptions, *, offset: int =
     trust_ratio.lars_(p, g, buffers, steps, options, None, found, found, {}, w)
 
 
+def in_one_launch(step: Callable[[], None]) -> None:
+    """The step on a device where one launch was measured to be the fastest."""
+    with mock.patch.object(trust_ratio, "queue_constants", return_value=(1024, 8, 64)):
+        step()
+
+
 def rows(k: int, n: int, dtype: torch.dtype, known: bool) -> None:
     x, weights = torch.zeros(k, n, dtype=dtype), torch.ones(k)
     parts, anchor, slow = torch.zeros(k, -(-n // 1024)), torch.zeros(n), torch.zeros(n)
@@ -94,8 +101,8 @@ def roofline() -> None:
         module["optimizer_launches"](2**14, torch.bfloat16, "cpu"),
     ]
     for by_kernel in every:
-        for launch, _ in by_kernel.values():
-            launch(1024, 4)
+        for kernel, (launch, _) in by_kernel.items():
+            launch(*module["CONFIGURATIONS"].get(kernel, module["OTHERS"])[0])
 
 
 LAMB = LambOptions(
@@ -128,6 +135,18 @@ CASES: dict[str, Callable[[], None]] = {
     "lars of one tensor, no momentum": lambda: lars([(5000,)], FP32, replace(LARS, momentum=0.0)),
     "lars, every option, unaligned": lambda: lars([(5000,), (3,)], BF16, EVERY_LARS, offset=1),
     "lars with masters, nesterov": lambda: lars([(5000,), (3,)], FP16, replace(LARS, nesterov=True), masters=True),
+    "lamb in one launch": lambda: in_one_launch(lambda: lamb(SIXTEEN, FP32, LAMB)),
+    "lamb in one launch, every option, unaligned": lambda: in_one_launch(
+        lambda: lamb([(5000,), (3,)], BF16, EVERY_LAMB, offset=1)
+    ),
+    "lamb in one launch, one tensor, masters": lambda: in_one_launch(lambda: lamb([(3,)], FP16, LAMB, masters=True)),
+    "lars in one launch": lambda: in_one_launch(lambda: lars(SIXTEEN, FP32, LARS)),
+    "lars in one launch, every option, unaligned": lambda: in_one_launch(
+        lambda: lars([(5000,), (3,)], BF16, EVERY_LARS, offset=1)
+    ),
+    "lars in one launch, one tensor, masters": lambda: in_one_launch(
+        lambda: lars([(3,)], FP16, replace(LARS, momentum=0.0), masters=True)
+    ),
     "a row": lambda: rows(1, 4096, FP32, known=True),
     "a row of one number": lambda: rows(1, 1, FP32, known=False),
     "rows": lambda: rows(3, 4096, BF16, known=False),

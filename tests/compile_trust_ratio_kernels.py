@@ -28,17 +28,24 @@ TYPES = {
     "num_tensors": "i32",
     "coefficients": "*fp32",
     "partials": "*fp32",
+    "queue": "*i32",
+    "counters": "*i32",
     "found_inf": "*fp32",
     "grad_scale": "*fp32",
+    "lr": "*fp32",
 }
 LAMB = {"HAS_FOUND": True, "HAS_MASTER": False}
 LARS_NORMS = {"HAS_FOUND": True, "HAS_SCALE": True, "JOINT": False, "MAXIMIZE": False, "MASTER": 0}
 LARS_WEIGHTS = {"HAS_FOUND": True, "HAS_BUFFER": True, "NESTEROV": False, "MASTER": 0}
+LAMB_STEP = LAMB | {"HAS_CLIP": True}
+LARS_STEP = LARS_NORMS | LARS_WEIGHTS | {"COUNTED": True, "STEP": 3, "CLIP": True, "LR_IN_BUFFER": False}
 KERNELS = {
     "lamb moments": (lamb.moments_kernel, LAMB, True),
     "lamb weights": (lamb.weights_kernel, LAMB, False),
     "lars norms": (lars.norms_kernel, LARS_NORMS, True),
     "lars weights": (lars.weights_kernel, LARS_WEIGHTS, True),
+    "lamb step": (lamb.step_kernel, LAMB_STEP, True),
+    "lars step": (lars.step_kernel, LARS_STEP, True),
 }
 
 
@@ -57,6 +64,19 @@ def cuobjdump(flag, cubin):
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def synchronisation(ptx):
+    """Atomics and acquiring loads in order, and the barriers that follow the last store before an atomic."""
+    found, last = [], ""
+    for line in ptx.splitlines():
+        if atomic := re.search(r"atom\.global\.gpu\.(\w+\.\w+)\.\w+ ", line):
+            found += ["barrier"] * (last == "bar.sync") + [atomic[1]]
+        elif re.search(r"ld\.global\.gpu\.acquire", line):
+            found.append("acquire load")
+        elif operation := re.search(r"bar\.sync|st\.global", line):
+            last = operation[0]
+    return found
+
+
 def report(name, kernel, constexprs, capability):
     binary = compiled(kernel, constexprs, capability)
     code = cuobjdump("-sass", binary.asm["cubin"])
@@ -72,6 +92,9 @@ def report(name, kernel, constexprs, capability):
                 "stores of 16 bytes": len(re.findall(r"STG\.E\S*\.128", code)),
                 "loads of 8 bytes": len(re.findall(r"LDG\.E\S*\.64", code)),
                 "stores of 8 bytes": len(re.findall(r"STG\.E\S*\.64", code)),
+                "synchronisation": synchronisation(binary.asm["ptx"]),
+                "cache invalidations": len(re.findall(r"CCTL\.IVALL", code)),
+                "fences": len(re.findall(r"MEMBAR\.\w+\.GPU", code)),
                 "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
                 "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
                 "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]),
@@ -99,6 +122,8 @@ def main(capability):
         "lamb weights": {"HAS_MASTER": True},
         "lars norms": {"MASTER": 3, "G_DTYPE": tl.bfloat16},
         "lars weights": {"MASTER": 3, "G_DTYPE": tl.bfloat16},
+        "lamb step": {"HAS_MASTER": True, "G_DTYPE": tl.bfloat16},
+        "lars step": {"MASTER": 3, "STEP": 4, "G_DTYPE": tl.bfloat16},
     }
     for name, changes in masters.items():
         kernel, constexprs, _ = KERNELS[name]

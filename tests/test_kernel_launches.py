@@ -31,7 +31,16 @@ def test_every_launch_compiles_with_the_arguments_it_is_given():
     assert cases["lamb of one tensor"] == 7
     assert cases["lars of one tensor, no momentum"] == 3
     assert cases["a row"] == 3
-    assert cases["roofline"] == 8
+    assert cases["lamb in one launch"] == 5  # the norm, prepare, and both phases
+    assert cases["lars in one launch"] == 1
+    assert cases["roofline"] == 10
+
+
+def step_and_phases(seconds):
+    """What the roofline finds for a step in one launch and for its two phases of 1 s each, in float32."""
+    found = [row(kernel, torch.float32, 1, 1024, 8) | {"seconds": 1.0} for kernel in ("lamb_moments", "lamb_weights")]
+    of_step = {"entry": launch.entry("lamb_step", torch.float32), "constants": [1024, 4, 64], "seconds": seconds}
+    return [*found, row("lamb_weights", torch.bfloat16, 1, 512, 8) | {"seconds": 5.0}, of_step]
 
 
 @pytest.fixture
@@ -41,12 +50,14 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "MEASURED", path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: NAME)
     launch.launch_constants.cache_clear()
+    launch.queue_constants.cache_clear()
     yield path
     launch.launch_constants.cache_clear()
+    launch.queue_constants.cache_clear()
 
 
 def row(kernel, dtype, rows, block, warps):
-    return {"entry": launch.entry(kernel, dtype, rows), "block": block, "num_warps": warps}
+    return {"entry": launch.entry(kernel, dtype, rows), "constants": [block, warps]}
 
 
 def test_what_the_roofline_adopts_is_what_a_device_of_that_name_launches(measured):
@@ -66,11 +77,26 @@ def test_what_the_roofline_adopts_is_what_a_device_of_that_name_launches(measure
     assert json.loads(measured.read_text())["Another GPU"]
 
 
+def test_a_step_in_one_launch_is_taken_where_it_is_faster_than_its_phases(measured):
+    assert launch.queue_constants("lamb_step", CUDA, torch.float32) is None
+    for seconds, expected in ((2.1, None), (1.9, (1024, 4, 64))):
+        launch.queue_constants.cache_clear()
+        ROOFLINE["adopt"](NAME, step_and_phases(seconds))
+        assert launch.queue_constants("lamb_step", CUDA, torch.float32) == expected
+    assert launch.queue_constants("lamb_step", CUDA, torch.bfloat16) is None
+    assert launch.queue_constants("lamb_step", torch.device("cpu"), torch.float32) is None
+
+
 def test_the_winner_is_the_fastest_configuration(capsys):
-    rates = {("square", 512, 4): 1e12, ("square", 1024, 8): 2e12, ("square", 2048, 8): 3e12, ("other", 512, 4): 9e12}
-    (winner,) = ROOFLINE["winners"]({"square": (print, 1)}, torch.float32, 1, 4e12, rates)
-    assert (winner["block"], winner["num_warps"]) == (2048, 8)
-    assert (winner["share_of_copy"], winner["by_default"]) == (0.75, 0.5)
+    seconds = {
+        ("square", (512, 4)): 12.0,
+        ("square", (1024, 8)): 6.0,
+        ("square", (2048, 8)): 4.0,
+        ("other", (1, 1)): 1.0,
+    }
+    (winner,) = ROOFLINE["winners"]({"square": (print, 12)}, torch.float32, 1, 4.0, seconds)
+    assert winner["constants"] == [2048, 8]
+    assert (winner["seconds"], winner["share_of_copy"], winner["by_default"]) == (4.0, 0.75, 0.5)
     assert capsys.readouterr().out.splitlines()[0].endswith("75.0 % of copy")
 
 
@@ -78,9 +104,8 @@ def test_the_file_that_ships_has_whole_chunks_and_known_kernels():
     known = set(ROOFLINE["rows_launches"](1, 16, torch.float32, "cpu"))
     known |= set(ROOFLINE["optimizer_launches"](16, torch.float32, "cpu"))
     for entries in json.loads(launch.MEASURED.read_text()).values():
-        for name, (block, warps) in entries.items():
+        for name, configuration in entries.items():
             kernel = name.split()[0]
             assert kernel in known
-            assert ROOFLINE["CHUNK"] % block == 0
-            assert kernel not in ROOFLINE["BLOCKS"] or block == launch.BLOCK
-            assert warps in (1, 2, 4, 8, 16, 32)
+            assert ROOFLINE["CHUNK"] % configuration[0] == 0
+            assert tuple(configuration) in ROOFLINE["CONFIGURATIONS"].get(kernel, ROOFLINE["OTHERS"])

@@ -10,7 +10,14 @@ import pytest
 
 HERE = Path(__file__).parent
 # (loads, stores) a block of a whole chunk must make, one a tensor touched.
-ACCESSES = {"lamb moments": (4, 2), "lamb weights": (3, 1), "lars norms": (2, 0), "lars weights": (3, 2)}
+ACCESSES = {
+    "lamb moments": (4, 2),
+    "lamb weights": (3, 1),
+    "lamb step": (7, 3),
+    "lars norms": (2, 0),
+    "lars weights": (3, 2),
+    "lars step": (5, 2),
+}
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
@@ -36,16 +43,23 @@ def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(kernels, name):
 @pytest.mark.parametrize("name", ACCESSES)
 def test_bfloat16_weights_and_gradients_are_accessed_8_bytes_at_a_time(kernels, name):
     row = kernels[f"{name} bf16"]
-    state_stores = {"lamb moments": 2, "lamb weights": 0, "lars norms": 0, "lars weights": 1}[name]
-    weight_stores = {"lamb moments": 0, "lamb weights": 1, "lars norms": 0, "lars weights": 1}[name]
-    assert row["loads of 8 bytes"] >= {"lamb moments": 2, "lamb weights": 1}.get(name, 2)
+    state_stores = {"lamb moments": 2, "lamb weights": 0, "lamb step": 2, "lars norms": 0}.get(name, 1)
+    weight_stores = {"lamb moments": 0, "lars norms": 0}.get(name, 1)
+    assert row["loads of 8 bytes"] >= {"lamb weights": 1, "lamb step": 3, "lars step": 4}.get(name, 2)
     assert row["stores of 8 bytes"] >= weight_stores
     assert row["stores of 16 bytes"] >= state_stores
 
 
 @pytest.mark.parametrize(
     ("name", "loads", "stores"),
-    [("lamb moments", 3, 2), ("lamb weights", 3, 1), ("lars norms", 1, 0), ("lars weights", 2, 2)],
+    [
+        ("lamb moments", 3, 2),
+        ("lamb weights", 3, 1),
+        ("lamb step", 6, 3),
+        ("lars norms", 1, 0),
+        ("lars weights", 2, 2),
+        ("lars step", 3, 2),
+    ],
 )
 def test_masters_are_accessed_16_bytes_at_a_time(kernels, name, loads, stores):
     row = kernels[f"{name} masters"]
@@ -67,5 +81,19 @@ def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
     for name, row in kernels.items():
         assert row["spills"] == 0, name
         assert row["stack"] == 0, name
-        if "unaligned" not in name:
+        if "lamb step" in name:
+            assert row["registers"] <= 80, name  # three blocks; four at 64
+        elif "unaligned" not in name:
             assert row["registers"] <= 48, name  # 65,536 registers / (48 · 256 threads) = 5.3 blocks
+
+
+@pytest.mark.parametrize("name", ["lamb step", "lars step"])
+def test_a_step_in_one_launch_releases_what_it_stored_before_others_acquire_it(kernels, name):
+    order = kernels[name]["synchronisation"]
+    # Taking a ticket orders nothing else. Waiting acquires, and throws away what the multiprocessor has cached.
+    ticket, wait, rest = order[0], order[1], order[2:]
+    assert (ticket, wait) == ("relaxed.add", "acquire load")
+    # All threads' stores, one thread's count of arrivals, then the coefficients and the word that they are there.
+    assert rest == ["barrier", "acq_rel.add", "barrier", "release.exch"]
+    assert kernels[name]["cache invalidations"] == 2
+    assert kernels[name]["fences"] >= 2
