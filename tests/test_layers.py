@@ -67,8 +67,9 @@ TRAIN_ARROWS = {
         "values",
     },
     "collect": {"cells", "config", "errors", "job", "report"},
-    "plots": {"collect"},
-    "page": {"checkpoint", "collect", "config", "display", "errors", "plots"},
+    "plots": {"collect", "tuned"},
+    "tuned": {"collect"},
+    "page": {"checkpoint", "collect", "config", "display", "errors", "plots", "tuned"},
     "cli": {
         *("bench", "cells", "config", "display", "errors", "lock", "page", "plan_report", "pool", "run", "search"),
         *("ready", "study", "study_display", "trials"),

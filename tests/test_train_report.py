@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from fastlocal.train import cells, page, plots, study
+from fastlocal.train import cells, page, plots, study, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
 
@@ -37,7 +37,7 @@ note = "Its best of many."
 RE_SPLIT = {"source": "re-split", "sha256": "e1cd"}
 
 
-def finish(place, accuracy, images=RE_SPLIT):
+def finish(place, accuracy, images=RE_SPLIT, best_val=None):
     """The files that a finished run leaves, with figures chosen here; none about its images as older versions."""
     place.folder.mkdir(parents=True)
     config = place.config.as_dict()
@@ -49,7 +49,7 @@ def finish(place, accuracy, images=RE_SPLIT):
     (place.folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     summary = {
         "test_accuracy": accuracy,
-        "best_val_accuracy": accuracy + 1,
+        "best_val_accuracy": accuracy + 1 if best_val is None else best_val,
         "communication_reduction": 0.875,
         "bytes_on_wire": 64_000_000 // place.config.interval,
         "train_seconds": 60.0,
@@ -94,6 +94,68 @@ def root(tmp_path):
     (failed / "config.json").write_text(json.dumps(places["k4-j16", 0].config.as_dict()))
     (failed / "failed.json").write_text('{"message": "the loss is <nan>"}')
     return out
+
+
+RATES = """
+seeds = [0]
+[base]
+dataset = "cifar100"
+epochs = 4
+interval = 16
+lr = 0.01
+[[cells]]
+name = "k2"
+workers = 2
+lr = [0.01, 0.04]
+[[cells]]
+name = "k4"
+workers = 4
+lr = [0.01, 0.04, 0.08]
+[[cells]]
+name = "k4-other"
+workers = 4
+interval = 8
+"""
+
+
+@pytest.fixture
+def tuned_root(tmp_path):
+    """Test and best validation accuracies, which disagree on the best rate of four workers."""
+    places = begun(tmp_path / "rates", RATES)
+    reached = {"k2-lr0.01": (40, 41), "k2-lr0.04": (38, 39), "k4-lr0.01": (30, 31), "k4-lr0.04": (36, 35)}
+    reached |= {"k4-lr0.08": (35, 37), "k4-other": (33, 33)}
+    for (group, _), place in places.items():
+        finish(place, reached[group][0], best_val=reached[group][1])
+    return tmp_path / "rates"
+
+
+def test_validation_chooses_the_rate_of_each_setting_and_the_test_images_have_no_say(tuned_root):
+    groups = collect(tuned_root).groups
+    found = {search.name: search for search in tuned.searches(groups)}
+    assert list(found) == ["k2", "k4"]
+    assert [tuned.rate(group) for group in found["k4"].groups] == [0.01, 0.04, 0.08]
+    assert {name: tuned.rate(search.chosen) for name, search in found.items()} == {"k2": 0.01, "k4": 0.08}
+
+
+def test_the_page_shows_the_fixed_rate_and_the_chosen_one(tuned_root):
+    text = page.write(tuned_root).read_text()
+    table = text[text.index('<table id="rates">') :]
+    assert re.findall(r"<th>([\d.]+)</th>", table[: table.index("</tr>")]) == ["0.01", "0.04", "0.08"]
+    assert rows(table)["k2"] == ["<b>40.00</b>", "38.00", ""]
+    assert rows(table)["k4"] == ["30.00", "36.00", "<b>35.00</b>"]
+    assert '<table id="rates">' not in page._render(collect(tuned_root / "k4-other-s0"), {})
+
+
+def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(tuned_root):
+    families = plots._by_rate("workers", plots._families("interval", collect(tuned_root).groups))
+    named = {name: [group.name for group in members] for name, members in families.items()}
+    assert named == {
+        "local-sgd J = 16, rate 0.01": ["k2-lr0.01", "k4-lr0.01"],
+        "local-sgd J = 16, rate 0.04": ["k2-lr0.04", "k4-lr0.04"],
+        "local-sgd J = 16, rate by validation": ["k2-lr0.01", "k4-lr0.08"],
+        "local-sgd J = 8": ["k4-other"],
+    }
+    assert "accuracy-workers.png" in plots.draw_all(collect(tuned_root).groups)
 
 
 def test_groups_have_the_mean_and_sample_deviation_of_their_seeds_and_no_cell_is_lost(root):

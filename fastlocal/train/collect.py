@@ -197,8 +197,13 @@ def _tell_apart(groups: list[Group]) -> None:
         group.name = ", ".join([group.name, *parts])
 
 
-def _key(config: dict[str, Any]) -> str:
-    """What two runs share that differ in their seed alone."""
+def alike_but_for(group: Group, *names: str) -> str:
+    """What groups share that differ in these settings alone."""
+    return _key(group.config, *names) + group.images
+
+
+def _key(config: dict[str, Any], *but: str) -> str:
+    """What two runs share that differ in their seed, and perhaps in some settings, alone."""
     whole = Config().as_dict() | config  # a field younger than the run had its default
-    rest = {name: value for name, value in whole.items() if name not in (*NOT_PART_OF_A_RUN, "seed")}
+    rest = {name: value for name, value in whole.items() if name not in (*NOT_PART_OF_A_RUN, "seed", *but)}
     return json.dumps(rest, sort_keys=True)

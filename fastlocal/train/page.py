@@ -13,6 +13,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
 from fastlocal.train.display import megabytes
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
+from fastlocal.train.tuned import Search, rate, searches
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         has_original=any(group.original for group in groups),
         other_budget=any(_other_budget(group) for group in groups),
         notes=notes,
+        rates=sorted({rate(group) for search in searches(groups) for group in search.groups}),
+        searches=[(search.name, _by_rate(search)) for search in searches(groups)],
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
         common=_common(groups),
@@ -109,6 +112,11 @@ def _row(group: Group, notes: list[str]) -> Row:
         sent=megabytes(round(sent.mean)) if sent.mean else "–",
         seconds=duration(seconds.mean),
     )
+
+
+def _by_rate(search: Search) -> dict[float, tuple[str, bool]]:
+    """Test accuracy by rate, and whether validation chooses that rate."""
+    return {rate(group): (percent(group.spread("test_accuracy")), group is search.chosen) for group in search.groups}
 
 
 def percent(spread: Spread | None) -> str:

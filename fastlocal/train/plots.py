@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
-from fastlocal.train.collect import Group, Run
+from fastlocal.train.collect import Group, Run, alike_but_for
+from fastlocal.train.tuned import chosen, rate
 
 _MARKERS = "osD^vPX*<>"
 _FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
@@ -27,7 +28,7 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
         ("interval", "workers", local, "Test accuracy over the interval J"),
         ("batch_size", "optimizer", tested, "Test accuracy over the batch"),
     ):
-        families = _families(lines, shown)
+        families = _by_rate(x, _families(lines, shown))
         if any(len({group.config[x] for group in members}) > 1 for members in families.values()):
             plots[f"accuracy-{x.removesuffix('_size')}.png"] = (title, _against(x, families))
     adaptive = [group for group in groups if len(group.runs[0].summary["interval_trace"]) > 1]
@@ -118,6 +119,23 @@ def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
         budget = f", {config['epochs']} epochs" if several_budgets else ""
         families.setdefault(f"{method} {detail}".strip() + budget, []).append(group)
     return families
+
+
+def _by_rate(x: str, families: dict[str, list[Group]]) -> dict[str, list[Group]]:
+    """Families tried at several rates, split: one for each rate that all points have, and one of the chosen."""
+    split: dict[str, list[Group]] = {}
+    for name, members in families.items():
+        points: dict[Any, list[Group]] = {}
+        for group in members:
+            points.setdefault(group.config[x], []).append(group)
+        alone = all(len({alike_but_for(group, "lr") for group in point}) == 1 for point in points.values())
+        if not alone or all(len(point) == 1 for point in points.values()):
+            split[name] = members
+            continue
+        for value in sorted(set.intersection(*({rate(group) for group in point} for point in points.values()))):
+            split[f"{name}, rate {value:g}"] = [group for group in members if rate(group) == value]
+        split[f"{name}, rate by validation"] = [chosen(point) for point in points.values()]
+    return split
 
 
 def _against(x: str, families: dict[str, list[Group]]) -> bytes:
