@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastlocal.bench.measure import event_seconds
+from fastlocal.bench.shapes import SHAPES
 from fastlocal.kernels import average, lamb, lars, slowmo
 from fastlocal.kernels import launch as constants
 from fastlocal.kernels.trust_ratio_common import CHUNK, square_kernel
@@ -42,8 +43,9 @@ CONFIGURATIONS: dict[str, list[tuple[int, ...]]] = {
 }
 OTHERS = [(block, warps) for block in (512, 1024, 2048) for warps in WARPS]
 DTYPES_MEASURED = (torch.float32, torch.bfloat16)
+GAIN = 0.97  # what a step in one launch may take of the time of its phases
 PHASES = {"lamb_step": ("lamb_moments", "lamb_weights"), "lars_step": ("lars_norms", "lars_weights")}
-QUEUED = 200_000  # cycles, 0.1 ms: the device waits so long before a timed launch, which is queued by then
+QUEUED = 400_000  # cycles, 0.2 ms: the device waits so long before a timed launch, which is queued by then
 TURNS = 12
 Launch = Callable[..., object]  # given a configuration
 Key = tuple[str, tuple[int, ...]]  # a kernel and its configuration
@@ -83,14 +85,13 @@ def rows_launches(k: int, n: int, dtype: torch.dtype, device: str) -> dict[str, 
     }  # fmt: skip
 
 
-def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Launch, int]]:
-    """The same for the kernels of LAMB and LARS, over tensors of a million elements."""
-    tensors = max(1, n // 2**20)
-    size = n // tensors // 16 * 16
+def optimizer_launches(sizes: Sequence[int], dtype: torch.dtype, device: str) -> dict[str, tuple[Launch, int]]:
+    """The same for the kernels of LAMB and LARS, over tensors of these sizes."""
 
     def made(of: torch.dtype) -> list[torch.Tensor]:
-        return list(torch.full((tensors, size), 0.01, dtype=of, device=device).unbind())
+        return [torch.full((size,), 0.01, dtype=of, device=device) for size in sizes]
 
+    tensors = len(sizes)
     p, g, m, v = made(dtype), made(dtype), made(torch.float32), made(torch.float32)
     (of_lamb,) = buckets({}, "lamb", (p, g, m, v), (0, 2, 3), None, lambda _: True)
     (of_lars,) = buckets({}, "lars", (p, g, m), (0, 2), None, lambda _: True)
@@ -116,7 +117,7 @@ def optimizer_launches(n: int, dtype: torch.dtype, device: str) -> dict[str, tup
         counters.zero_()
         return *tables(bucket), bucket.first_chunk, bucket.adapts, table, partials, queue, counters
 
-    grid, each, total = (of_lamb.num_chunks,), p[0].element_size(), tensors * size
+    grid, each, total = (of_lamb.num_chunks,), p[0].element_size(), sum(sizes)
     twice = (2 * of_lamb.num_chunks,)
     return {
         "lamb_moments": (
@@ -203,7 +204,7 @@ def winners(
             print(f"{name} BLOCK {block:5} warps {warps:2} {f'lag {lag[0]:3}' if lag else '':7} {share}", flush=True)
         best, configuration = mine[0]
         row = {"entry": constants.entry(kernel, dtype, rows), "constants": list(configuration), "seconds": best}
-        row |= {"bytes_a_second": num_bytes / best, "share_of_copy": num_bytes / best / copy}
+        row |= {"bytes": num_bytes, "share_of_copy": num_bytes / best / copy}
         if kernel not in PHASES:
             row["by_default"] = num_bytes / seconds[kernel, (constants.BLOCK, constants.NUM_WARPS)] / copy
         found.append(row)
@@ -211,15 +212,22 @@ def winners(
 
 
 def slower_than_its_phases(row: dict[str, Any], found: list[dict[str, Any]]) -> bool:
+    """Also if it is no clear gain. Each is counted in bytes of the copy beside it: the clock may have changed."""
+
+    def copied(of: dict[str, Any]) -> float:
+        return of["bytes"] / of["share_of_copy"]
+
     kernel, _, rest = row["entry"].partition(" ")
     phases = [f"{phase} {rest}" for phase in PHASES.get(kernel, ())]
-    return bool(phases) and row["seconds"] >= sum(other["seconds"] for other in found if other["entry"] in phases)
+    return bool(phases) and copied(row) >= GAIN * sum(copied(other) for other in found if other["entry"] in phases)
 
 
 def adopt(device: str, found: list[dict[str, Any]]) -> None:
     """Write the winners to the file that the library reads at its first launch on a device of this name."""
     known = json.loads(constants.MEASURED.read_text())
-    known[device] = {row["entry"]: row["constants"] for row in found if not slower_than_its_phases(row, found)}
+    kept = {row["entry"]: row["constants"] for row in found if not slower_than_its_phases(row, found)}
+    measured = {row["entry"] for row in found}
+    known[device] = {name: old for name, old in known.get(device, {}).items() if name not in measured} | kept
     constants.MEASURED.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -234,12 +242,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
     n, device, started = given.parameters // 16 * 16, torch.cuda.get_device_name(), time.monotonic()
+    sizes = [torch.Size(shape).numel() for shape in SHAPES["bert-base"]()]
     found: list[dict[str, Any]] = []
     result = {
         "device": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "parameters": n,
+        "parameters_of_optimizers": sum(sizes),
         "defaults": {"block": constants.BLOCK, "num_warps": constants.NUM_WARPS},
         "winners": found,
     }
@@ -252,7 +262,7 @@ def main() -> None:
         if isinstance(kind, int):
             launches = rows_launches(kind, n, dtype, "cuda")
         else:
-            every = optimizer_launches(n, dtype, "cuda")
+            every = optimizer_launches(sizes, dtype, "cuda")
             launches = {name: every[name] for name in every if (name in PHASES) == (kind == "steps")}
             del every
         found += winners(launches, dtype, kind if isinstance(kind, int) else 1, *measure(launches))

@@ -222,6 +222,6 @@ def step_kernel(
         moments_chunk(
             program, tables, coefficients, numbers, partials, HAS_MASTER, P_DTYPE, G_DTYPE, ALIGNED, CHUNK, BLOCK
         )
-        if arrive(counters, tensor, num_tensors, first_chunk):
+        if arrive(counters, tensor, first_chunk):
             multiply_by_ratio(tensor, partials, first_chunk, adapts, coefficients, low, high, HAS_CLIP, _RATIO_BLOCK)
             announce(counters, tensor, num_tensors)

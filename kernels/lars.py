@@ -171,7 +171,7 @@ def step_kernel(
             program, tables, adapts, partials, grad_scale, weight_decay, HAS_SCALE, JOINT, MAXIMIZE, MASTER, P_DTYPE,
             G_DTYPE, ALIGNED, CHUNK, BLOCK,
         )  # fmt: skip
-        if arrive(counters, tensor, num_tensors, first_chunk):
+        if arrive(counters, tensor, first_chunk):
             prepare_tensor(
                 tensor, pointers, num_tensors, coefficients, partials, first_chunk, adapts, numbers, HAS_SCALE,
                 COUNTED, STEP, JOINT, CLIP, LR_IN_BUFFER, MAXIMIZE, _RATIO_BLOCK,

@@ -18,11 +18,15 @@ from fastlocal.kernels.launch import launch_constants, queue_constants
 from fastlocal.kernels.trust_ratio_common import (
     BLOCK,
     CHUNK,
+    NUM_WARPS,
     norm_kernel,
     square_kernel,
     tensor_sum_kernel,
 )
 from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_buckets
+
+# A sum's order, and so its last bit, depends on the warps: those of the kernels that take both phases.
+_REDUCTION = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
 
 
 def _arguments(bucket: Bucket) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def _norm(found: list[Bucket], row: int, cache: dict) -> Tensor:
         partials = bucket.float_scratch("squares", bucket.num_chunks)
         arguments = _arguments(bucket) | {"partials": partials, "sums": sums_here, "ROW": row}
         _launch(square_kernel, bucket.num_chunks, arguments, _size("square", bucket))
-        _launch(tensor_sum_kernel, bucket.num_tensors, arguments)
+        _launch(tensor_sum_kernel, bucket.num_tensors, arguments, _REDUCTION)
         start += bucket.num_tensors
     _launch(norm_kernel, 1, {"sums": sums, "num_sums": num_tensors, "norm": norm, "BLOCK": BLOCK})
     return norm
@@ -249,7 +253,7 @@ def _lamb_bucket(
     _launch(lamb.prepare_kernel, -(-bucket.num_tensors // lamb.TENSORS), arguments)
     if not _in_one_launch(lamb.step_kernel, "lamb_step", bucket, arguments):
         _launch(lamb.moments_kernel, bucket.num_chunks, arguments, _size("lamb_moments", bucket))
-        _launch(lamb.ratio_kernel, bucket.num_tensors, arguments)
+        _launch(lamb.ratio_kernel, bucket.num_tensors, arguments, _REDUCTION)
         _launch(lamb.weights_kernel, bucket.num_chunks, arguments, _size("lamb_weights", bucket))
 
 
@@ -318,5 +322,5 @@ def _lars_bucket(
         return
     if has_ratios:
         _launch(lars.norms_kernel, bucket.num_chunks, arguments, _size("lars_norms", bucket))
-    _launch(lars.prepare_kernel, bucket.num_tensors, arguments)
+    _launch(lars.prepare_kernel, bucket.num_tensors, arguments, _REDUCTION)
     _launch(lars.weights_kernel, bucket.num_chunks, arguments, _size("lars_weights", bucket))

@@ -21,13 +21,17 @@ def queue_of(counts: Tensor, lag: int) -> Tensor:
         lag: how many chunks of other tensors' phase 1 come between the phases of a tensor, if there are as many.
             The more, the less a program waits; the fewer, the more is still in L2.
     """
-    last = counts.cumsum(0).repeat_interleave(counts) - 1  # of the chunk's tensor
-    forward = torch.arange(len(last))
-    # Within a tensor that is larger than L2, what phase 1 touched last is still there.
-    backward = forward.flip(0)
-    place = torch.cat([2 * forward, 2 * (last[backward] + lag) + 1])
-    entries = torch.cat([forward, -1 - backward])
-    return entries[place.argsort(stable=True)].to(torch.int32)
+    end = counts.cumsum(0)
+    first = end - counts
+    chunk = torch.arange(int(end[-1]), device=counts.device)
+    # A tensor's phase 2 is queued when phase 1 has come so far.
+    due = (end + lag).clamp(max=len(chunk))
+    first_phase = chunk + torch.cat([first, end[-1:]])[torch.searchsorted(end + lag, chunk, right=True)]
+    # Last chunk first: within a tensor that is larger than L2, what phase 1 touched last is still there.
+    second_phase = (due + first + end - 1).repeat_interleave(counts) - chunk
+    queue = torch.empty(2 * len(chunk), dtype=torch.int32, device=counts.device)
+    queue[first_phase], queue[second_phase] = chunk.to(torch.int32), (-1 - chunk).to(torch.int32)
+    return queue
 
 
 # `counters` holds the next ticket, then how many chunks of each tensor have arrived at the end of phase 1, then
@@ -48,7 +52,7 @@ def take_ticket(
 
 
 @triton.jit
-def arrive(counters, tensor, num_tensors, first_chunk):
+def arrive(counters, tensor, first_chunk):
     """Ends phase 1 of a chunk: whether it was its tensor's last, which may read what all of them stored."""
     tl.debug_barrier()  # one thread of the program speaks for the stores of all
     arrived = tl.atomic_add(counters + 1 + tensor, 1, sem="acq_rel")

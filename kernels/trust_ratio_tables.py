@@ -63,10 +63,10 @@ class Bucket:
 
     def queue(self, lag: int) -> tuple[Tensor, Tensor]:
         """The queue of a step in one launch, and its counters."""
-        name = f"queue {lag}"
+        device, name = self.pointers.device, f"queue {lag}"
         if name not in self.scratch:
-            device = self.pointers.device
             self.scratch[name] = _upload(device, self.on_host, queue_of(self.chunk_counts, lag))
+        if "counters" not in self.scratch:
             self.scratch["counters"] = torch.empty(1 + 2 * self.num_tensors, dtype=torch.int32, device=device)
         return self.scratch[name], self.scratch["counters"]
 
@@ -268,22 +268,22 @@ def _bucket(
     addresses = [[t.data_ptr() for t in row] for row in zip(*laid_out, strict=True)]
     if steps is not None:
         addresses.append([steps[index].data_ptr() for _, index in members])
-    sizes = torch.tensor([tensors[0].numel() for tensors, _ in members])
+    sizes = torch.tensor([tensors[0].numel() for tensors, _ in members], device="cpu")
     counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)  # an empty tensor's step is counted too
-    first_chunk = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    owner = torch.repeat_interleave(torch.arange(len(members)), counts)
-    within = torch.arange(len(owner)) - first_chunk[owner]
+    first_chunk = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    owner = torch.arange(len(members), device="cpu").repeat_interleave(counts)
+    within = torch.arange(len(owner), device="cpu") - first_chunk[owner]
     flags = [adapts[index] for _, index in members]
     on_host: list[Tensor] = []
     upload = partial(_upload, device, on_host)
     return Bucket(
         dtypes=kind[0],
         aligned=kind[1],
-        pointers=upload(torch.tensor(addresses, dtype=torch.int64)),
+        pointers=upload(torch.tensor(addresses, dtype=torch.int64, device="cpu")),
         sizes=upload(sizes),
         chunks=upload(torch.stack([owner, within], dim=1).to(torch.int32)),
         first_chunk=upload(first_chunk.to(torch.int32)),
-        adapts=upload(torch.tensor(flags, dtype=torch.int32)),
+        adapts=upload(torch.tensor(flags, dtype=torch.int32, device="cpu")),
         members=[index for _, index in members],
         num_tensors=len(members),
         num_chunks=len(owner),

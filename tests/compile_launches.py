@@ -98,7 +98,7 @@ def roofline() -> None:
     module = runpy.run_path(str(ROOT / "bench" / "roofline.py"))
     every = [
         module["rows_launches"](2, 2**14, torch.bfloat16, "cpu"),
-        module["optimizer_launches"](2**14, torch.bfloat16, "cpu"),
+        module["optimizer_launches"]([2**14], torch.bfloat16, "cpu"),
     ]
     for by_kernel in every:
         for kernel, (launch, _) in by_kernel.items():

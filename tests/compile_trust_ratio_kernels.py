@@ -65,14 +65,14 @@ def cuobjdump(flag, cubin):
 
 
 def synchronisation(ptx):
-    """Atomics and acquiring loads in order, and the barriers that follow the last store before an atomic."""
+    """Atomics and acquiring loads in order, the barrier right before an atomic, and the one right after a load."""
     found, last = [], ""
     for line in ptx.splitlines():
         if atomic := re.search(r"atom\.global\.gpu\.(\w+\.\w+)\.\w+ ", line):
             found += ["barrier"] * (last == "bar.sync") + [atomic[1]]
-        elif re.search(r"ld\.global\.gpu\.acquire", line):
-            found.append("acquire load")
-        elif operation := re.search(r"bar\.sync|st\.global", line):
+        elif operation := re.search(r"ld\.global(\.gpu\.acquire)?|bar\.sync|st\.global", line):
+            found += ["barrier"] * (operation[0] == "bar.sync" and last.endswith("acquire"))
+            found += ["acquire load"] * operation[0].endswith("acquire")
             last = operation[0]
     return found
 

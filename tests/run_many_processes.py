@@ -171,6 +171,26 @@ def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, n
         run(optimizer, team, 1)
 
 
+def another_default_device_changes_nothing(rank, new_group):
+    group = new_group()
+    for options in ({}, {"wire_dtype": torch.bfloat16}, {"warmup_steps": 2, "inner_state": "average"}):
+        policy = FixedInterval(3)
+        policy.reads_drift = True
+        optimizer, team = build(SlowMo, 1, policy, group, **options)
+        for step in range(8):
+            optimizer.zero_grad()
+            backward(team[0], step, rank)
+            with torch.device("meta"):  # what is made there by mistake has no values
+                optimizer.step()
+        with torch.device("meta"):
+            optimizer.sync()
+        single, alone = build(SlowMo, WORLD, policy, **options)
+        run(single, alone, 8)
+        single.sync()
+        for ours, theirs in zip(tensors_of(team[0]), tensors_of(alone[0]), strict=True):
+            torch.testing.assert_close(ours, theirs, **ROUNDED)
+
+
 def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
     group = new_group()
     for kind, wire_dtype in ((SlowMo, None), (LocalSGD, torch.bfloat16), (SlowMo, torch.bfloat16)):
@@ -692,6 +712,7 @@ SCENARIOS = [
     two_times_two_equals_one_times_four_and_measures_drift,
     two_times_one_is_bit_equal_to_one_times_two,
     a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank,
+    another_default_device_changes_nothing,
     ranks_that_left_the_warmup_apart_meet_again,
     rank_0_gives_parameters_and_buffers_to_begin_with,
     odd_tensors_are_averaged_and_keep_their_storage,

@@ -12,6 +12,7 @@ from torch import nn
 from fastlocal import LAMB, LARS, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm.group import Group
 from fastlocal.kernels import trust_ratio, trust_ratio_tables
+from fastlocal.kernels.trust_ratio_common import BLOCK, NUM_WARPS
 from fastlocal.ops import averaging as ops
 from fastlocal.reference import averaging as reference
 from fastlocal.train import data
@@ -29,6 +30,13 @@ OPTIMIZERS = pytest.mark.parametrize(
     [(LAMB, {"max_grad_norm": 1.0}), (LARS, {"dampening": 0.5})],
     ids=["LAMB", "LARS"],
 )
+
+
+@pytest.fixture(params=["one launch", "two phases"])
+def either_way(request, monkeypatch):
+    """Both phases of a step in one launch, and each in its own."""
+    constants = (BLOCK, NUM_WARPS, 1) if request.param == "one launch" else None
+    monkeypatch.setattr(trust_ratio, "queue_constants", lambda *_: constants)
 
 
 def pair(optimizer, extra, device, shapes=((70, 3), (5,), (1,))):
@@ -65,6 +73,7 @@ def recorded(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 @EVERYWHERE
 @OPTIMIZERS
+@pytest.mark.usefixtures("either_way")
 def test_a_replayed_step_reads_gradients_and_rate_where_they_lie(optimizer, extra, device):
     params, exact, fused, plain = pair(optimizer, extra, device)
     grads = [torch.randn_like(p) for p in params]
@@ -85,6 +94,7 @@ def test_a_replayed_step_reads_gradients_and_rate_where_they_lie(optimizer, extr
 
 @EVERYWHERE
 @OPTIMIZERS
+@pytest.mark.usefixtures("either_way")
 def test_replays_and_eager_steps_with_other_gradients_may_alternate(optimizer, extra, device):
     params, exact, fused, plain = pair(optimizer, extra, device)
     static, others = ([torch.randn_like(p) for p in params] for _ in range(2))
@@ -108,6 +118,7 @@ def test_replays_and_eager_steps_with_other_gradients_may_alternate(optimizer, e
 
 @EVERYWHERE
 @OPTIMIZERS
+@pytest.mark.usefixtures("either_way")
 def test_forward_backward_and_step_replay_as_one_graph(optimizer, extra, device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 7)).to(device)
@@ -200,6 +211,7 @@ def test_a_step_that_overflowed_is_skipped_and_the_next_is_unscaled(optimizer, e
 
 @EVERYWHERE
 @OPTIMIZERS
+@pytest.mark.usefixtures("either_way")
 def test_steps_queued_far_ahead_of_the_device_each_read_their_own_gradients(optimizer, extra, device):
     params, exact, fused, plain = pair(optimizer, extra, device)
     steps = [[torch.randn_like(p) for p in params] for _ in range(12 if device == "cuda" else 3)]

@@ -81,8 +81,10 @@ def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
     for name, row in kernels.items():
         assert row["spills"] == 0, name
         assert row["stack"] == 0, name
-        if "lamb step" in name:
-            assert row["registers"] <= 80, name  # three blocks; four at 64
+        if name == "lamb step masters":
+            assert row["registers"] <= 80, name  # three blocks
+        elif "step" in name:
+            assert row["registers"] <= 64, name  # four blocks
         elif "unaligned" not in name:
             assert row["registers"] <= 48, name  # 65,536 registers / (48 · 256 threads) = 5.3 blocks
 
@@ -90,9 +92,10 @@ def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
 @pytest.mark.parametrize("name", ["lamb step", "lars step"])
 def test_a_step_in_one_launch_releases_what_it_stored_before_others_acquire_it(kernels, name):
     order = kernels[name]["synchronisation"]
-    # Taking a ticket orders nothing else. Waiting acquires, and throws away what the multiprocessor has cached.
-    ticket, wait, rest = order[0], order[1], order[2:]
-    assert (ticket, wait) == ("relaxed.add", "acquire load")
+    # Taking a ticket orders nothing else. Waiting acquires for all threads, and drops what the multiprocessor caches.
+    ticket, wait, rest = order[0], order[1:3], order[3:]
+    assert ticket == "relaxed.add"
+    assert wait == ["acquire load", "barrier"]
     # All threads' stores, one thread's count of arrivals, then the coefficients and the word that they are there.
     assert rest == ["barrier", "acq_rel.add", "barrier", "release.exch"]
     assert kernels[name]["cache invalidations"] == 2

@@ -8,9 +8,8 @@ from interpreted_traffic import count_kernels
 from test_master_weights import CHANGES as MASTER_CHANGES
 from test_master_weights import three_steps
 from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
-from test_ops_trust_ratio import LAMB_CHANGES, LARS_CHANGES
 from test_ops_trust_ratio import LARS as LARS_OPTIONS
-from test_trust_ratio_kernels import DEVICE, in_float32, lamb_steps, lars_steps
+from test_trust_ratio_kernels import DEVICE, lamb_steps, lars_steps
 
 from fastlocal import LAMB, LARS
 from fastlocal.kernels import trust_ratio
@@ -61,8 +60,11 @@ def test_two_tensors_of_two_chunks_are_worked_on_in_turn():
 
 
 def require_same_bits(run, monkeypatch, lag=1):
-    apart = run()
+    """Of one launch a phase and of one for both, whatever was measured to be fastest here."""
     with monkeypatch.context() as patch:
+        patch.setattr(trust_ratio, "launch_constants", lambda *_: (BLOCK, NUM_WARPS))
+        patch.setattr(trust_ratio, "queue_constants", lambda *_: None)
+        apart = run()
         queue_up(patch, lag)
         together = run()
     for parts, whole in zip(apart, together, strict=True):
@@ -70,36 +72,69 @@ def require_same_bits(run, monkeypatch, lag=1):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("change", LAMB_CHANGES, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"decay": "l2", "maximize": True},
+        {"decay": "decoupled", "max_grad_norm": 0.1},
+        {"trust_clip": (0.5, 2.0)},
+        {"adapt": "matrices", "bias_correction": "step"},
+        {"adapt": "decayed", "weight_decay": 0.0},
+    ],
+    ids=str,
+)
 def test_lamb_in_one_launch_gives_the_bits_of_two_phases(change, monkeypatch):
-    options = replace(LAMB_OPTIONS, **in_float32(change))
+    options = replace(LAMB_OPTIONS, **change)
     require_same_bits(lambda: lamb_steps("triton", DEVICE, torch.float32, torch.float32, options), monkeypatch)
 
 
-@pytest.mark.parametrize("change", LARS_CHANGES, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"momentum": 0.0},
+        {"dampening": 0.5, "trust_clip": True, "trust_coefficient": 2.0},
+        {"nesterov": True, "adapt": "matrices"},
+        {"norm": "joint", "maximize": True},
+        {"momentum_form": "lr_in_buffer"},
+    ],
+    ids=str,
+)
 def test_lars_in_one_launch_gives_the_bits_of_two_phases(change, monkeypatch):
-    options = replace(LARS_OPTIONS, **in_float32(change))
+    options = replace(LARS_OPTIONS, **change)
     require_same_bits(lambda: lars_steps("triton", DEVICE, torch.float32, torch.float32, options), monkeypatch)
 
 
 @pytest.mark.parametrize(("options", "change"), MASTER_CHANGES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters_in_one_launch_have_the_bits_of_two_phases(options, change, dtype, monkeypatch):
+def test_masters_in_one_launch_have_the_bits_of_two_phases(options, change, monkeypatch):
     options = replace(options, **change)
-    require_same_bits(lambda: three_steps(options, "triton", dtype, exact=False, device=DEVICE), monkeypatch, 100)
+
+    def run():
+        return three_steps(options, "triton", torch.bfloat16, exact=False, device=DEVICE)
+
+    require_same_bits(run, monkeypatch, lag=100)
 
 
-@pytest.mark.parametrize(("run", "options"), [(lamb_steps, LAMB_OPTIONS), (lars_steps, LARS_OPTIONS)])
-def test_a_found_inf_changes_nothing_and_leaves_the_counters_ready_for_the_next_step(run, options, monkeypatch):
-    queue_up(monkeypatch, 0)
-    found, none = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
-    before, _ = run("triton", DEVICE, torch.float32, torch.float32, options, seeds=())
-    after, state = run("triton", DEVICE, torch.float32, torch.float32, options, found_inf=found)
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert not any(s.any() for s in state)
-    require_same_bits(
-        lambda: run("triton", DEVICE, torch.float32, torch.float32, options, found_inf=none), monkeypatch
-    )
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_a_step_after_one_that_found_inf_finds_its_counters_ready(optimizer, monkeypatch):
+    def run():
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(2 * CHUNK + 5, device=DEVICE))
+        fused = optimizer([param], lr=0.1, weight_decay=0.1, fused=True)
+        start, seen = param.detach().clone(), []
+        for found in (0.0, 1.0, 1.0, 0.0):
+            param.grad = torch.randn_like(param)
+            fused.found_inf = torch.tensor(found, device=DEVICE)
+            fused.step()
+            seen.append(param.detach().clone())
+        assert torch.equal(seen[0], seen[1])
+        assert torch.equal(seen[0], seen[2])
+        assert not torch.equal(start, seen[0])
+        assert not torch.equal(seen[2], seen[3])
+        return [seen, list(fused.state[param].values())]
+
+    require_same_bits(run, monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter loads and stores")

@@ -172,7 +172,7 @@ class Group:
         """Everybody's object, in the group's order: for rare, small messages."""
         packed = pickle.dumps(value)
         sizes = [int(size) for (size,) in self.gather([len(packed)])]
-        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         own[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         everybody = self._gather_tensors(own.to(self._device))
         return [pickle.loads(_bytes_of(each, size)) for each, size in zip(everybody, sizes, strict=True)]

@@ -196,8 +196,8 @@ class ManyProcesses(OneProcess):
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
         shares = [weight / total for weight in own]
         measures = closing.reads_drift
-        counted = torch.tensor([float(share > 0) for share in shares])
-        squares = torch.zeros(len(shares), dtype=torch.float64)
+        counted = torch.tensor([float(share > 0) for share in shares], dtype=torch.float32, device="cpu")
+        squares = torch.zeros(len(shares), dtype=torch.float64, device="cpu")
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
             if self.choices.wire_dtype is not None:

@@ -44,7 +44,7 @@ def _means(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], grou
         [b for b, counts, finite in zip(twins, own, flags, strict=True) if counts and finite]
         for twins, flags in zip(buffers, _finite(buffers), strict=True)
     ]
-    counts = torch.tensor([float(len(donor)) for donor in donors], dtype=torch.float64)
+    counts = [float(len(donor)) for donor in donors]
 
     def contribution(index: int) -> Tensor:
         value = torch.zeros_like(buffers[index][0], dtype=_wire_dtype(buffers[index][0]))
@@ -58,7 +58,7 @@ def _means(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], grou
         return value
 
     totals = _reduced(buffers, contribution, group, "max")
-    everybody = torch.tensor(group.gather(counts.tolist())).sum(0).tolist()
+    everybody = [sum(those) for those in zip(*group.gather(counts), strict=True)]
     values = [
         total / count if total.is_floating_point() and count else total
         for total, count in zip(totals, everybody, strict=True)

@@ -30,13 +30,13 @@ class LambOnCpu:
     def __init__(self, params: Sequence[Tensor], options: LambOptions, multiplier: float | Tensor, scratch: dict):
         self.options = options
         self.multiplier, self.lr = float(multiplier), float(options.lr)
-        self.uncorrected = torch.tensor(_NO_CORRECTION)
+        self.uncorrected = torch.tensor(_NO_CORRECTION, dtype=torch.float32, device="cpu")
         longest = max(p.numel() for p in params if p.is_cpu)
         # Fresh memory would cost a page fault every 4 KiB, at every step.
         if "update" not in scratch or scratch["update"].numel() < longest:
             scratch.clear()
-            scratch["update"] = torch.empty(max(longest, CHUNK), dtype=torch.float32)
-            scratch["gradient"] = torch.empty(CHUNK, dtype=torch.float32)
+            scratch["update"] = torch.empty(max(longest, CHUNK), dtype=torch.float32, device="cpu")
+            scratch["gradient"] = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
         self.update, self.gradient, self.scratch = scratch["update"], scratch["gradient"], scratch
 
     def step_(self, entries: Sequence[Entry]) -> list[Entry]:

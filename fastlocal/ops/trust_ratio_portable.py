@@ -27,7 +27,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         if flat is None:
             return reference.grad_norm(grads)
         total += sum_of_squares(flat[0])
-    return torch.tensor(math.sqrt(total), dtype=torch.float64)
+    return torch.tensor(math.sqrt(total), dtype=torch.float64, device="cpu")
 
 
 def lamb_(
