@@ -158,6 +158,28 @@ def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(
     assert "accuracy-workers.png" in plots.draw_all(collect(tuned_root).groups)
 
 
+def test_a_plot_shows_what_makes_a_line_and_synchronous_training_beside_the_workers(tmp_path):
+    places = begun(
+        tmp_path / "both", RATES + '[[cells]]\nname = "sync"\nmethod = "sync"\nworkers = 1\nbatch_size = 32\n'
+    )
+    for place in places.values():
+        finish(place, 40.0)
+    groups = collect(tmp_path / "both").groups
+    shown = {x: list(plots._that_vary(x, plots._families(lines, groups))) for x, lines in
+             (("workers", "interval"), ("interval", "workers"), ("batch_size", "optimizer"))}  # fmt: skip
+    assert shown == {"workers": ["local-sgd J = 16", "sync"], "interval": ["local-sgd K = 4"], "batch_size": []}
+
+
+def test_a_hundred_groups_have_a_colour_and_marker_of_their_own():
+    pairs = {tuple(plots._style(index).values()) for index in range(100)}
+    assert len(pairs) == 100
+
+
+@pytest.mark.parametrize(("labels", "columns"), [(["k2-j4"] * 10, 1), (["k2-j4"] * 11, 2), (["x" * 21] * 11, 1)])
+def test_a_long_legend_of_short_names_has_two_columns(labels, columns):
+    assert plots._columns(labels) == columns
+
+
 def test_groups_have_the_mean_and_sample_deviation_of_their_seeds_and_no_cell_is_lost(root):
     collection = collect(root)
     groups = {group.name: group.spread("test_accuracy") for group in collection.groups}

@@ -1,7 +1,8 @@
 """The plots of a report, as PNG bytes. Readable at the width of a phone: few ticks, large type."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from math import ceil
 from typing import Any
 
 import matplotlib
@@ -28,8 +29,8 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
         ("interval", "workers", local, "Test accuracy over the interval J"),
         ("batch_size", "optimizer", tested, "Test accuracy over the batch"),
     ):
-        families = _by_rate(x, _families(lines, shown))
-        if any(len({group.config[x] for group in members}) > 1 for members in families.values()):
+        families = _that_vary(x, _by_rate(x, _families(lines, shown)))
+        if families:
             plots[f"accuracy-{x.removesuffix('_size')}.png"] = (title, _against(x, families))
     adaptive = [group for group in groups if len(group.runs[0].summary["interval_trace"]) > 1]
     if adaptive:
@@ -49,19 +50,24 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     return plots
 
 
-def _figure(legend_entries: int) -> tuple[Figure, Axes]:
+def _figure(labels: Collection[str]) -> tuple[Figure, Axes]:
     """A figure with room for its legend below the axes."""
     with matplotlib.rc_context({"font.size": 12}):
-        figure = Figure(figsize=(5.0, 3.9 + 0.25 * legend_entries), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.9 + 0.25 * ceil(len(labels) / _columns(labels))), layout="constrained")
         axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
 
 
+def _columns(labels: Collection[str]) -> int:
+    """Of a legend: two of short labels where one would be taller than the axes."""
+    return 2 if len(labels) > 10 and max(map(len, labels)) <= 20 else 1
+
+
 def _finish(figure: Figure, axes: Axes) -> bytes:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=1, fontsize=11, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), fontsize=11, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
@@ -69,11 +75,12 @@ def _finish(figure: Figure, axes: Axes) -> bytes:
 
 def _style(index: int) -> dict[str, Any]:
     colours = matplotlib.colormaps["tab10"]
-    return {"color": colours(index % 10), "marker": _MARKERS[index % len(_MARKERS)]}
+    # Of ten colours and ten markers a hundred pairs, the first ten of which share neither.
+    return {"color": colours(index % 10), "marker": _MARKERS[(index + index // 10) % 10]}
 
 
 def _pareto(groups: Sequence[Group]) -> bytes:
-    figure, axes = _figure(len(groups))
+    figure, axes = _figure([group.name for group in groups])
     for index, group in enumerate(groups):
         accuracy, sent = group.spread("test_accuracy"), group.spread("bytes_on_wire")
         assert accuracy
@@ -138,6 +145,13 @@ def _by_rate(x: str, families: dict[str, list[Group]]) -> dict[str, list[Group]]
     return split
 
 
+def _that_vary(x: str, families: dict[str, list[Group]]) -> dict[str, list[Group]]:
+    """The families that make a line over x; over the workers also synchronous training, to compare with."""
+    varied = {name for name, members in families.items() if len({group.config[x] for group in members}) > 1}
+    beside = {name for name, members in families.items() if x == "workers" and members[0].config["method"] == "sync"}
+    return {name: families[name] for name in families if name in varied | beside} if varied else {}
+
+
 def _against(x: str, families: dict[str, list[Group]]) -> bytes:
     """Test accuracy over one field, a line for each family."""
     words = {
@@ -145,7 +159,7 @@ def _against(x: str, families: dict[str, list[Group]]) -> bytes:
         "interval": "interval, J (local steps)",
         "batch_size": "images a step and worker",
     }
-    figure, axes = _figure(len(families))
+    figure, axes = _figure(families)
     for index, (name, members) in enumerate(families.items()):
         members = sorted(members, key=lambda group: group.config[x])
         spreads = [group.spread("test_accuracy") for group in members]
@@ -169,7 +183,7 @@ def _against(x: str, families: dict[str, list[Group]]) -> bytes:
 
 def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[list[float], list[float]]]) -> bytes:
     """One line a run; runs of a group, which differ in their seed, have one colour and one entry in the legend."""
-    figure, axes = _figure(len(groups))
+    figure, axes = _figure([group.name for group in groups])
     dashes = ("-", "--", ":")
     for index, group in enumerate(groups):
         for number, run in enumerate(group.runs):
