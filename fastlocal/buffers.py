@@ -10,19 +10,40 @@ Buffers = Literal["average", "keep", "broadcast"]
 """Average them, leave them to each worker, or give everybody the first worker's."""
 
 
-def collect(modules: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """Each buffer in every module.
+_REDUCED = {
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+}
+
+
+def obstacle(buffer: Tensor) -> str | None:
+    """Why a buffer can be neither averaged nor overwritten; None if it can."""
+    if buffer.layout is not torch.strided:
+        return f"has the layout {buffer.layout}"
+    if buffer.dtype not in _REDUCED:
+        return f"has the dtype {buffer.dtype}"
+    if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        return "is expanded: several of its elements share one place in memory"
+    return None
+
+
+def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Tensor]]:
+    """Each buffer in every module, by name; with "keep" without those that nobody could overwrite.
 
     Raises:
-        RuntimeError: a module lacks one, or has it in another shape.
+        RuntimeError: a module lacks one, or has it in another shape; or it cannot be averaged or given to others.
     """
     workers = [dict(module.named_buffers()) for module in modules]
-    buffers = []
+    buffers: dict[str, list[Tensor]] = {}
     for name, first in workers[0].items():
         for worker, own in enumerate(workers):
             if name not in own or own[name].shape != first.shape:
                 raise RuntimeError(f"buffer {name!r} of worker {worker} is missing or shaped unlike worker 0's")
-        buffers.append([own[name] for own in workers])
+        if (reason := obstacle(first)) is not None:
+            if choice == "keep":
+                continue
+            raise RuntimeError(f"buffer {name!r} {reason}: pass buffers='keep', which leaves it to each worker")
+        buffers[name] = [own[name] for own in workers]
     return buffers
 
 
@@ -60,7 +81,7 @@ def merged(values: Sequence[Tensor], choice: Buffers) -> Tensor:
     stacked = torch.stack(list(values))
     if not (stacked.is_floating_point() or stacked.is_complex()):
         return stacked.amax(dim=0) if choice == "average" else stacked[0]
-    finite = stacked.isfinite().flatten(1).all(dim=1)
+    finite = torch.stack([value.isfinite().all() for value in values])
     if choice != "average":
         return stacked[finite.to(torch.uint8).argmax()]
     # One worker's infinite batch must not stay in everybody's statistics. What is finite in none, such as a mask of

@@ -7,7 +7,6 @@ before a sync and back after it.
 This module moves no bytes between processes and does no arithmetic on parameters.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import comm
-from fastlocal.buffers import merged
+from fastlocal.buffers import merged, obstacle
+from fastlocal.twin import copy_of, require_initialised, twin_of
 
 ALIGNMENT = 16
 """Elements: every parameter starts at a multiple of it, so that kernels and libraries load 16 bytes at a time."""
@@ -78,6 +78,8 @@ class Rows:
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
         self.modules = list(modules)
+        for module in self.modules:
+            require_initialised(module)
         self.parameters = [
             {n: p for n, p in m.named_parameters() if (p.requires_grad if names is None else n in names)}
             for m in self.modules
@@ -185,7 +187,8 @@ class Rows:
 class Workers:
     """K copies of a model in one process, their parameters the rows of one flat buffer.
 
-    Worker 0 is `model` itself, so after a sync `model` holds the averaged parameters.
+    Worker 0 is `model` itself, so after a sync `model` holds the averaged parameters. The others have copies of its
+    parameters' attributes and gradient hooks too.
 
     Args:
         model: the module to copy, already on its device and in its dtype and memory format.
@@ -193,7 +196,8 @@ class Workers:
 
     Raises:
         TypeError: `model` is no module, or num_workers is not a whole number.
-        ValueError: num_workers is below 1, or the model has nothing to train.
+        ValueError: num_workers is below 1, or the model has nothing to train or a parameter that is uninitialised or
+            has a hook that runs after its gradient was accumulated.
 
     Examples:
         >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)
@@ -211,7 +215,8 @@ class Workers:
             raise TypeError(f"num_workers must be an int, got {num_workers!r}")
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
-        self.rows = Rows([model, *(copy.deepcopy(model) for _ in range(num_workers - 1))])
+        require_initialised(model)
+        self.rows = Rows([model, *(twin_of(model) for _ in range(num_workers - 1))])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -246,19 +251,22 @@ class Workers:
     def mean(self) -> nn.Module:
         """A new model that holds the mean of all workers as they stand now.
 
-        Parameters and floating-point buffers are averaged, integer buffers take the maximum.
+        Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
+        such as sparse ones, is worker 0's.
 
         Raises:
             RuntimeError: a parameter no longer lies in its row.
         """
         self.rows.check()
-        model = copy.deepcopy(self[0])
+        model = copy_of(self[0])
         averaged = dict(model.named_parameters())
         for block in self.rows.blocks:
             means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
         for name, buffer in model.named_buffers():
+            if obstacle(buffer) is not None:
+                continue  # worker 0's, as it stands
             buffer.copy_(merged([module.get_buffer(name) for module in self], "average"))
         return model
 
@@ -300,8 +308,6 @@ def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:
     kinds: dict[tuple, list[Slot]] = {}
     for name, parameter in parameters.items():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is uninitialised: run one forward pass of the lazy module first")
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}): only real parameters are averaged")
         here = comm.held_here(parameter.detach())

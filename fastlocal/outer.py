@@ -131,10 +131,6 @@ class SlowMomentum:
         form: Form,
         impl: Implementation,
     ) -> None:
-        if not slow_lr > 0:
-            raise ValueError(f"slow_lr must be positive, got {slow_lr}")
-        if not 0 <= slow_momentum < 1:
-            raise ValueError(f"slow_momentum must be in [0, 1), got {slow_momentum}")
         self.rows, self.bounds = rows, list(bounds)
         self.slow_lr, self.slow_momentum, self.form = slow_lr, slow_momentum, form
         self.impl: Implementation = impl
@@ -181,7 +177,7 @@ class SlowMomentum:
 
     def step_from_mean_(self, rates: Sequence[float]) -> None:
         """Take the outer step where the one row holds the mean already; 24 bytes a float32 parameter."""
-        self.step_(torch.ones(1, device=self.rows.device), rates, measures=False)
+        self.step_(torch.ones(1, dtype=torch.float32, device=self.rows.device), rates, measures=False)
 
     def commit(self, rates: Sequence[float]) -> None:
         """The step that was taken with these rates counts: the next one refers to them."""

@@ -171,7 +171,7 @@ def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, n
         run(optimizer, team, 1)
 
 
-def another_default_device_changes_nothing(rank, new_group):
+def another_default_device_or_dtype_changes_nothing(rank, new_group):
     group = new_group()
     for options in ({}, {"wire_dtype": torch.bfloat16}, {"warmup_steps": 2, "inner_state": "average"}):
         policy = FixedInterval(3)
@@ -189,6 +189,20 @@ def another_default_device_changes_nothing(rank, new_group):
         single.sync()
         for ours, theirs in zip(tensors_of(team[0]), tensors_of(alone[0]), strict=True):
             torch.testing.assert_close(ours, theirs, **ROUNDED)
+    for kind, k in ((SlowMo, 1), (DiLoCo, 1), (SlowMo, 2)):
+        outcomes = []
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            optimizer, team = build(kind, k, 3, group)
+            for step in range(6):
+                optimizer.zero_grad()
+                for number, model in enumerate(team):
+                    backward(model, step, k * rank + number)
+                torch.set_default_dtype(dtype)
+                optimizer.step()
+                torch.set_default_dtype(torch.float32)
+            outcomes.append(parameters_of(team[0]))
+        assert torch.equal(outcomes[0], outcomes[1])
+        assert torch.equal(outcomes[0], outcomes[2])
 
 
 def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
@@ -712,7 +726,7 @@ SCENARIOS = [
     two_times_two_equals_one_times_four_and_measures_drift,
     two_times_one_is_bit_equal_to_one_times_two,
     a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank,
-    another_default_device_changes_nothing,
+    another_default_device_or_dtype_changes_nothing,
     ranks_that_left_the_warmup_apart_meet_again,
     rank_0_gives_parameters_and_buffers_to_begin_with,
     odd_tensors_are_averaged_and_keep_their_storage,

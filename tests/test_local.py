@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -407,7 +408,7 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         LocalSGD(sgd(), team, 2, buffers="sum")
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         LocalSGD(sgd(), team, 2, warmup_steps=-1)
-    with pytest.raises(ValueError, match="slow_lr must be positive, got 0"):
+    with pytest.raises(ValueError, match="slow_lr must be positive and finite, got 0"):
         SlowMo(sgd(), team, 2, slow_lr=0)
     with pytest.raises(ValueError, match=r"slow_momentum must be in \[0, 1\), got 1.0"):
         DiLoCo(sgd(), team, 2, slow_momentum=1.0)
@@ -881,3 +882,168 @@ def test_a_tensor_rate_is_the_one_of_the_steps_even_if_it_changes_before_the_syn
                 optimizer.sync()
         outcomes.append(parameters_of(team))
     torch.testing.assert_close(*outcomes)
+
+
+def with_buffer(buffer, workers=2, **options):
+    model = nn.Linear(2, 1)
+    model.register_buffer("extra", buffer)
+    team = Workers(model, workers)
+    return LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1, **options), team
+
+
+def step_with(optimizer, team):
+    for model in team:
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("choice", ["average", "broadcast", "keep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_a_buffer_that_is_one_number_is_merged_as_any_other(dtype, choice):
+    optimizer, team = with_buffer(torch.tensor(1.0, dtype=dtype), buffers=choice)
+    team[1].extra.fill_(2.0)
+    assert team.mean().extra == 1.5
+    step_with(optimizer, team)
+    assert [worker.extra.item().real for worker in team] == {
+        "average": [1.5, 1.5], "broadcast": [1.0, 1.0], "keep": [1.0, 2.0]
+    }[choice]  # fmt: skip
+
+
+ODD_BUFFERS = pytest.mark.parametrize(
+    ("buffer", "reason"),
+    [
+        (torch.eye(3).to_sparse(), "has the layout torch.sparse_coo"),
+        (torch.zeros(3, dtype=torch.uint16), "has the dtype torch.uint16"),
+        (torch.zeros(3).to(torch.float8_e4m3fn), "has the dtype torch.float8_e4m3fn"),
+        (torch.ones(1, 4).expand(3, 4), "is expanded: several of its elements share one place in memory"),
+    ],
+    ids=["sparse", "uint16", "float8", "expanded"],
+)
+
+
+@ODD_BUFFERS
+@pytest.mark.parametrize("choice", ["average", "broadcast"])
+def test_a_buffer_that_cannot_be_merged_is_named_before_anything_is_written(buffer, reason, choice):
+    optimizer, team = with_buffer(buffer, buffers=choice)
+    start = [p.detach().clone() for p in team.parameters()]
+    with pytest.raises(RuntimeError, match=f"buffer 'extra' {reason}: pass buffers='keep'"):
+        step_with(optimizer, team)
+    assert optimizer.stats.rounds == 0
+    assert optimizer.steps_in_round == 1
+    for parameter, before in zip(team.parameters(), start, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter, before - 0.1 * parameter.grad)  # the local step alone
+
+
+@ODD_BUFFERS
+def test_a_buffer_that_cannot_be_merged_may_be_kept_or_belong_to_a_lone_worker(buffer, reason):
+    for workers, choice in ((2, "keep"), (1, "average")):
+        optimizer, team = with_buffer(buffer, workers, buffers=choice)
+        with torch.no_grad():
+            team[workers - 1].weight[0, 0] = torch.nan if workers > 1 else 1.0
+        step_with(optimizer, team)
+        assert optimizer.stats.rounds == 1
+        assert team.mean().extra.dtype == buffer.dtype
+
+
+def test_slow_rate_and_momentum_may_be_set_and_a_copy_goes_on_alike():
+    optimizer, team = make(SlowMo, interval=2)
+    expected, other = make(SlowMo, interval=2, slow_lr=0.5, slow_momentum=0.25)
+    optimizer.slow_lr, optimizer.slow_momentum = 0.5, np.float32(0.25)
+    run(optimizer, team, 4)
+    run(expected, other, 4)
+    assert torch.equal(parameters_of(team), parameters_of(other))
+    copied = copy.deepcopy(optimizer)
+    assert (copied.slow_lr, copied.slow_momentum) == (0.5, 0.25)
+    for name, value, error in (
+        ("slow_lr", 0.0, ValueError), ("slow_lr", math.inf, ValueError), ("slow_lr", True, TypeError),
+        ("slow_momentum", 1.0, ValueError), ("slow_momentum", "0.5", TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"{name} must be"):
+            setattr(optimizer, name, value)
+        with pytest.raises(error, match=f"{name} must be"):
+            make(SlowMo, **{name: value})
+    assert (optimizer.slow_lr, optimizer.slow_momentum) == (0.5, 0.25)
+
+
+def test_the_policy_may_be_set_to_an_interval_and_other_choices_not_at_all():
+    optimizer, team = make(LocalSGD, interval=2)
+    run(optimizer, team, 2)
+    optimizer.policy = 3
+    run(optimizer, team, 2)
+    assert optimizer.stats.interval == 3
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        optimizer.policy = 0
+    for name, value in (("inner_state", "reset"), ("buffers", "keep"), ("impl", "reference"), ("wire_dtype", None)):
+        with pytest.raises(AttributeError, match=f"{name} was chosen when the optimizer was built"):
+            setattr(optimizer, name, value)
+
+
+def test_a_group_added_to_the_inner_optimizer_is_checked_and_has_its_rate():
+    def split(through_wrapper):
+        torch.manual_seed(0)
+        team = Workers(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), 2)
+        inner = torch.optim.SGD([p for worker in team for p in worker[0].parameters()], lr=0.1)
+        optimizer = SlowMo(inner, team, 2)
+        added = {"params": [p for worker in team for p in worker[1].parameters()], "lr": 0.02}
+        (optimizer if through_wrapper else inner).add_param_group(added)
+        for step in range(6):
+            for group, factor in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
+                group["lr"] *= factor
+            optimizer.zero_grad()
+            for worker in team:
+                worker(torch.ones(2, 3) * (step + 1)).square().mean().backward()
+            optimizer.step()
+        return parameters_of(team)
+
+    assert torch.equal(split(True), split(False))
+    optimizer, team = make(LocalSGD, interval=2)
+    optimizer.inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="is no trainable parameter of model"):
+        run(optimizer, team, 1)
+
+
+def test_options_that_would_be_wrong_are_found_in_groups_that_were_edited():
+    team = Workers(nn.Linear(2, 1), 2)
+    optimizer = LocalSGD(LAMB(team.parameters(), lr=0.1), team, 1)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm=1.0 would bound the norm of all workers' gradients"):
+        step_with(optimizer, team)
+
+    class WithoutRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    with pytest.raises(ValueError, match="inner's param group 0 has no 'lr'"):
+        LocalSGD(WithoutRate(team.parameters()), team, 1)
+
+
+def test_a_state_that_the_inner_optimizer_cannot_take_leaves_everything_as_it_was():
+    def build(inner_class, **options):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(2, 1), 2)
+        return LocalSGD(inner_class(team.parameters(), lr=0.1, **options), team, 1), team
+
+    saved, other = build(torch.optim.SGD)
+    step_with(saved, other)
+    optimizer, team = build(torch.optim.AdamW)
+    expected, beside = build(torch.optim.AdamW)
+    for _ in range(2):
+        step_with(optimizer, team)
+        step_with(expected, beside)
+
+        def refuse(_inner, _state):
+            raise RuntimeError("not this one")
+
+        hook = optimizer.inner.register_load_state_dict_pre_hook(refuse)
+        with pytest.raises(ValueError, match="does not fit the policy or the inner optimizer: RuntimeError"):
+            optimizer.load_state_dict(expected.state_dict())
+        hook.remove()
+    try:
+        optimizer.load_state_dict(saved.state_dict())
+    except ValueError:
+        step_with(optimizer, team)
+        step_with(expected, beside)
+        assert torch.equal(parameters_of(team), parameters_of(beside))
+    else:
+        pytest.fail("an AdamW took the state of an SGD")

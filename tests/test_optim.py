@@ -699,3 +699,41 @@ def test_a_step_can_be_compiled(optimizer, options):
         train(eager, same, [seed])
     for a, b in zip(params, same, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_FORM
+def test_state_that_was_dropped_right_after_a_step_is_gone(optimizer, options):
+    dropped, fresh = (nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    first, second = (optimizer([p], lr=0.1, weight_decay=0.1, **options) for p in (dropped, fresh))
+    for forget in (first.state.clear, lambda: first.state.pop(dropped, None)):
+        dropped.grad = torch.tensor([1.0, 2.0])
+        first.step()
+        forget()
+        with torch.no_grad():
+            dropped.copy_(torch.tensor([3.0, 4.0]))
+            fresh.copy_(torch.tensor([3.0, 4.0]))
+        second.state.clear()
+        second.__setstate__(second.__getstate__())  # knows nothing from before
+        dropped.grad, fresh.grad = (torch.tensor([-2.0, 1.0]) for _ in range(2))
+        first.step()
+        second.step()
+        assert torch.equal(dropped, fresh)
+        assert len(first.state) == len(second.state)
+        first.state.clear()
+
+
+@BOTH
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}, {"master_weights": True}], ids=str)
+def test_a_parameter_that_changed_its_size_is_refused_before_anything_is_written(optimizer, flags):
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, **flags)
+    set_grads(params, 0)
+    opt.step()
+    for size in (40_000, 2):
+        params[1].data = torch.ones(size)
+        params[1].grad = torch.ones(size)
+        before = params[0].detach().clone()
+        with pytest.raises(ValueError, match=rf"must have their parameter's shape \({size},\), got \(3,\)"):
+            opt.step()
+        assert torch.equal(params[0], before)
+        assert torch.equal(params[1], torch.ones(size))

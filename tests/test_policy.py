@@ -233,3 +233,9 @@ def test_consensus_distance_steers_the_drift_to_its_target():
 def test_wrong_settings_are_named_with_value_and_rule(build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build()
+
+
+@pytest.mark.parametrize("total", [0, -3, math.nan])
+def test_a_run_has_at_least_one_observation(total):
+    with pytest.raises(ValueError, match=f"total_epochs must be at least 1, got {total}"):
+        ValidationLoss(16, total_epochs=total)

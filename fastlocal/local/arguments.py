@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,6 +29,28 @@ def check_wire_dtype(wire_dtype: object) -> None:
     if wire_dtype not in (None, torch.bfloat16):
         kind = ValueError if isinstance(wire_dtype, torch.dtype) else TypeError
         raise kind(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
+
+
+def checked_slow_lr(slow_lr: object) -> float:
+    """The slow rate as a float, or TypeError or ValueError unless it is a positive, finite number."""
+    value = _as_float("slow_lr", slow_lr)
+    if not 0 < value < math.inf:
+        raise ValueError(f"slow_lr must be positive and finite, got {slow_lr}")
+    return value
+
+
+def checked_slow_momentum(slow_momentum: object) -> float:
+    """The slow momentum as a float, or TypeError or ValueError unless it is a number in [0, 1)."""
+    value = _as_float("slow_momentum", slow_momentum)
+    if not 0 <= value < 1:
+        raise ValueError(f"slow_momentum must be in [0, 1), got {slow_momentum}")
+    return value
+
+
+def _as_float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def policy_of(interval: int | Policy) -> Policy:

@@ -11,7 +11,7 @@ from fastlocal.buffers import Buffers
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
-from fastlocal.local.arguments import checked_weights
+from fastlocal.local.arguments import checked_weights, policy_of
 from fastlocal.local.form import require_form
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
@@ -21,11 +21,13 @@ from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
+_FIXED = ("inner_state", "buffers", "impl", "wire_dtype")
+"""Options that the parts of a wrapper have copies of."""
+
 
 class Checkpointed(Wrapper):
     """What LocalSGD is made of, without what it does."""
 
-    policy: Policy
     rows: Rows
     inner_state: InnerState
     buffers: Buffers
@@ -42,7 +44,7 @@ class Checkpointed(Wrapper):
     _own_attributes: tuple[str, ...] = (
         "defaults",
         "inner",
-        "policy",
+        "_policy",
         "rows",
         "inner_state",
         "buffers",
@@ -73,6 +75,22 @@ class Checkpointed(Wrapper):
     @abstractmethod
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         """What the mean of a block becomes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} was chosen when the optimizer was built and cannot be set: build another one"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def policy(self) -> Policy:
+        """What chooses the interval; an int that is set becomes the policy of that interval."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, interval: int | Policy) -> None:
+        self._policy = policy_of(interval)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -116,11 +134,17 @@ class Checkpointed(Wrapper):
         own = state_dict["fastlocal"]
         self._check_saved(own)
         policy_before = self.policy.state_dict()
+        inner_before = self.inner.state, self.inner.param_groups
         try:
             self.policy.load_state_dict(own["policy"]["state"])
             self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # torch.optim takes another optimizer's, and fails at the next step.
+            for before, group in zip(inner_before[1], self.inner.param_groups, strict=True):
+                if lacking := (self.inner.defaults.keys() & before.keys()) - group.keys():
+                    raise ValueError(f"its param_groups have no {' and no '.join(sorted(lacking))}")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self.policy.load_state_dict(policy_before)
+            self.inner.state, self.inner.param_groups = inner_before
             raise ValueError(f"state_dict does not fit the policy or the inner optimizer: {error!r}") from error
         self._restore(own)
         self._team.forget_message()

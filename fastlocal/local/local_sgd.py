@@ -64,7 +64,7 @@ class LocalSGD(Checkpointed):
     Attributes:
         stats: what was counted so far, see Stats.
         steps_in_round: local steps since the last sync.
-        policy: what chooses the interval.
+        policy: what chooses the interval; it may be set between rounds, in all processes alike.
         num_workers: in all processes.
 
     Raises:
@@ -99,8 +99,9 @@ class LocalSGD(Checkpointed):
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         arguments.check_model(model)
         arguments.check_wire_dtype(wire_dtype)
-        self.policy = arguments.policy_of(interval)
+        policy = arguments.policy_of(interval)
         super().__init__(inner)
+        self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
         self.inner_state: InnerState = inner_state
         self.buffers: Buffers = buffers

@@ -81,8 +81,8 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        buffers = module_buffers.collect(self.rows.modules)
-        names = [name for name, _ in self.rows.modules[0].named_buffers()]
+        by_name = module_buffers.collect(self.rows.modules, self.choices.buffers)
+        names, buffers = list(by_name), list(by_name.values())
         frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
         names += frozen
         buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
@@ -153,7 +153,7 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
-        buffers = module_buffers.collect(self.rows.modules)
+        buffers = self._collect_buffers()
         self.rows.pull()
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
@@ -180,7 +180,7 @@ class ManyProcesses(OneProcess):
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
-        buffers = module_buffers.collect(self.rows.modules)
+        buffers = self._collect_buffers()
         elements = sum(own[0].numel() for own in buffers)
         headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
         included = [[True] * len(header.flags) for header in headers]

@@ -31,12 +31,7 @@ class Rates:
     def find_groups(self) -> None:
         """Look up again which group each parameter is in; worker k's is in the same one as worker 0's."""
         groups = self._optimizer.param_groups
-        for group in groups:
-            if len(self._rows) > 1 and group.get("max_grad_norm"):
-                raise ValueError(
-                    f"max_grad_norm={group['max_grad_norm']} would bound the norm of all workers' gradients "
-                    "together: leave it out, and clip each worker's, clip_grad_norm_(worker.parameters(), ...)"
-                )
+        self._require_options()
         group_of = {p: index for index, group in enumerate(groups) for p in group["params"]}
         known = {parameter for parameters in self._rows.parameters for parameter in parameters.values()}
         for parameter in group_of:
@@ -58,13 +53,27 @@ class Rates:
                 f"parameter {name!r} is in the groups {places} for the workers 0 to {len(places) - 1}: "
                 "all workers must have it in the same group"
             )
-        self._group_of = group_of
+        self._group_of, self._num_groups = group_of, len(groups)
+
+    def _require_options(self) -> None:
+        for index, group in enumerate(self._optimizer.param_groups):
+            if "lr" not in group:
+                raise ValueError(f"inner's param group {index} has no 'lr': give it one, which syncs refer to")
+            if len(self._rows) > 1 and group.get("max_grad_norm"):
+                raise ValueError(
+                    f"max_grad_norm={group['max_grad_norm']} would bound the norm of all workers' gradients "
+                    "together: leave it out, and clip each worker's, clip_grad_norm_(worker.parameters(), ...)"
+                )
 
     def note(self, steps_in_round: int) -> None:
         """Take in the rates of the step that follows so many others of its round.
 
         The last step's alone would make slow momentum explode where a rate that fell to almost nothing rises again.
         """
+        if len(self._optimizer.param_groups) != self._num_groups:  # added to the optimizer, not to its wrapper
+            self.find_groups()
+        elif steps_in_round == 0:
+            self._require_options()
         now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
         if steps_in_round == 0:
             self.last = now

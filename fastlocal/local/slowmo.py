@@ -9,6 +9,7 @@ from torch import nn
 from fastlocal.buffers import Buffers
 from fastlocal.flat import Block, Workers
 from fastlocal.inner import InnerState
+from fastlocal.local.arguments import checked_slow_lr, checked_slow_momentum
 from fastlocal.local.local_sgd import LocalSGD
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, Form, SlowMomentum
@@ -44,7 +45,7 @@ class SlowMo(LocalSGD):
     """
 
     _form: Form = "lr-scaled"
-    _own_attributes = (*LocalSGD._own_attributes, "slow_lr", "slow_momentum")
+    _own_attributes = (*LocalSGD._own_attributes, "_slow_lr", "_slow_momentum")
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class SlowMo(LocalSGD):
         wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self.slow_lr, self.slow_momentum = slow_lr, slow_momentum
+        self._slow_lr = checked_slow_lr(slow_lr)
+        self._slow_momentum = checked_slow_momentum(slow_momentum)
         super().__init__(
             inner,
             model,
@@ -77,6 +79,30 @@ class SlowMo(LocalSGD):
             wire_dtype=wire_dtype,
             weights=weights,
         )
+
+    @property
+    def slow_lr(self) -> float:
+        """α; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        return self._slow_lr
+
+    @slow_lr.setter
+    def slow_lr(self, slow_lr: float) -> None:
+        self._slow_lr = checked_slow_lr(slow_lr)
+        for outer in self._outers:
+            assert isinstance(outer, SlowMomentum)
+            outer.slow_lr = self._slow_lr
+
+    @property
+    def slow_momentum(self) -> float:
+        """β, likewise."""
+        return self._slow_momentum
+
+    @slow_momentum.setter
+    def slow_momentum(self, slow_momentum: float) -> None:
+        self._slow_momentum = checked_slow_momentum(slow_momentum)
+        for outer in self._outers:
+            assert isinstance(outer, SlowMomentum)
+            outer.slow_momentum = self._slow_momentum
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         return SlowMomentum(

@@ -22,12 +22,14 @@ class StateColumns:
     """Remembers which state dicts belong to which group, and forgets it all when one is replaced."""
 
     def __init__(self) -> None:
+        self._held: Mapping[Any, State] = {}
         self._params: list[object] = []
         self._states: list[object] = []
         self._groups: dict[Hashable, tuple[list[Tensor], list[State]]] = {}
 
     def begin(self, state: Mapping[Any, State]) -> None:
         """Looks, once a step, whether the optimizer's state still holds the same dicts."""
+        self._held = state
         if not _same(self._params, state, len(state)) or not _same(self._states, state.values(), len(state)):
             self._params, self._states, self._groups = list(state), list(state.values()), {}
 
@@ -54,4 +56,8 @@ class StateColumns:
         states = [find(p) for p in params]
         if not torch.compiler.is_compiling():
             self._groups[group] = (params, states)
+            if len(self._held) > len(self._params):
+                # What was created just now may be dropped again before the next step looks: it must not find things
+                # as it knew them.
+                self._params, self._states = [None], [None]
         return [[s[name] for s in states] for name in names]

@@ -23,7 +23,7 @@ class _FromValidationLoss:
     reads_drift = False
 
     def __init__(self, initial: int, *, total_epochs: int, minimum: int, maximum: int) -> None:
-        if total_epochs < 1:
+        if not total_epochs >= 1:
             raise ValueError(f"total_epochs must be at least 1, got {total_epochs}")
         self.total_epochs = total_epochs
         self.minimum, self.maximum = require_bounds(minimum, maximum)

@@ -180,7 +180,7 @@ class Config:
         _require(
             decay is None or (decay >= 0 and math.isfinite(decay)), "weight_decay", decay, "at least 0 and finite"
         )
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _require(self.threads is None or 1 <= self.threads <= 1024, "threads", self.threads, "in [1, 1024]")
         _require(self.seed < 2**40, "seed", self.seed, "below 2^40")
         if self.max_interval < self.min_interval:
             raise UsageError(

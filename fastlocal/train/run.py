@@ -125,7 +125,7 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
     summary = report.read_json(folder / "summary.json")
     if "test_accuracy" not in summary:
         raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
-    return summary
+    return summary | {"folder": str(folder)}  # which may have been moved
 
 
 def _begin(folder: Path, config: Config) -> None:
