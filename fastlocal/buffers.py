@@ -12,6 +12,7 @@ Buffers = Literal["average", "keep", "broadcast"]
 
 _REDUCED = {
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
 }
 
@@ -80,7 +81,8 @@ def merged(values: Sequence[Tensor], choice: Buffers) -> Tensor:
     """
     stacked = torch.stack(list(values))
     if not (stacked.is_floating_point() or stacked.is_complex()):
-        return stacked.amax(dim=0) if choice == "average" else stacked[0]
+        # torch has no maximum of uint16 and uint32.
+        return stacked.to(torch.int64).amax(dim=0).to(stacked.dtype) if choice == "average" else stacked[0]
     finite = torch.stack([value.isfinite().all() for value in values])
     if choice != "average":
         return stacked[finite.to(torch.uint8).argmax()]

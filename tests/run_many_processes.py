@@ -339,6 +339,20 @@ def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
         optimizer.sync()
 
 
+def a_slow_rate_that_one_rank_alone_sets_is_an_error_on_every_rank(rank, new_group):
+    group = new_group()
+    for kind, name in ((SlowMo, "slow_lr"), (DiLoCo, "slow_momentum")):
+        optimizer, team = build(kind, 1, 2, group)
+        run(optimizer, team, 2, worker=rank)
+        setattr(optimizer, name, 0.25)  # in all alike
+        run(optimizer, team, 2, first=2, worker=rank)
+        assert_equal_everywhere(parameters_of(team[0]), group)
+        if rank == 1:
+            setattr(optimizer, name, 0.125)
+        with pytest.raises(DisagreementError, match=f"rank 1 is at {name} 0.125, rank 0 at 0.25"):
+            run(optimizer, team, 2, first=4, worker=rank)
+
+
 def rank_0_alone_decides_the_interval(rank, new_group):
     group = new_group()
     optimizer, team = build(LocalSGD, 1, OriginalValidationLoss(4, total_epochs=100), group=group)
@@ -733,6 +747,7 @@ SCENARIOS = [
     buffers_are_kept_or_broadcast_as_chosen,
     settings_that_differ_are_named_on_every_rank,
     other_numbers_of_steps_and_rates_are_errors_on_every_rank,
+    a_slow_rate_that_one_rank_alone_sets_is_an_error_on_every_rank,
     rank_0_alone_decides_the_interval,
     drift_is_measured_for_a_policy_that_reads_it,
     a_worker_that_is_not_finite_is_left_out_and_healed,

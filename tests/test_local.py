@@ -909,15 +909,23 @@ def test_a_buffer_that_is_one_number_is_merged_as_any_other(dtype, choice):
     }[choice]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int8, torch.bool])
+def test_the_largest_of_whole_numbers_is_kept(dtype):
+    optimizer, team = with_buffer(torch.tensor([1, 0]).to(dtype))
+    team[1].extra.copy_(torch.tensor([0, 1]))
+    step_with(optimizer, team)
+    assert [worker.extra.tolist() for worker in team] == [[1, 1]] * 2
+
+
 ODD_BUFFERS = pytest.mark.parametrize(
     ("buffer", "reason"),
     [
         (torch.eye(3).to_sparse(), "has the layout torch.sparse_coo"),
-        (torch.zeros(3, dtype=torch.uint16), "has the dtype torch.uint16"),
+        (torch.zeros(3, dtype=torch.uint64), "has the dtype torch.uint64"),
         (torch.zeros(3).to(torch.float8_e4m3fn), "has the dtype torch.float8_e4m3fn"),
         (torch.ones(1, 4).expand(3, 4), "is expanded: several of its elements share one place in memory"),
     ],
-    ids=["sparse", "uint16", "float8", "expanded"],
+    ids=["sparse", "uint64", "float8", "expanded"],
 )
 
 
@@ -966,6 +974,16 @@ def test_slow_rate_and_momentum_may_be_set_and_a_copy_goes_on_alike():
     assert (optimizer.slow_lr, optimizer.slow_momentum) == (0.5, 0.25)
 
 
+def test_a_subclass_may_set_options_before_it_is_put_together():
+    class Mine(SlowMo):
+        def __init__(self, *arguments, **options):
+            self.slow_lr = 0.5
+            super().__init__(*arguments, **options)
+
+    optimizer, _ = make(Mine, slow_lr=0.25)
+    assert optimizer.slow_lr == 0.25
+
+
 def test_the_policy_may_be_set_to_an_interval_and_other_choices_not_at_all():
     optimizer, team = make(LocalSGD, interval=2)
     run(optimizer, team, 2)
@@ -974,9 +992,12 @@ def test_the_policy_may_be_set_to_an_interval_and_other_choices_not_at_all():
     assert optimizer.stats.interval == 3
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         optimizer.policy = 0
-    for name, value in (("inner_state", "reset"), ("buffers", "keep"), ("impl", "reference"), ("wire_dtype", None)):
+    choices = {"inner_state": "reset", "buffers": "keep", "impl": "reference", "wire_dtype": None, "timeout": 3.0}
+    for name, value in choices.items():
         with pytest.raises(AttributeError, match=f"{name} was chosen when the optimizer was built"):
             setattr(optimizer, name, value)
+    with pytest.raises(AttributeError, match="interval was chosen .* cannot be set: set policy"):
+        optimizer.interval = 7
 
 
 def test_a_group_added_to_the_inner_optimizer_is_checked_and_has_its_rate():
@@ -1039,11 +1060,25 @@ def test_a_state_that_the_inner_optimizer_cannot_take_leaves_everything_as_it_wa
         with pytest.raises(ValueError, match="does not fit the policy or the inner optimizer: RuntimeError"):
             optimizer.load_state_dict(expected.state_dict())
         hook.remove()
-    try:
+    with pytest.raises(ValueError, match="its param_groups have dampening, momentum, nesterov, but not .*betas"):
         optimizer.load_state_dict(saved.state_dict())
-    except ValueError:
-        step_with(optimizer, team)
-        step_with(expected, beside)
-        assert torch.equal(parameters_of(team), parameters_of(beside))
-    else:
-        pytest.fail("an AdamW took the state of an SGD")
+    step_with(optimizer, team)
+    step_with(expected, beside)
+    assert torch.equal(parameters_of(team), parameters_of(beside))
+
+
+def test_a_group_saved_before_there_was_an_option_takes_the_present_one():
+    class Younger(torch.optim.SGD):
+        def __init__(self, params, lr, extra=1.0):
+            super().__init__(params, lr)
+            self.defaults["extra"] = extra
+            for group in self.param_groups:
+                group["extra"] = extra
+
+    team = Workers(nn.Linear(2, 1), 2)
+    older = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.3), team, 1)
+    torch.optim.lr_scheduler.ConstantLR(older, 0.5)
+    younger = LocalSGD(Younger(team.parameters(), 0.1, extra=2.0), team, 1)
+    younger.load_state_dict(older.state_dict())
+    assert younger.param_groups[0]["extra"] == 2.0
+    assert younger.param_groups[0]["lr"] == pytest.approx(0.15)

@@ -701,6 +701,23 @@ def test_a_step_can_be_compiled(optimizer, options):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@BOTH
+def test_a_compiled_step_is_one_graph(optimizer):
+    torch.compiler.reset()
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.1)
+    set_grads(params, 0)
+    opt.step()
+    before = [p.detach().clone() for p in params]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step():
+        opt.step()
+
+    step()
+    assert not torch.equal(params[0], before[0])
+
+
 @EVERY_FORM
 def test_state_that_was_dropped_right_after_a_step_is_gone(optimizer, options):
     dropped, fresh = (nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))

@@ -1,11 +1,13 @@
 """Copies of a module: what a forward pass left in it, and what hangs on its parameters."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from fastlocal import LocalSGD, Workers
-from fastlocal.twin import copy_of
+from fastlocal.twin import copy_of, twin_of
 
 
 class Remembers(nn.Module):
@@ -83,3 +85,74 @@ def test_a_lazy_module_is_refused_by_name_until_it_has_seen_an_input(model):
         Workers(model, 2)
     model(torch.ones(4, 2))
     assert len(Workers(model, 2)) == 2
+
+
+def test_a_hook_of_a_parameter_that_was_frozen_acts_once_it_trains_again():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    model[0].weight.register_hook(lambda gradient: gradient * 0)
+    model[0].requires_grad_(False)
+    twin = twin_of(model)
+    assert not twin[0].weight.requires_grad
+    twin.requires_grad_(True)
+    twin(torch.ones(1, 2)).sum().backward()
+    assert twin[0].weight.grad.tolist() == [[0.0, 0.0]]
+
+
+class Masked(nn.Module):
+    """Its hook is a method, with state of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.weight.register_hook(self.mask_gradient)
+        self.weight.owner = self
+        self.calls = 0
+
+    def mask_gradient(self, gradient):
+        self.calls += 1
+        return gradient
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def test_a_method_of_the_module_acts_on_the_copy_and_back_references_lead_to_it():
+    model = Masked()
+    twin = twin_of(model)
+    twin(torch.ones(2)).sum().backward()
+    assert (model.calls, twin.calls) == (0, 1)
+    assert twin.weight.owner is twin
+
+
+def test_attributes_that_deepcopy_refuses_are_copied_without_their_graph_or_shared():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.fast = model.weight - 0.1
+    model.weight.lock = threading.Lock()
+    model.cycle = {}
+    model.cycle["itself"] = model.cycle
+    twin = twin_of(model)
+    assert torch.equal(twin.weight.fast, model.weight.fast)
+    assert twin.weight.lock is model.weight.lock
+    assert twin.cycle["itself"] is twin.cycle
+
+
+def test_a_module_that_is_its_own_copy_keeps_its_hooks_as_they_are():
+    class Shared(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(Shared(2, 1), nn.Linear(1, 1))
+    model[0].weight.register_hook(lambda gradient: gradient)
+    twin = twin_of(model)
+    assert twin[0] is model[0]
+    assert len(model[0].weight._backward_hooks) == 1
+
+
+def test_a_tied_parameter_has_its_hook_once():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+    twin = twin_of(model)
+    for module in (model, twin):
+        module(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(twin[0].weight.grad, model[0].weight.grad)

@@ -48,6 +48,8 @@ def checked_slow_momentum(slow_momentum: object) -> float:
 
 
 def _as_float(name: str, value: object) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)

@@ -1,7 +1,7 @@
 """A wrapper that can be saved, copied and put together again: its parts, and what of them is kept."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +21,24 @@ from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
-_FIXED = ("inner_state", "buffers", "impl", "wire_dtype")
-"""Options that the parts of a wrapper have copies of."""
+_FIXED = ("inner_state", "buffers", "impl", "wire_dtype", "process_group", "timeout", "interval")
+"""Arguments that the parts of a wrapper have copies of, or have gone into."""
+
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+
+
+def _complete(group: dict[str, Any], before: dict[str, Any], options: Iterable[str]) -> None:
+    """Give a loaded group the options that it lacks, which are younger than it.
+
+    Raises:
+        ValueError: it has others instead: torch.optim takes another optimizer's group, and fails at the next step.
+    """
+    lacking = [name for name in options if name in before and name not in group]
+    foreign = group.keys() - before.keys() - _OF_SCHEDULERS
+    if lacking and foreign:
+        raise ValueError(f"its param_groups have {', '.join(sorted(foreign))}, but not {', '.join(lacking)}")
+    group.update((name, before[name]) for name in lacking)
 
 
 class Checkpointed(Wrapper):
@@ -77,10 +93,9 @@ class Checkpointed(Wrapper):
         """What the mean of a block becomes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED and name in self.__dict__:
-            raise AttributeError(
-                f"{name} was chosen when the optimizer was built and cannot be set: build another one"
-            )
+        if name in _FIXED and "_team" in self.__dict__:
+            instead = "set policy" if name == "interval" else "build another one"
+            raise AttributeError(f"{name} was chosen when the optimizer was built and cannot be set: {instead}")
         super().__setattr__(name, value)
 
     @property
@@ -138,10 +153,8 @@ class Checkpointed(Wrapper):
         try:
             self.policy.load_state_dict(own["policy"]["state"])
             self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
-            # torch.optim takes another optimizer's, and fails at the next step.
             for before, group in zip(inner_before[1], self.inner.param_groups, strict=True):
-                if lacking := (self.inner.defaults.keys() & before.keys()) - group.keys():
-                    raise ValueError(f"its param_groups have no {' and no '.join(sorted(lacking))}")
+                _complete(group, before, self.inner.defaults.keys())
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self.policy.load_state_dict(policy_before)
             self.inner.state, self.inner.param_groups = inner_before

@@ -34,10 +34,10 @@ class LocalSGD(Checkpointed):
     `param_groups` and `state` are the inner optimizer's own.
 
     In a process group each process has k rows, and the workers of all are averaged. Before the first step settings
-    are compared, and where parameters differ rank 0's parameters and buffers replace the others'. Rank 0's policy
-    decides for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts
-    there. DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole
-    models are replicated.
+    are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
+    buffers that cannot be sent, such as sparse ones. Rank 0's policy decides for all, on the losses that rank 0
+    observes. A step that GradScaler skips in one process still counts there. DTensors (FSDP) are averaged piece by
+    piece: `process_group` is then the mesh dimension across which whole models are replicated.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.

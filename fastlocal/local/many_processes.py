@@ -158,6 +158,8 @@ class ManyProcesses(OneProcess):
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
             rates=math.fsum(rate for own in closing.rates for rate in own) if self._steps_by_rates() else 0.0,
+            slow_lr=getattr(self.outers[0], "slow_lr", 0.0),
+            slow_momentum=getattr(self.outers[0], "slow_momentum", 0.0),
             elements=sum(own[0].numel() for own in buffers),
             reads_drift=int(closing.reads_drift),
         )
@@ -262,6 +264,8 @@ class ManyProcesses(OneProcess):
             local_steps=stats.local_steps,
             steps_in_round=steps_in_round,
             rates=0.0,
+            slow_lr=0.0,
+            slow_momentum=0.0,
             elements=0,
             interval=0,
             message_bytes=0,

@@ -19,13 +19,15 @@ class DisagreementError(RuntimeError):
 
 
 class Header(NamedTuple):
-    """What a process says when they meet; the first six numbers must be everybody's."""
+    """What a process says when they meet; the first eight numbers must be everybody's."""
 
     purpose: int
     rounds: int
     local_steps: int
     steps_in_round: int
     rates: float  # sum of the learning rates that the outer step reads
+    slow_lr: float
+    slow_momentum: float
     elements: int  # of the buffers, which are exchanged too
     interval: int  # which rank 0 has chosen
     message_bytes: int  # of what rank 0 sends after this
@@ -34,7 +36,10 @@ class Header(NamedTuple):
     weights: tuple[float, ...]  # one a row
 
 
-_COMPARED = ("purpose", "round", "local step", "step in the round", "sum of learning rates", "elements of buffers")
+_COMPARED = (
+    *("purpose", "round", "local step", "step in the round"),
+    *("sum of learning rates", "slow_lr", "slow_momentum", "elements of buffers"),
+)
 
 
 def meet(group: Group, own: Header) -> list[Header]:
@@ -49,9 +54,9 @@ def meet(group: Group, own: Header) -> list[Header]:
     table = []
     for said in group.gather([*map(float, numbers), *map(float, own.flags), *own.weights]):
         flags, weights = said[len(numbers) : len(numbers) + rows], said[len(numbers) + rows :]
-        purpose, rounds, steps, in_round, rates, *rest = said[: len(numbers)]
-        integers: list[Any] = [int(purpose), int(rounds), int(steps), int(in_round), rates, *map(int, rest)]
-        table.append(Header(*integers, flags=tuple(map(bool, flags)), weights=tuple(weights)))
+        kinds = Header.__annotations__.values()
+        read: list[Any] = [kind(number) for kind, number in zip(kinds, said[: len(numbers)], strict=False)]
+        table.append(Header(*read, flags=tuple(map(bool, flags)), weights=tuple(weights)))
     differences = [
         f"rank {rank} is at {what} {_shown(what, theirs)}, rank {group.ranks[0]} at {_shown(what, first)}"
         for rank, header in zip(group.ranks[1:], table[1:], strict=True)

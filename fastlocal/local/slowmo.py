@@ -83,26 +83,32 @@ class SlowMo(LocalSGD):
     @property
     def slow_lr(self) -> float:
         """α; it may be set between rounds, in all processes alike, and counts from the next sync on."""
-        return self._slow_lr
+        return self._momenta[0].slow_lr if self._momenta else self._slow_lr
 
     @slow_lr.setter
     def slow_lr(self, slow_lr: float) -> None:
         self._slow_lr = checked_slow_lr(slow_lr)
-        for outer in self._outers:
-            assert isinstance(outer, SlowMomentum)
+        for outer in self._momenta:
             outer.slow_lr = self._slow_lr
 
     @property
     def slow_momentum(self) -> float:
         """β, likewise."""
-        return self._slow_momentum
+        return self._momenta[0].slow_momentum if self._momenta else self._slow_momentum
 
     @slow_momentum.setter
     def slow_momentum(self, slow_momentum: float) -> None:
         self._slow_momentum = checked_slow_momentum(slow_momentum)
-        for outer in self._outers:
-            assert isinstance(outer, SlowMomentum)
+        for outer in self._momenta:
             outer.slow_momentum = self._slow_momentum
+
+    @property
+    def _momenta(self) -> list[SlowMomentum]:
+        """What takes the outer steps; none before the optimizer is put together."""
+        return [outer for outer in getattr(self, "_outers", ()) if isinstance(outer, SlowMomentum)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_slow_lr": self.slow_lr, "_slow_momentum": self.slow_momentum}
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         return SlowMomentum(

@@ -6,7 +6,7 @@ Every step works in place on lists of tensors, returns None, and leaves the grad
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -50,23 +50,20 @@ def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], the
     return tables if len(parts) == 1 else tables.setdefault(these, {})
 
 
-_shape = attrgetter("shape")
-
-
 def _require_shapes(name: str, values: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> None:
     """Raises ValueError unless all that are there have their parameter's shape: torch's fused kernels do not look."""
-    there = values
+    there: Sequence[Any] = values
     if any(map(is_, values, repeat(None))):
         pairs = [(v, s) for v, s in zip(values, shapes, strict=True) if v is not None]
         there, shapes = [v for v, _ in pairs], [s for _, s in pairs]
-    if (found := list(map(_shape, there))) != list(shapes):
+    if (found := [v.shape for v in there]) != list(shapes):
         own, shape = next((f, s) for f, s in zip(found, shapes, strict=True) if f != s)
         raise ValueError(f"{name} must have their parameter's shape {tuple(shape)}, got {tuple(own)}")
 
 
 def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     first = next(iter(lists.values()))
-    num_tensors, shapes = len(first), list(map(_shape, first))
+    num_tensors, shapes = len(first), [t.shape for t in first]
     for name, values in lists.items():
         if len(values) != num_tensors:
             raise ValueError(f"{name} must hold one entry a parameter, {num_tensors}, got {len(values)}")
