@@ -5,6 +5,7 @@ microseconds, since the store does not answer. While it waits in one, a thread g
 ends, only its neighbours in a ring hear of it, and the others wait on.
 """
 
+import atexit
 import threading
 import time
 import weakref
@@ -13,6 +14,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 _BEAT_SECONDS = 0.25
+_ended = threading.Event()
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Ends them before the interpreter does: inside of a call to the store, that would abort the process."""
+    _ended.set()
+    for thread in list(_threads):
+        thread.join(1.0)
 
 
 class _Note(NamedTuple):
@@ -48,6 +59,7 @@ class Notes:
         """Around a collective."""
         if self._thread is None:
             self._thread = threading.Thread(target=_give_signs, args=(weakref.ref(self),), daemon=True)
+            _threads.add(self._thread)
             self._thread.start()
         self._waits = True
         try:
@@ -112,7 +124,8 @@ def _give_signs(reference: "weakref.ref[Notes]") -> None:
         except RuntimeError:
             return
         del notes
-        time.sleep(_BEAT_SECONDS)
+        if _ended.wait(_BEAT_SECONDS):
+            return
 
 
 def _last_seen(note: _Note) -> str:
