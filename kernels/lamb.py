@@ -24,11 +24,10 @@ from fastlocal.kernels.lamb_chunks import (
     weights_chunk,
 )
 from fastlocal.kernels.lamb_chunks import G as G
-from fastlocal.kernels.trust_ratio_common import BLOCK, gradient_multiplier
+from fastlocal.kernels.trust_ratio_common import RATIO_BLOCK, gradient_multiplier
 from fastlocal.kernels.trust_ratio_queue import announce, arrive, take_ticket, wait_for
 
 TENSORS = 128  # that one program prepares
-_RATIO_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -223,5 +222,5 @@ def step_kernel(
             program, tables, coefficients, numbers, partials, HAS_MASTER, P_DTYPE, G_DTYPE, ALIGNED, CHUNK, BLOCK
         )
         if arrive(counters, tensor, first_chunk):
-            multiply_by_ratio(tensor, partials, first_chunk, adapts, coefficients, low, high, HAS_CLIP, _RATIO_BLOCK)
+            multiply_by_ratio(tensor, partials, first_chunk, adapts, coefficients, low, high, HAS_CLIP, RATIO_BLOCK)
             announce(counters, tensor, num_tensors)

@@ -15,6 +15,7 @@ from fastlocal.kernels.trust_ratio_common import (
     find_chunk,
     load_block,
     load_weight,
+    master_pointer,
     store_block,
     store_weight,
     sum_partials,
@@ -95,9 +96,7 @@ def moments_chunk(
     g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
     v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if HAS_MASTER:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
+    master = master_pointer(pointers, MASTER, num_tensors, tensor, p, HAS_MASTER, ALIGNED)
     row = coefficients + tensor * WIDTH
     multiplier, shrink = tl.load(row + MULTIPLIER), tl.load(row + SHRINK)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)
@@ -180,9 +179,7 @@ def weights_chunk(
     p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
     m = tensor_pointer(pointers, M, num_tensors, tensor, tl.float32, ALIGNED)
     v = tensor_pointer(pointers, V, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if HAS_MASTER:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
+    master = master_pointer(pointers, MASTER, num_tensors, tensor, p, HAS_MASTER, ALIGNED)
     row = coefficients + tensor * WIDTH
     shrink, step_size = tl.load(row + SHRINK), tl.load(row + STEP_SIZE)
     inverse1, inverse2 = tl.load(row + INVERSE1), tl.load(row + INVERSE2)

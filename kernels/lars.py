@@ -9,10 +9,8 @@ import triton.language as tl
 
 from fastlocal.kernels.lars_chunks import COLUMNS as COLUMNS
 from fastlocal.kernels.lars_chunks import norms_chunk, prepare_tensor, weights_chunk
-from fastlocal.kernels.trust_ratio_common import BLOCK
+from fastlocal.kernels.trust_ratio_common import RATIO_BLOCK
 from fastlocal.kernels.trust_ratio_queue import announce, arrive, take_ticket, wait_for
-
-_RATIO_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -174,6 +172,6 @@ def step_kernel(
         if arrive(counters, tensor, first_chunk):
             prepare_tensor(
                 tensor, pointers, num_tensors, coefficients, partials, first_chunk, adapts, numbers, HAS_SCALE,
-                COUNTED, STEP, JOINT, CLIP, LR_IN_BUFFER, MAXIMIZE, _RATIO_BLOCK,
+                COUNTED, STEP, JOINT, CLIP, LR_IN_BUFFER, MAXIMIZE, RATIO_BLOCK,
             )  # fmt: skip
             announce(counters, tensor, num_tensors)

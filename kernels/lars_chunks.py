@@ -15,6 +15,7 @@ from fastlocal.kernels.trust_ratio_common import (
     gradient_multiplier,
     load_block,
     load_weight,
+    master_pointer,
     store_block,
     store_weight,
     sum_partials,
@@ -80,9 +81,7 @@ def norms_chunk(
     if tl.load(adapts + tensor) != 0:
         p = tensor_pointer(pointers, P, num_tensors, tensor, P_DTYPE, ALIGNED)
         g = tensor_pointer(pointers, G, num_tensors, tensor, G_DTYPE, ALIGNED)
-        master = p
-        if MASTER != P:
-            master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
+        master = master_pointer(pointers, MASTER, num_tensors, tensor, p, MASTER != P, ALIGNED)
         multiplier = gradient_multiplier(grad_scale, 1.0, grad_scale, False, HAS_SCALE)
         if MAXIMIZE:
             multiplier = -multiplier
@@ -206,9 +205,7 @@ def weights_chunk(
     b = p
     if HAS_BUFFER:
         b = tensor_pointer(pointers, B, num_tensors, tensor, tl.float32, ALIGNED)
-    master = p
-    if MASTER != P:
-        master = tensor_pointer(pointers, MASTER, num_tensors, tensor, tl.float32, ALIGNED)
+    master = master_pointer(pointers, MASTER, num_tensors, tensor, p, MASTER != P, ALIGNED)
     row = coefficients + tensor * WIDTH
     multiplier, scale = tl.load(row + MULTIPLIER), tl.load(row + SCALE)
     share, step_size = tl.load(row + KEPT), tl.load(row + STEP_SIZE)

@@ -26,7 +26,7 @@ from fastlocal.kernels.trust_ratio_common import (
 from fastlocal.kernels.trust_ratio_tables import DTYPES, Bucket, buckets, kept_buckets
 
 # A sum's order, and so its last bit, depends on the warps: those of the kernels that take both phases.
-_REDUCTION = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+_REDUCTION = {"num_warps": NUM_WARPS}
 
 
 def _arguments(bucket: Bucket) -> dict[str, Any]:
@@ -317,10 +317,9 @@ def _lars_bucket(
         "CLIP": options.trust_clip,
         "LR_IN_BUFFER": options.momentum_form == "lr_in_buffer",
     }
-    has_ratios = options.adapt != "decayed" or options.weight_decay != 0
-    if has_ratios and _in_one_launch(lars.step_kernel, "lars_step", bucket, arguments):
-        return
-    if has_ratios:
+    if options.adapt != "decayed" or options.weight_decay != 0:
+        if _in_one_launch(lars.step_kernel, "lars_step", bucket, arguments):
+            return
         _launch(lars.norms_kernel, bucket.num_chunks, arguments, _size("lars_norms", bucket))
     _launch(lars.prepare_kernel, bucket.num_tensors, arguments, _REDUCTION)
     _launch(lars.weights_kernel, bucket.num_chunks, arguments, _size("lars_weights", bucket))

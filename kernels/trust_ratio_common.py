@@ -15,6 +15,7 @@ from fastlocal.kernels.rounding import round_to
 # Elements a program. Elements a loop iteration, BLOCK, divide it. Not yet measured on a GPU; chosen for 16-byte
 # accesses without spills in the machine code for sm_90.
 CHUNK = 4096
+RATIO_BLOCK = tl.constexpr(BLOCK)  # of the sums between the phases, whatever the phases' own
 
 
 @triton.jit
@@ -31,6 +32,23 @@ def tensor_pointer(
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def master_pointer(
+    pointers,  # (rows, num_tensors) int64, addresses
+    row,  # of the master weights
+    num_tensors,
+    tensor,  # index of the tensor
+    p,  # address of the parameter, which is its own master where it has none
+    HAS_MASTER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The address of one tensor's master weights."""
+    master = p
+    if HAS_MASTER:
+        master = tensor_pointer(pointers, row, num_tensors, tensor, tl.float32, ALIGNED)
+    return master
 
 
 @triton.jit

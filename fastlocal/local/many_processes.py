@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlocal import buffers as module_buffers
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
@@ -81,7 +80,7 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        by_name = module_buffers.collect(self.rows.modules, self.choices.buffers)
+        by_name = self._collect_buffers()
         names, buffers = list(by_name), list(by_name.values())
         frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
         names += frozen
@@ -153,7 +152,7 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
-        buffers = self._collect_buffers()
+        buffers = list(self._collect_buffers().values())
         self.rows.pull()
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
@@ -182,7 +181,7 @@ class ManyProcesses(OneProcess):
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
-        buffers = self._collect_buffers()
+        buffers = list(self._collect_buffers().values())
         elements = sum(own[0].numel() for own in buffers)
         headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
         included = [[True] * len(header.flags) for header in headers]

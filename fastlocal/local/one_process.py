@@ -112,7 +112,7 @@ class OneProcess:
         Raises:
             DivergedError: no worker's parameters are finite; then nothing is written.
         """
-        buffers = self._collect_buffers()
+        buffers = self._collect_buffers().values()
         self.rows.pull()
         finite = self.finite()
         relative = relative_weights(closing.weights)
@@ -164,14 +164,14 @@ class OneProcess:
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
-        buffers = self._collect_buffers()
+        buffers = self._collect_buffers().values()
         return module_buffers.merge_(buffers, self.choices.buffers, [True] * len(self.rows))
 
-    def _collect_buffers(self) -> list[list[Tensor]]:
-        """Each buffer in every worker of this process."""
+    def _collect_buffers(self) -> dict[str, list[Tensor]]:
+        """Each buffer in every worker of this process, by name."""
         # A worker alone has nobody to agree with, so that no kind of buffer is in its way.
         choice = self.choices.buffers if len(self.rows) * self.num_processes > 1 else "keep"
-        return list(module_buffers.collect(self.rows.modules, choice).values())
+        return module_buffers.collect(self.rows.modules, choice)
 
     def finite(self) -> Tensor:
         """Bool, shape (k,): which rows are finite, in all the pieces that other processes hold too."""

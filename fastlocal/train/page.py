@@ -64,6 +64,7 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         lstrip_blocks=True,
     )
     groups = collection.groups
+    tried = searches(groups)
     runs = [run for group in groups for run in group.runs]
     notes = list(dict.fromkeys(group.note for group in groups if group.note))
     return environment.get_template("report.html").render(
@@ -76,8 +77,8 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         has_original=any(group.original for group in groups),
         other_budget=any(_other_budget(group) for group in groups),
         notes=notes,
-        rates=sorted({rate(group) for search in searches(groups) for group in search.groups}),
-        searches=[(search.name, _by_rate(search)) for search in searches(groups)],
+        rates=sorted({rate(group) for search in tried for group in search.groups}),
+        searches=[(search.name, _by_rate(search)) for search in tried],
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
         common=_common(groups),
