@@ -196,10 +196,11 @@ from fastlocal.train.cli import main
 
 begin = run._begin
 
-def begin_and_die(folder, config):
-    begin(folder, config)
+def begin_and_die(*arguments):
+    finished = begin(*arguments)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
+    return finished
 
 run._begin = begin_and_die
 sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,7 @@
 """Whole runs: what they write, exact resume, kill -9, and errors as one line with an exit code."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -11,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_until
 
 from fastlocal.train import checkpoint, data
+from fastlocal.train import run as run_module
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
+from fastlocal.train.lock import hold
 from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = ["--batch-size", "16", "--workers", "2", "--interval", "4"]
 THREE_EPOCHS = [*SMALL, "--synthetic-images", "400", "--epochs", "3"]
@@ -155,6 +161,7 @@ def test_a_run_writes_what_it_promises(tmp_path, capsys):
         "checkpoint.pt",
         "curves.png",
         "summary.json",
+        ".lock",
     }
     summary = json.loads((out / "summary.json").read_text())
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
@@ -188,7 +195,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
         *("--synthetic-images", "400", "--epochs", "8", "--method", "slowmo", "--threads", "1"),
     ]
     command += ["--checkpoint-seconds", "0", "--resume", "--out"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     kills, rng = 0, random.Random(0)
     while kills < 3:
         process = subprocess.Popen(
@@ -228,7 +235,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fastlocal", "train", *SMALL, "--epochs", "1000"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "run")],
@@ -244,6 +251,50 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.strip() == "stopped; the same command with --resume goes on"
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0.1)
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--epochs", "1000", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fastlocal", "train", *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
+        wait_until((out / "config.json").exists)
+        try:
+            assert f"{out} is in use by process {first.pid} on " in fails(capsys, [*arguments, "--resume"])
+        finally:
+            first.kill()
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_run_again(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert main(["train", *ONE_EPOCH, "--out", str(out)]) == 0
+    summary = (out / "summary.json").read_bytes()
+    (out / "summary.json").unlink()
+
+    def wait_for_its_end(folder, *, patience_seconds):
+        (folder / "summary.json").write_bytes(summary)
+        return hold(folder, patience_seconds=patience_seconds)
+
+    monkeypatch.setattr(run_module, "hold", wait_for_its_end)
+    capsys.readouterr()
+    assert main(["train", *ONE_EPOCH, "--out", str(out), "--resume"]) == 0
+    shown = capsys.readouterr().out
+    assert "has been finished by another process" in shown.replace("\n", " ")
+    assert "going on after" not in shown
+    assert (out / "summary.json").read_bytes() == summary
+
+
+def test_a_run_in_a_filesystem_without_locks_says_so_and_goes_on(tmp_path, capsys, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main(["train", *ONE_EPOCH, "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "No locks available" in shown
+    assert "keep other runs out of it yourself" in shown
 
 
 def fails(capsys, arguments, code=2):
@@ -340,18 +391,40 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_last_chec
         "import resource, sys; from fastlocal.__main__ import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); sys.exit(main())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, "train", *ONE_EPOCH, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "checkpoint.pt cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a full disk of Linux")
+def test_a_full_disk_under_standard_output_is_one_line():
+    command = [
+        sys.executable,
+        "-m",
+        "fastlocal",
+        "plan",
+        "--parameters",
+        "1e9",
+        "--workers",
+        "8",
+        "--step-seconds",
+        "1",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--gbps", "1"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
 
 
 def test_without_the_extra_the_command_says_what_to_install():
     code = "import sys; sys.modules['cyclopts'] = None; from fastlocal.__main__ import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'fastlocal[train]'" in done.stderr

@@ -1,5 +1,6 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
+import errno
 import fnmatch
 import os
 import sys
@@ -259,6 +260,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RunError as error:
         _say(errors, error)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What a run keeps has errors of its own.
+        _say(errors, RunError(f"standard output cannot be written: {error.strerror}"))
         return 1
     except KeyboardInterrupt:
         arguments = sys.argv[1:] if argv is None else argv

@@ -15,7 +15,6 @@ from rich.console import Console
 from fastlocal.train import report
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunDivergedError, RunError, UsageError
-from fastlocal.train.lock import hold
 from fastlocal.train.run import run
 from fastlocal.train.values import config_from
 
@@ -54,8 +53,7 @@ def main() -> int:
     try:
         config = config_from(json.loads(sys.argv[1]))
         try:
-            # The job of a study that was killed may still be on its way out.
-            with hold(config.folder, patience_seconds=10), Display(Console(width=160)) as display:
+            with Display(Console(width=160)) as display:
                 run(config, display)
         except RunDivergedError as error:
             report.write_json(config.folder / FAILED, {"message": str(error), "config": config.as_dict()})

@@ -17,6 +17,10 @@ except ModuleNotFoundError:  # Windows
 _POLL_SECONDS = 0.1
 
 
+class NoLocksError(UsageError):
+    """The system or the filesystem has no locks."""
+
+
 @contextmanager
 def hold(folder: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Keep a folder for this process; it is made if it is not there.
@@ -28,13 +32,14 @@ def hold(folder: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
         patience_seconds: how long to wait for another holder.
 
     Raises:
-        UsageError: another process holds it (it is named), the folder cannot be made, or its filesystem has no locks.
+        UsageError: another process holds it (it is named), or the folder cannot be made.
+        NoLocksError: this system or the folder's filesystem has no locks.
     """
-    if fcntl is None:
-        raise UsageError(f"{folder} cannot be locked: {platform.system()} has no flock, which a study needs")
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            raise NoLocksError(f"{folder} cannot be locked: {platform.system()} has no flock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
@@ -58,7 +63,7 @@ def _taken(descriptor: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise UsageError(
+        raise NoLocksError(
             f"{path} cannot be locked: {error.strerror}; choose an --out on a filesystem that has locks"
         ) from None
     return True

@@ -1,5 +1,6 @@
 """One run, from a Config to a finished folder."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.lock import NoLocksError, hold
 from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
 
+# One that was killed, and whose successor is here already, may still be on its way out.
+_PATIENCE_SECONDS = 10.0
 _OUTPUTS = {"records.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
 
 
@@ -38,14 +42,17 @@ def run(config: Config, display: Display) -> dict[str, Any]:
     except comm.RendezvousError as error:
         raise RunError(str(error)) from None
     try:
-        summary = _run(config, device, Processes(group), display)
+        with ExitStack() as held:
+            summary = _run(config, device, Processes(group), display, held)
     except (comm.LostRankError, DisagreementError) as error:
         raise RunError(str(error)) from None
     comm.leave()
     return summary
 
 
-def _run(config: Config, device: torch.device, processes: Processes, display: Display) -> dict[str, Any]:
+def _run(
+    config: Config, device: torch.device, processes: Processes, display: Display, held: ExitStack
+) -> dict[str, Any]:
     folder = config.folder
     processes.share(config.workers)
     if comm.was_noted(f"began {folder}"):
@@ -63,7 +70,10 @@ def _run(config: Config, device: torch.device, processes: Processes, display: Di
     training = Training(config, splits, folder / "checkpoint.pt", device, processes, display.step)
     # First the note: a process that is killed right after the folder was made must be let in again.
     comm.note_for_restarts(f"began {folder}")
-    processes.from_first(lambda: _begin(folder, config))
+    finished = processes.from_first(lambda: _begin(folder, config, display, held))
+    if finished is not None:
+        display.note(f"{folder} has been finished by another process")
+        return finished
     if config.resume and processes.from_first(training.checkpoint_path.exists):
         training.resume()
         display.note(f"going on after epoch {training.epoch}, step {training.step}")
@@ -128,14 +138,18 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
     return summary | {"folder": str(folder)}  # which may have been moved
 
 
-def _begin(folder: Path, config: Config) -> None:
-    """Make the folder and write config.json, if they are not there."""
+def _begin(folder: Path, config: Config, display: Display, held: ExitStack) -> dict[str, Any] | None:
+    """Make the folder, keep it for this process, write config.json; returns the summary if it is finished by now."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
+        held.enter_context(hold(folder, patience_seconds=_PATIENCE_SECONDS))
+    except NoLocksError as error:
+        display.note(f"{error}: keep other runs out of it yourself")
+    finished = _look(folder, config)  # another process may have been here meanwhile
+    if finished is not None:
+        return finished
     if not (folder / "config.json").exists():
         try:
             report.write_json(folder / "config.json", config.as_dict())
         except RunError as error:
             raise UsageError(str(error)) from None
+    return None
