@@ -259,3 +259,38 @@ def test_one_process_needs_no_torch_distributed_and_several_say_what_they_lack(t
     assert "WORLD_SIZE is 2, but this torch was built without torch.distributed: start one" in lines
     assert lines[-1] == "exit code 0"
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+HOLDS = """
+import torch
+from fastlocal import comm
+from fastlocal.comm import lent
+
+def held():
+    return sum(reference() is not None for reference in lent._lent)
+
+group = comm.join(torch.device("cpu"))
+group.arrive("add up", 0)
+total = torch.zeros(5)
+at_once, after_waiting = 0, 0
+for _ in range(300):
+    group.gather([1.0, 2.0])
+    group.reduce_(total.fill_(1.0), "sum")
+    group.broadcast_(total, 0)
+    assert total.tolist() == [2.0] * 5
+    at_once += held() > 0
+    lent.wait_for_all()
+    after_waiting += held()
+print("held", at_once, after_waiting, flush=True)
+comm.leave()
+"""
+
+
+def test_a_process_can_wait_until_gloo_holds_none_of_its_tensors(store):
+    both = [start(HOLDS, store.port, rank, 2, **UNDER_TORCHRUN) for rank in (0, 1)]
+    held = []
+    for code, said, errors in map(finish, both):
+        assert code == 0, errors
+        held.append([int(number) for number in said.split()[1:]])
+    assert all(after_waiting == 0 for _, after_waiting in held)
+    assert any(at_once > 0 for at_once, _ in held), "gloo let go at once in 600 collectives: is the wait needed?"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlocal.comm.lent import lent
 from fastlocal.comm.notes import Notes
 from fastlocal.comm.turn import Turn
 
@@ -196,7 +197,7 @@ class Group:
         """Overwrite the contiguous tensor with that of process `source` of the group."""
         if tensor.numel():
             self._run(
-                lambda: dist.broadcast(tensor, self.ranks[source], group=self.process_group, async_op=True),
+                lambda: dist.broadcast(lent(tensor), self.ranks[source], group=self.process_group, async_op=True),
                 tensor.device,
             )
 
@@ -210,7 +211,7 @@ class Group:
         }
         if tensor.numel():
             self._run(
-                lambda: dist.all_reduce(tensor, operations[operation], group=self.process_group, async_op=True),
+                lambda: dist.all_reduce(lent(tensor), operations[operation], group=self.process_group, async_op=True),
                 tensor.device,
             )
 
@@ -232,14 +233,18 @@ class Group:
             parts.view(-1)[: len(tensor)] = tensor
         received = torch.empty_like(parts)
         self._run(
-            lambda: dist.all_to_all_single(received, parts, group=self.process_group, async_op=True), tensor.device
+            lambda: dist.all_to_all_single(lent(received), lent(parts), group=self.process_group, async_op=True),
+            tensor.device,
         )
         total = received[0].to(torch.float32)
         for part in received[1:]:
             total.add_(part)
         own = total.to(tensor.dtype)
         self._run(
-            lambda: dist.all_gather(list(parts.unbind()), own, group=self.process_group, async_op=True), tensor.device
+            lambda: dist.all_gather(
+                list(map(lent, parts.unbind())), lent(own), group=self.process_group, async_op=True
+            ),
+            tensor.device,
         )
         if not whole:
             tensor.copy_(parts.view(-1)[: len(tensor)])
@@ -248,7 +253,7 @@ class Group:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
         self._run(
-            lambda: dist.all_gather(everybody, own, group=self.process_group, async_op=True),
+            lambda: dist.all_gather(list(map(lent, everybody)), lent(own), group=self.process_group, async_op=True),
             torch.device("cpu"),
         )
         return everybody

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlocal.comm.lent import lent
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, told without importing torch's distributed tensors."""
@@ -54,7 +56,7 @@ def sum_over_pieces_(values: Tensor, owners: Sequence[Tensor]) -> None:
     for (mesh, cut), rows in alike.items():
         part = values[rows]
         for dim in cut:
-            dist.all_reduce(part, group=mesh.get_group(dim))
+            dist.all_reduce(lent(part), group=mesh.get_group(dim))
         values[rows] = part
 
 
@@ -75,7 +77,7 @@ def take_least_on_mesh_(values: Tensor, owner: Tensor) -> None:
 
     assert isinstance(owner, DTensor)
     for dim in range(owner.device_mesh.ndim):
-        dist.all_reduce(values, op=dist.ReduceOp.MIN, group=owner.device_mesh.get_group(dim))
+        dist.all_reduce(lent(values), op=dist.ReduceOp.MIN, group=owner.device_mesh.get_group(dim))
 
 
 def ranks_on_mesh(owner: Tensor) -> set[int]:
