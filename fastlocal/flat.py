@@ -160,7 +160,9 @@ class Rows:
                     reason = (
                         "was replaced by another one, which no optimizer steps: load state dicts without assign=True"
                     )
-                    if comm.is_sharded(parameter):
+                    if name not in present:
+                        reason = "is gone: prune or parametrise the model before it is handed to fastlocal"
+                    elif comm.is_sharded(parameter):
                         reason = "is not in pieces now: call model.reshard() after a forward pass without a backward"
                     raise RuntimeError(f"parameter {name!r} of worker {worker} {reason}")
             new = [name for name, p in present.items() if p.requires_grad and name not in known]
@@ -173,7 +175,8 @@ class Rows:
             if block.owner is None and not block.holds(parameter, worker, slot):
                 raise RuntimeError(
                     f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was moved, "
-                    "cast or re-assigned): do that before it is handed to fastlocal"
+                    "cast or re-assigned): do that before it is handed to fastlocal; several optimizers of one model "
+                    "take the same Workers"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

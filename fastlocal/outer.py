@@ -37,17 +37,17 @@ class Average:
         """Nothing to remember."""
 
     def step_(
-        self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None, *, measures: bool
+        self, weights: Tensor, rates: Sequence[float | None], mean: Tensor | None = None, *, measures: bool
     ) -> Tensor | None:
         """Average the rows. See SlowMomentum.step_."""
         parts = _new_parts(self.rows) if measures else None
         ops.average_(self.rows, weights, parts, mean, impl=self.impl)
         return None if parts is None else parts.sum(dim=1, dtype=torch.float64)
 
-    def step_from_mean_(self, rates: Sequence[float]) -> None:
+    def step_from_mean_(self, rates: Sequence[float | None]) -> None:
         """The one row holds the mean already: nothing is left to do."""
 
-    def commit(self, rates: Sequence[float]) -> None:
+    def commit(self, rates: Sequence[float | None]) -> None:
         """Nothing to remember."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class AnchoredAverage(Average):
         """The first row becomes the anchor."""
         self._anchor.copy_(self.rows[0])
 
-    def commit(self, rates: Sequence[float]) -> None:
+    def commit(self, rates: Sequence[float | None]) -> None:
         """The mean, which every row holds now, becomes the anchor."""
         self.begin()
 
@@ -144,13 +144,14 @@ class SlowMomentum:
         self.anchor.copy_(self.rows[0])
 
     def step_(
-        self, weights: Tensor, rates: Sequence[float], mean: Tensor | None = None, *, measures: bool
+        self, weights: Tensor, rates: Sequence[float | None], mean: Tensor | None = None, *, measures: bool
     ) -> Tensor | None:
         """Take the outer step.
 
         Args:
             weights: shape (k,), float32; 0 leaves a row out.
-            rates: each parameter's mean inner learning rate in the round that ends.
+            rates: each parameter's mean inner learning rate in the round that ends; None for one that takes the plain
+                mean, its momentum left as it is.
             mean: shape (n,), where other processes have a share in it; may be overwritten.
             measures: whether the drift is wanted.
 
@@ -175,11 +176,11 @@ class SlowMomentum:
                 drift += parts.sum(dim=1, dtype=torch.float64)
         return drift
 
-    def step_from_mean_(self, rates: Sequence[float]) -> None:
+    def step_from_mean_(self, rates: Sequence[float | None]) -> None:
         """Take the outer step where the one row holds the mean already; 24 bytes a float32 parameter."""
         self.step_(torch.ones(1, dtype=torch.float32, device=self.rows.device), rates, measures=False)
 
-    def commit(self, rates: Sequence[float]) -> None:
+    def commit(self, rates: Sequence[float | None]) -> None:
         """The step that was taken with these rates counts: the next one refers to them."""
         self.last_rates = [rate or last for rate, last in zip(rates, self.last_rates, strict=True)]
 
@@ -197,7 +198,7 @@ class SlowMomentum:
         self.momentum_buffer.copy_(state_dict["momentum_buffer"])
         self.last_rates = list(state_dict["last_rates"])
 
-    def _spans(self, rates: Sequence[float]) -> list[tuple[int, int, Coefficients]]:
+    def _spans(self, rates: Sequence[float | None]) -> list[tuple[int, int, Coefficients]]:
         """Neighbouring parameters with equal coefficients, joined: usually one span, so one launch."""
         spans: list[tuple[int, int, Coefficients]] = []
         for (start, stop), rate, last in zip(self.bounds, rates, self.last_rates, strict=True):
@@ -207,8 +208,10 @@ class SlowMomentum:
             spans.append((start, stop, coefficients))
         return spans
 
-    def _coefficients(self, rate: float, last_rate: float) -> Coefficients:
+    def _coefficients(self, rate: float | None, last_rate: float) -> Coefficients:
         alpha, beta = self.slow_lr, self.slow_momentum
+        if rate is None:
+            return Coefficients(direct=1.0, momentum=0.0, decay=1.0, gain=0.0)
         if self.form == "nesterov":
             return Coefficients(direct=alpha, momentum=alpha * beta, decay=beta, gain=1.0)
         if rate == 0:

@@ -1,8 +1,10 @@
 """Copies of a module: what `copy.deepcopy` refuses or leaves out."""
 
 import copy
-from collections.abc import Iterator
-from types import MethodType
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +20,15 @@ def require_initialised(module: nn.Module) -> None:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy; what a forward pass left in the module, such as an attention map, is copied without its graph."""
-    return copy.deepcopy(module, _memo(module))
+    """A deep copy; what a forward pass left in the module, such as an attention map, is copied without its graph.
+
+    Raises:
+        ValueError: an attribute is a function around a part of the module, which its copy would use too.
+    """
+    memo = _memo(module)
+    copied = copy.deepcopy(module, memo)
+    _require_own_functions(module, copied, memo)
+    return copied
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -28,10 +37,12 @@ def twin_of(module: nn.Module) -> nn.Module:
     A hook that is a method of the module becomes one of the copy; attributes that cannot be copied are shared.
 
     Raises:
-        ValueError: a parameter has a hook that runs after its gradient was accumulated: that is about this one alone.
+        ValueError: a parameter has a hook that runs after its gradient was accumulated: that is about this one alone;
+            or see copy_of.
     """
     memo = _memo(module)
     twin = copy.deepcopy(module, memo)
+    _require_own_functions(module, twin, memo)
     for (name, parameter), copied in zip(module.named_parameters(), twin.parameters(), strict=True):
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
@@ -51,6 +62,41 @@ def twin_of(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Raise ValueError for a function in the copy that closes over a part of the original: copies share functions."""
+    for (name, submodule), twin in zip(module.named_modules(), copied.modules(), strict=True):
+        theirs = {id(function) for _, function in _functions(twin)}
+        for attribute, function in _functions(submodule):
+            if id(function) in theirs and any(map(_is_part(memo), function.__closure__ or ())):
+                where = f"{name}.{attribute}" if name else attribute
+                raise ValueError(
+                    f"{where!r} is a function around a part of the model itself, which the copies of the model "
+                    "would share, and compute with: make it a method"
+                )
+
+
+def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
+    """The attributes of a module, and the entries of those that are dicts, such as hooks, that are functions."""
+    for attribute, value in vars(module).items():
+        for each in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(each, FunctionType):
+                yield attribute, each
+
+
+def _is_part(memo: dict[int, Any]) -> Callable[[CellType], bool]:
+    """Whether a closure's cell holds a module or tensor that was copied, or a method of one."""
+
+    def is_part(cell: CellType) -> bool:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # nothing yet
+            return False
+        held = getattr(held, "__self__", held)
+        return isinstance(held, (nn.Module, Tensor)) and id(held) in memo
+
+    return is_part
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
@@ -66,11 +112,14 @@ def _memo(module: nn.Module) -> dict[int, Any]:
 
 
 def _results(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in attributes, and in their lists and dicts, that have a graph."""
+    """The tensors in attributes, and in the collections and dataclasses among them, that have a graph."""
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             yield value
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+    elif id(value) not in seen:
         seen.add(id(value))
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _results(each, seen)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name, None) for field in fields(value)}
+        if isinstance(value, (dict, list, tuple, set, deque)):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from _results(each, seen)

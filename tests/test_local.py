@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fastlocal import LAMB, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
 
@@ -51,6 +52,103 @@ def parameters_of(team):
 def poison(model, value=torch.nan):
     with torch.no_grad():
         next(model.parameters())[1, 2, 0, 1] = value
+
+
+def regression(kind, split, workers=2, interval=4):
+    """A linear model under one optimizer, or under one for each parameter; and a function that takes a step."""
+    torch.manual_seed(0)
+    team = Workers(nn.Linear(4, 2, dtype=torch.float64), workers)
+    each = [[p for p in team.parameters() if p.dim() == dim] for dim in (2, 1)]
+    optimizers = [
+        kind(torch.optim.SGD(parameters, lr=0.05, momentum=0.9), team, interval)
+        for parameters in (each if split else [each[0] + each[1]])
+    ]
+
+    def step(number):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for worker, model in enumerate(team):
+            generator = torch.Generator().manual_seed(100 * number + worker)
+            x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+            (model(x) - x[:, :2]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return team, step
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+def test_an_optimizer_for_each_parameter_is_one_for_all(kind):
+    (one, step_one), (several, step_several) = (regression(kind, split) for split in (False, True))
+    for number in range(12):
+        step_one(number)
+        step_several(number)
+    torch.testing.assert_close(parameters_of(several), parameters_of(one), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+def test_a_layer_that_is_frozen_on_the_way_stays_where_it_is_until_it_trains_again(kind):
+    team, step = regression(kind, split=False)
+    for number in range(8):
+        step(number)
+    for model in team:
+        model.bias.requires_grad_(False).grad = None
+    linear = team[0]
+    assert isinstance(linear, nn.Linear)
+    frozen, weight = linear.bias.clone(), linear.weight.clone()
+    for number in range(8, 16):
+        step(number)
+    torch.testing.assert_close(linear.bias, frozen, rtol=1e-15, atol=1e-15)
+    assert (linear.weight - weight).abs().max() > 1e-3
+    for model in team:
+        model.bias.requires_grad_(True)
+    for number in range(16, 24):
+        step(number)
+    assert (linear.bias - frozen).abs().max() > 1e-4
+
+
+def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states_leave_it():
+    optimizer, team = make(interval=4)
+    optimizer.slow_lr, optimizer.slow_momentum, optimizer.policy = 0.3, 0.2, 2
+    run(optimizer, team, 3)
+    saved = copy.deepcopy({"workers": team.state_dict(), "optimizer": optimizer.state_dict()})
+    again, others = make(interval=4)
+    others.load_state_dict(saved["workers"])
+    again.load_state_dict(saved["optimizer"])
+    run(optimizer, team, 6, first=3)
+    run(again, others, 6, first=3)
+    assert torch.equal(parameters_of(team), parameters_of(others))
+    assert again.stats.rounds == optimizer.stats.rounds == 4
+
+    old = copy.deepcopy(saved["optimizer"])
+    del old["fastlocal"]["slow_lr"], old["fastlocal"]["slow_momentum"]
+    old["fastlocal"]["policy"]["state"] = {}
+    fresh, _ = make(interval=5, slow_lr=0.9)
+    fresh.load_state_dict(old)
+    assert (fresh.slow_lr, fresh.slow_momentum, fresh.policy.interval) == (0.9, 0.5, 5)
+    old["fastlocal"]["slow_lr"] = -1.0
+    with pytest.raises(ValueError, match="slow_lr must be positive and finite, got -1.0"):
+        fresh.load_state_dict(old)
+    assert fresh.slow_lr == 0.9
+
+
+def test_a_state_without_our_entry_says_who_drops_it():
+    optimizer, _ = make()
+    with pytest.raises(ValueError, match="get_optimizer_state_dict of torch.distributed.checkpoint does"):
+        optimizer.load_state_dict(optimizer.inner.state_dict())
+
+
+def test_a_model_that_is_pruned_or_wrapped_again_is_told_so():
+    optimizer, team = make(interval=1)
+    prune.l1_unstructured(team[1][0], "weight", amount=0.5)
+    with pytest.raises(RuntimeError, match=r"'0.weight' of worker 1 is gone: prune or parametrise the model before"):
+        run(optimizer, team, 1)
+    model = nn.Linear(3, 2)
+    first = SlowMo(torch.optim.SGD([model.weight], lr=0.1), model, 1)
+    SlowMo(torch.optim.SGD([model.bias], lr=0.1), model, 1)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="several optimizers of one model take the same Workers"):
+        first.step()
 
 
 def test_a_round_ends_after_interval_steps_and_all_workers_are_equal_then():

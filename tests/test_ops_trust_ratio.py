@@ -171,3 +171,18 @@ def test_triton_refuses_dtypes_it_does_not_step(dtype):
     p, g = [torch.zeros(2, dtype=dtype)], [torch.ones(2, dtype=dtype)]
     with pytest.raises(RuntimeError, match="kernels for float32, bfloat16 and float16, got torch.float64"):
         ops.lamb_(p, g, p, p, [torch.zeros(())], LAMB, impl="triton")
+
+
+@pytest.mark.parametrize("norm", [1.0, 1e-6, 1e-10, 1e-14, 1e-17])
+def test_lars_keeps_its_digits_where_the_ratio_is_small(norm):
+    options = replace(LARS, weight_decay=0.0, eps=0.0, trust_coefficient=1.0, lr=10.0)
+    start, grad = torch.full((4,), norm / 2), torch.full((4,), -0.5)  # of norm 1
+    param, buffer = start.clone(), torch.zeros(4)
+    ops.lars_([param], [grad], [buffer], [None], options)
+    ops.lars_([param], [grad], [buffer], [None], options)
+    expected, momentum = start.double(), torch.zeros(4, dtype=torch.float64)
+    for _ in range(2):
+        momentum = 0.9 * momentum + expected.norm() / grad.double().norm() * grad
+        expected = expected - 10.0 * momentum
+    torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(buffer.double(), momentum, rtol=1e-6, atol=0.0)

@@ -471,6 +471,74 @@ def test_a_state_of_the_wrong_shape_is_refused(optimizer):
         optimizer([nn.Parameter(torch.randn(5, 4))]).load_state_dict(opt.state_dict())
 
 
+def test_a_state_whose_steps_are_others_is_refused():
+    params = make_params()
+    theirs = torch.optim.AdamW(params, amsgrad=True)
+    with pytest.raises(
+        ValueError, match="made with amsgrad=True, which LAMB does not have: its steps would be others"
+    ):
+        LAMB(params).load_state_dict(theirs.state_dict())
+    saved = LAMB(params).state_dict()
+    saved["param_groups"][0]["caution"] = True
+    with pytest.raises(ValueError, match="made with caution=True, which LAMB does not have"):
+        LAMB(params).load_state_dict(saved)
+
+
+def test_moments_without_a_count_of_steps_are_refused_by_lamb():
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    saved = opt.state_dict()
+    for state in saved["state"].values():
+        del state["step"]
+    with pytest.raises(ValueError, match="moments but no 'step'"):
+        LAMB(params).load_state_dict(saved)
+
+
+@BOTH
+def test_a_checkpoint_of_kernels_goes_on_where_there_are_none_and_another_class_does_not_choose_the_path(optimizer):
+    params = make_params(torch.float64)  # which no kernel takes
+    there, here = optimizer(params, fused=True), optimizer(params)
+    here.load_state_dict(there.state_dict())
+    assert here.param_groups[0]["fused"] is None
+    theirs = (torch.optim.AdamW if optimizer is LAMB else torch.optim.SGD)(params, lr=0.5, foreach=True)
+    there.load_state_dict(theirs.state_dict())
+    assert there.param_groups[0]["lr"] == 0.5
+    assert (there.param_groups[0]["foreach"], there.param_groups[0]["fused"]) == (None, True)
+    here.load_state_dict(optimizer(params, foreach=False).state_dict())  # one's own path is part of the same bits
+    assert here.param_groups[0]["foreach"] is False
+
+
+@BOTH
+def test_parameters_that_became_float64_are_not_stepped_in_float32(optimizer):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.01)
+    train(opt, params, [1])
+    for p in params:
+        p.data = p.data.double()
+    set_grads(params, 2)
+    with pytest.raises(TypeError, match="must be float64, as their parameters are, got torch.float32"):
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    moments = [v for state in opt.state.values() for name, v in state.items() if name != "step"]
+    assert {m.dtype for m in moments} == {torch.float64}
+
+
+def test_a_buffer_that_a_checkpoint_has_as_none_begins_with_the_whole_gradient_under_dampening():
+    params = [nn.Parameter(torch.ones(3))]
+    theirs = torch.optim.SGD(params, momentum=0.9)
+    params[0].grad = torch.full((3,), 2.0)
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["state"][0]["momentum_buffer"] = None
+    opt = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.0)
+    opt.load_state_dict(saved)
+    opt.param_groups[0].update(dampening=0.5, nesterov=False)
+    opt.step()
+    assert opt.state[params[0]]["momentum_buffer"].tolist() == [2.0] * 3
+
+
 @pytest.mark.parametrize(
     ("other", "optimizer", "said"),
     [
@@ -480,6 +548,12 @@ def test_a_state_of_the_wrong_shape_is_refused(optimizer):
             "momentum_buffer, LAMB goes on from exp_avg and exp_avg_sq",
         ),
         (torch.optim.AdamW, LARS, "exp_avg and exp_avg_sq, LARS goes on from momentum_buffer"),
+        (torch.optim.Adamax, LAMB, "exp_avg and exp_inf, LAMB goes on from exp_avg and exp_avg_sq"),
+        (
+            lambda params: torch.optim.RMSprop(params, momentum=0.9),
+            LARS,
+            "square_avg and momentum_buffer, LARS goes on from momentum_buffer",
+        ),
     ],
 )
 def test_a_state_of_other_moments_is_refused_and_changes_nothing(other, optimizer, said):

@@ -239,3 +239,24 @@ def test_wrong_settings_are_named_with_value_and_rule(build, message):
 def test_a_run_has_at_least_one_observation(total):
     with pytest.raises(ValueError, match=f"total_epochs must be at least 1, got {total}"):
         ValidationLoss(16, total_epochs=total)
+
+
+@pytest.mark.parametrize(
+    ("base", "alpha", "lr", "interval"), [(1, 0.3, 0.1, 9), (1, 0.6, 0.2, 9), (1, 0.7, 0.1, 49), (1, 0.29, 0.1, 8)]
+)
+def test_qsr_is_the_square_where_the_quotient_is_a_whole_number(base, alpha, lr, interval):
+    assert QSR(base, alpha).next_interval(Stats(lr=lr)) == interval
+
+
+@pytest.mark.parametrize("policy", [FixedInterval(3), PostLocal(5, 7), QSR(2, 0.1, maximum=9, start_step=4)])
+def test_settings_of_a_policy_without_a_memory_come_back(policy):
+    policy.reads_drift = True  # no setting
+    settings = policy.state_dict()
+    assert "reads_drift" not in settings
+    other = {FixedInterval: FixedInterval(1), PostLocal: PostLocal(0, 1), QSR: QSR(1, 1.0)}[type(policy)]
+    other.load_state_dict(settings)
+    assert other.state_dict() == settings
+    other.load_state_dict({})  # of a version that kept none
+    assert other.state_dict() == settings
+    with pytest.raises((TypeError, ValueError)):
+        other.load_state_dict(dict.fromkeys(settings, -1))

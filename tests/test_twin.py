@@ -1,6 +1,8 @@
 """Copies of a module: what a forward pass left in it, and what hangs on its parameters."""
 
 import threading
+from collections import deque
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -156,3 +158,53 @@ def test_a_tied_parameter_has_its_hook_once():
     for module in (model, twin):
         module(torch.ones(1, 2)).sum().backward()
     assert torch.equal(twin[0].weight.grad, model[0].weight.grad)
+
+
+@dataclass
+class Output:
+    loss: object = None
+
+
+def test_results_in_collections_and_dataclasses_are_copied_without_their_graph():
+    model = Remembers()
+    model.recent, model.output = deque(maxlen=2), Output()
+    model.recent.append(model(torch.ones(1, 3)))
+    model.output.loss = model.recent[0].sum()
+    copied = copy_of(model)
+    assert torch.equal(copied.recent[0], model.recent[0])
+    assert copied.recent[0].grad_fn is None
+    assert copied.output.loss == model.output.loss
+
+
+class Closes(nn.Module):
+    """Computes with a function around itself, which a copy would share."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scale = lambda x: self.linear(x)
+
+    def forward(self, x):
+        return self.scale(x)
+
+
+def test_a_model_that_computes_with_a_function_around_itself_is_refused_by_name():
+    with pytest.raises(ValueError, match="'0.scale' is a function around a part of the model itself"):
+        Workers(nn.Sequential(Closes()), 2)
+    patched = nn.Sequential(nn.Linear(2, 2))
+    original = patched.forward
+    patched.forward = lambda x: 2 * original(x)
+    with pytest.raises(ValueError, match="'forward' is a function around"):
+        Workers(patched, 1).mean()
+    hooked = nn.Linear(2, 2)
+    others = nn.Linear(2, 2)
+    hooked.register_forward_hook(lambda module, inputs, output: others(output))  # nothing of its own
+    assert len(Workers(hooked, 2)) == 2
+
+
+def test_a_compiled_model_makes_functions_of_its_own():
+    model = torch.compile(nn.Linear(2, 2), backend="eager")
+    workers = Workers(model, 2)
+    for worker in workers:
+        worker(torch.ones(1, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in workers.parameters())

@@ -136,7 +136,8 @@ class Checkpointed(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what state_dict() returned; before the first step too. The argument is not changed.
 
-        A state saved right after a sync may go on in another number of processes.
+        What may be set between rounds comes back too: an interval, slow_lr, slow_momentum. A state saved right
+        after a sync may go on in another number of processes.
 
         Raises:
             ValueError: it comes from another method, policy, number of workers or model.
@@ -145,8 +146,14 @@ class Checkpointed(Wrapper):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         if "fastlocal" not in state_dict:
-            raise ValueError("state_dict has no entry 'fastlocal': it was not saved by a fastlocal wrapper")
+            raise ValueError(
+                "state_dict has no entry 'fastlocal': it was not saved by a fastlocal wrapper, or by something that "
+                "keeps an optimizer's state and groups alone, as get_optimizer_state_dict of "
+                "torch.distributed.checkpoint does: save what optimizer.state_dict() returns"
+            )
         own = state_dict["fastlocal"]
+        if isinstance(own, dict):
+            own = {**self._younger_entries(), **own}
         self._check_saved(own)
         policy_before = self.policy.state_dict()
         inner_before = self.inner.state, self.inner.param_groups
@@ -192,6 +199,10 @@ class Checkpointed(Wrapper):
             "anchored": self._anchored,
             "rates": [float(rate) for rate in self._rates.last],
         }
+
+    def _younger_entries(self) -> dict[str, Any]:
+        """What old entries lack, as it stands."""
+        return {}
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""

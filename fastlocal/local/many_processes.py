@@ -156,7 +156,7 @@ class ManyProcesses(OneProcess):
         self.rows.pull()
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
-            rates=math.fsum(rate for own in closing.rates for rate in own) if self._steps_by_rates() else 0.0,
+            rates=self._sum_of_rates(closing.rates),
             slow_lr=getattr(self.outers[0], "slow_lr", 0.0),
             slow_momentum=getattr(self.outers[0], "slow_momentum", 0.0),
             elements=sum(own[0].numel() for own in buffers),
@@ -250,8 +250,14 @@ class ManyProcesses(OneProcess):
             self._wires[key] = wire = torch.empty(size + extra, dtype=dtype, device=block.rows.device)
         return wire[: size + extra]
 
-    def _steps_by_rates(self) -> bool:
-        return any(isinstance(outer, SlowMomentum) and outer.form == "lr-scaled" for outer in self.outers)
+    def _sum_of_rates(self, rates: list[list[float | None]]) -> float:
+        """Of those that the outer step reads, -1 for a parameter that takes none; must be the same everywhere."""
+        read: list[float] = []
+        for outer, own in zip(self.outers, rates, strict=True):
+            if isinstance(outer, SlowMomentum):
+                scaled = outer.form == "lr-scaled"
+                read += [-1.0 if rate is None else rate if scaled else 0.0 for rate in own]
+        return math.fsum(read)
 
     def _header(
         self, purpose: int, stats: Stats, steps_in_round: int, flags: Any = None, weights: Any = None

@@ -25,7 +25,7 @@ class Header(NamedTuple):
     rounds: int
     local_steps: int
     steps_in_round: int
-    rates: float  # sum of the learning rates that the outer step reads
+    rates: float  # sum of the learning rates that the outer step reads, -1 for a parameter that takes none
     slow_lr: float
     slow_momentum: float
     elements: int  # of the buffers, which are exchanged too

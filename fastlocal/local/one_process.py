@@ -59,7 +59,7 @@ class Round(NamedTuple):
     stats: Stats
     steps: int  # local steps in it
     weights: Sequence[float]  # of this process's rows
-    rates: list[list[float]]  # of each block's parameters
+    rates: list[list[float | None]]  # of each block's parameters; None for what takes the plain mean
     reads_drift: bool  # whether somebody wants to know it
 
 

@@ -81,14 +81,20 @@ class Rates:
         before = self.last + now[len(self.last) :]  # a group added on the way
         self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
 
-    def of_blocks(self) -> list[list[float]]:
-        """The round's rate of each parameter in each block; 1 if no optimizer moves it."""
+    def of_blocks(self) -> list[list[float | None]]:
+        """The round's rate of each parameter in each block; None if the inner optimizer does not move it.
+
+        That is one in none of its groups, or frozen in every worker.
+        """
         values = [float(rate) for rate in self.last]
         # A group added since the last step has a rate too.
         values += [float(group["lr"]) for group in self._optimizer.param_groups[len(values) :]]
-        first = self._rows.parameters[0]
-        groups = [[self._group_of.get(first[slot.name]) for slot in block.slots] for block in self._rows.blocks]
-        return [[1.0 if group is None else values[group] for group in own] for own in groups]
+        return [[self._of(slot.name, values) for slot in block.slots] for block in self._rows.blocks]
+
+    def _of(self, name: str, values: list[float]) -> float | None:
+        group = self._group_of.get(self._rows.parameters[0][name])
+        moves = any(parameters[name].requires_grad for parameters in self._rows.parameters)
+        return values[group] if moves and group is not None else None
 
 
 def _copied(rate: float | Tensor) -> float | Tensor:

@@ -110,6 +110,21 @@ class SlowMo(LocalSGD):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_slow_lr": self.slow_lr, "_slow_momentum": self.slow_momentum}
 
+    def _saved(self) -> dict[str, Any]:
+        return super()._saved() | self._younger_entries()
+
+    def _younger_entries(self) -> dict[str, Any]:
+        return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
+
+    def _check_saved(self, own: dict[str, Any]) -> None:
+        super()._check_saved(own)
+        checked_slow_lr(own["slow_lr"])
+        checked_slow_momentum(own["slow_momentum"])
+
+    def _restore(self, own: dict[str, Any]) -> None:
+        super()._restore(own)
+        self.slow_lr, self.slow_momentum = own["slow_lr"], own["slow_momentum"]
+
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         return SlowMomentum(
             block.rows,

@@ -1,6 +1,7 @@
 """LARS on a CPU from two sums of squares and one call of torch's fused SGD kernel.
 
-The kernel computes buffer ← μ·buffer + (1 − dampening)·d, so the trust ratio goes in through its dampening.
+The kernel computes buffer ← μ·buffer + (1 − dampening)·d, so the trust ratio goes in through its dampening. A ratio
+so small that 1 − (1 − ratio) loses its digits is not for this kernel.
 """
 
 import math
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fastlocal.ops.cpu_memory import as_vectors, in_float32, sum_of_squares
 from fastlocal.reference.trust_ratio import LarsOptions
+
+_LEAST_SCALE = 1e-7  # which float64 then has to nine digits, more than float32 can tell
 
 
 def step_(
@@ -37,6 +40,8 @@ def step_(
         scale, lr = scale * lr, 1.0
     if step is not None and step.item() != 1:
         scale *= 1 - options.dampening
+    if buffer is not None and 0 < scale < _LEAST_SCALE:
+        return False
     torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
         [w],
         [g],

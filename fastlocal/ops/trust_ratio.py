@@ -61,6 +61,17 @@ def _require_shapes(name: str, values: Sequence[Tensor | None], shapes: Sequence
         raise ValueError(f"{name} must have their parameter's shape {tuple(shape)}, got {tuple(own)}")
 
 
+def _require_as_precise(params: Sequence[Tensor], state: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Raises TypeError where the state of a float64 parameter is not float64: it would be stepped in float32."""
+    for name, values in state.items():
+        for param, value in zip(params, values, strict=True):
+            if param.dtype == torch.float64 and value is not None and value.dtype != torch.float64:
+                raise TypeError(
+                    f"{name} must be float64, as their parameters are, got {value.dtype}: were they cast since the "
+                    "last step? optimizer.load_state_dict(optimizer.state_dict()) casts the state too"
+                )
+
+
 def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     first = next(iter(lists.values()))
     num_tensors, shapes = len(first), [t.shape for t in first]
@@ -70,6 +81,8 @@ def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     for name, values in lists.items():
         if name != "steps":
             _require_shapes(name, values, shapes)
+    if torch.float64 in {tensor.dtype for tensor in first}:
+        _require_as_precise(first, {n: v for n, v in lists.items() if n not in ("params", "grads", "steps")})
     for master in lists.get("masters", ()):
         if master is not None and torch.promote_types(master.dtype, torch.float32) != master.dtype:
             raise TypeError(f"masters must be at least float32, got {master.dtype}")

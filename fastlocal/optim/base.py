@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastlocal.ops.implementation import Implementation
+from fastlocal.ops.implementation import Implementation, choose
 from fastlocal.optim.columns import StateColumns
 from fastlocal.optim.pieces import is_sharded
 
 Group = dict[str, Any]
+
+_OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
+"""Options of torch's and timm's that change a step, and that no optimizer here has."""
 
 
 class TrustRatioOptimizer(Optimizer):
@@ -97,12 +100,13 @@ class TrustRatioOptimizer(Optimizer):
         """Loads a state dict of this class, or of a torch.optim, timm or apex optimizer with the same
         moments.
 
-        Options that the checkpoint does not know keep their present values. State stays in at least float32,
-        which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
+        Options that the checkpoint does not know keep their present values; so do foreach, fused and capturable if it
+        is of another class, and fused=True has no kernels for where the parameters are now. State stays in at least
+        float32, which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
 
         Raises:
-            ValueError: it does not fit, is of an optimizer with other moments, or an option is out of its range;
-                then nothing has changed.
+            ValueError: it does not fit, is of an optimizer with other moments or steps, or an option is out of its
+                range; then nothing has changed.
             TypeError: a value in it is of the wrong kind; likewise.
         """
         before = self.state, self.param_groups
@@ -113,12 +117,21 @@ class TrustRatioOptimizer(Optimizer):
             groups = [dict(g) for g in given["param_groups"]]
             state = {key: dict(v) if isinstance(v, dict) else v for key, v in given["state"].items()}
             for mine, group in zip(current, groups, strict=False):  # the base class reports a wrong number
+                foreign = "adapt" not in group
                 self._translate_group(group)
+                for name in filter(group.get, _OTHER_STEPS):
+                    raise ValueError(
+                        f"state_dict was made with {name}={group[name]!r}, which {type(self).__name__} does not "
+                        "have: its steps would be others; set it to False there to go on without"
+                    )
                 if "step" in group:  # apex and timm count in the group
                     count = torch.as_tensor(group.pop("step"), dtype=torch.float32)
                     for key in group["params"]:
                         if key in state:
                             state[key].setdefault("step", count)
+                for name in ("foreach", "fused", "capturable"):
+                    if foreign or (name == "fused" and group.get(name) and not _have_kernels(mine["params"])):
+                        group[name] = mine[name]
                 for name, value in mine.items():
                     if name not in ("params", "param_names"):
                         group.setdefault(name, value)
@@ -153,10 +166,11 @@ class TrustRatioOptimizer(Optimizer):
     def _own(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         """Copies of the saved state this class uses, in its own dtype, device and memory layout."""
         owned = {}
-        shaped = [name for name, value in saved.items() if isinstance(value, Tensor) and value.dim()]
-        if shaped and not any(name in (*self._moments, "master") for name in shaped):
+        known = (*self._moments, "master")
+        theirs = [n for n, v in saved.items() if n in known or (n != "step" and isinstance(v, Tensor) and v.dim())]
+        if set(theirs) - {"master"} not in (set(), set(self._moments)):
             mine = " and ".join(self._moments)
-            raise ValueError(f"state_dict has {' and '.join(shaped)}, {type(self).__name__} goes on from {mine}")
+            raise ValueError(f"state_dict has {' and '.join(theirs)}, {type(self).__name__} goes on from {mine}")
         for name, value in saved.items():
             if name == "step":
                 owned[name] = self._new_step(param, float(value))
@@ -228,6 +242,13 @@ class TrustRatioOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         """Steps (group, params, grads) triples."""
+
+
+def _have_kernels(params: list[Tensor]) -> bool:
+    try:
+        return all(choose("triton", p.device, p.dtype) for p in params)
+    except RuntimeError:
+        return False
 
 
 def _has_master(param: Tensor) -> bool:

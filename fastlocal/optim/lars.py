@@ -166,7 +166,7 @@ class LARS(TrustRatioOptimizer):
         state = self.state[param]
         if "step" not in state:
             # A buffer without a count comes from torch.optim.SGD or from before dampening was set.
-            state["step"] = self._new_step(param, 1.0 if "momentum_buffer" in state else 0.0)
+            state["step"] = self._new_step(param, 0.0 if state.get("momentum_buffer") is None else 1.0)
         return self._init_state(param)
 
     def _init_state(self, param: Tensor) -> dict[str, Any]:

@@ -39,4 +39,5 @@ class QSR(Stateless):
             return self.base
         if stats.lr <= 0 or self.alpha / stats.lr >= math.sqrt(self.maximum):
             return self.maximum
-        return max(self.base, math.floor((self.alpha / stats.lr) ** 2))
+        # 0.3 / 0.1 is less than 3 by its last digit.
+        return max(self.base, math.floor((self.alpha / stats.lr) ** 2 * (1 + 1e-12)))
