@@ -140,8 +140,8 @@ def test_a_state_without_our_entry_says_who_drops_it():
 
 def test_a_model_that_is_pruned_or_wrapped_again_is_told_so():
     optimizer, team = make(interval=1)
-    prune.l1_unstructured(team[1][0], "weight", amount=0.5)
-    with pytest.raises(RuntimeError, match=r"'0.weight' of worker 1 is gone: prune or parametrise the model before"):
+    prune.l1_unstructured(team[1][4], "weight", amount=0.5)
+    with pytest.raises(RuntimeError, match=r"'4.weight' of worker 1 is gone: prune or parametrise the model before"):
         run(optimizer, team, 1)
     model = nn.Linear(3, 2)
     first = SlowMo(torch.optim.SGD([model.weight], lr=0.1), model, 1)
