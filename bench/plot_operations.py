@@ -24,7 +24,7 @@ def draw(axes: Axes, operation: str, rows: list[dict[str, Any]]) -> None:
     """A group of bars for each size and number of workers."""
     groups = list(dict.fromkeys((row["size"], row["workers"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    width = 0.8 / len(names)
+    width = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         ratios = {(row["size"], row["workers"]): row["ratio"] for row in rows if row["contender"] == name}
         places = [index + (number - (len(names) - 1) / 2) * width for index, g in enumerate(groups) if g in ratios]

@@ -52,7 +52,10 @@ def test_relu_after_pooling_equals_relu_before_it():
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0 and finite, got -0.1"),
         ({"threads": 0}, r"--threads must be in \[1, 1024\], got 0"),
         ({"threads": 99_999}, r"--threads must be in \[1, 1024\], got 99999"),
-        ({"min_interval": 8, "max_interval": 4}, "--max-interval must be at least --min-interval 8, got 4"),
+        (
+            {"policy": "val-loss", "min_interval": 8, "max_interval": 4},
+            "--max-interval must be at least --min-interval 8, got 4",
+        ),
         ({"policy": "val-loss", "interval": 2}, "--interval must lie between --min-interval 4"),
         ({"policy": "qsr", "interval": 100}, "--interval must be at most --max-interval 64, got 100"),
         ({"slow_momentum": 0.3}, "--slow-momentum has no use without --method slowmo or diloco"),
@@ -140,3 +143,13 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_least_interval_that_a_policy_has_no_use_for_does_not_bound_its_greatest():
+    assert Config(policy="qsr", interval=1, max_interval=2).max_interval == 2
+    assert Config(policy="adacomm", interval=2, max_interval=3).max_interval == 3
+
+
+def test_images_too_few_to_validate_are_told_apart_from_too_few_for_a_step():
+    with pytest.raises(UsageError, match="at least 5 images are needed, so that one validates, there are 4"):
+        data.load(Config(synthetic_images=4, batch_size=1, workers=1))

@@ -232,6 +232,42 @@ def test_a_process_killed_right_after_it_made_the_folder_is_let_in_again(tmp_pat
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+OTHER_ON_RANK_1 = """
+import os, sys
+from fastlocal.train.cli import main
+
+other = sys.argv[1:3] if os.environ["RANK"] == "1" else []
+sys.exit(main(sys.argv[3:] + other))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--lr", "0.3", "lr must be the same on all ranks, got 0.3 on rank 1 and None on rank 0"),
+        ("--eval-every", "2", "eval_every must be the same on all ranks, got 2 on rank 1 and 1 on rank 0"),
+        ("--method", "sync", "method must be the same on all ranks, got sync on rank 1 and local-sgd on rank 0"),
+    ],
+)
+def test_processes_with_other_settings_are_told_so_before_anything_is_written(tmp_path, flag, value, said):
+    script = tmp_path / "script.py"
+    script.write_text(OTHER_ON_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    arguments = [flag, value, *RUN, "--workers", "2", "--epochs", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_request_ends_every_process_with_one_line(tmp_path):
     code, _, errors = finish(start(2, [*RUN, "--workers", "3", "--interval", "4"], tmp_path / "out"))
     assert code != 0

@@ -147,7 +147,7 @@ def test_the_page_shows_the_fixed_rate_and_the_chosen_one(tuned_root):
 
 
 def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(tuned_root):
-    families = plots._by_rate("workers", plots._families("interval", collect(tuned_root).groups))
+    families = plots._by_rate("workers", plots._families("workers", "interval", collect(tuned_root).groups))
     named = {name: [group.name for group in members] for name, members in families.items()}
     assert named == {
         "local-sgd J = 16, rate 0.01": ["k2-lr0.01", "k4-lr0.01"],
@@ -165,7 +165,7 @@ def test_a_plot_shows_what_makes_a_line_and_synchronous_training_beside_the_work
     for place in places.values():
         finish(place, 40.0)
     groups = collect(tmp_path / "both").groups
-    shown = {x: list(plots._that_vary(x, plots._families(lines, groups))) for x, lines in
+    shown = {x: list(plots._that_vary(x, plots._families(x, lines, groups))) for x, lines in
              (("workers", "interval"), ("interval", "workers"), ("batch_size", "optimizer"))}  # fmt: skip
     assert shown == {"workers": ["local-sgd J = 16", "sync"], "interval": ["local-sgd K = 4"], "batch_size": []}
 
@@ -365,3 +365,85 @@ def test_a_browser_shows_a_figure_and_decodes_every_plot_and_a_phone_need_not_sc
     assert seen["width"] <= 390
     sizes = [struct.unpack(">II", path.read_bytes()[16:24]) for path in (root / "report").glob("*.png")]
     assert sorted(map(tuple, seen["plots"])) == sorted(sizes)
+
+
+DEFAULT_RATE = """
+[base]
+dataset = "cifar100"
+epochs = 4
+workers = 2
+[[cells]]
+name = "default"
+[[cells]]
+name = "half"
+lr = [0.02, 0.05]
+"""
+
+
+def test_of_two_groups_of_one_rate_the_better_one_stands_in_the_table(tmp_path, capsys):
+    out = tmp_path / "rates"
+    places = begun(out, DEFAULT_RATE)
+    for (group, _), accuracy in zip(list(places), (50.0, 40.0, 30.0), strict=True):
+        finish(places[group, 0], accuracy)
+    assert main(["report", str(out)]) == 0
+    html = (out / "report" / "index.html").read_text()
+    table = html[html.index('<table id="rates">') :]
+    assert rows(table[: table.index("</table>")])["default"] == ["<b>50.00</b>", "30.00"]
+
+
+def test_the_rate_is_taken_out_of_a_name_wherever_it_stands(tmp_path):
+    out = tmp_path / "rates"
+    places = begun(out, '[base]\ndataset = "cifar100"\nepochs = 4\n[grid]\nlr = [0.01, 0.1]\nworkers = [1, 2]\n')
+    for number, place in enumerate(places.values()):
+        finish(place, 40.0 + number)
+    assert [search.name for search in tuned.searches(collect(out).groups)] == ["k1", "k2"]
+
+
+def test_rates_that_were_only_validated_are_shown_by_validation(tmp_path):
+    out = tmp_path / "rates"
+    places = begun(out, '[base]\ndataset = "cifar100"\nepochs = 4\n[grid]\nlr = [0.01, 0.1]\n')
+    for place, best in zip(places.values(), (31.0, 33.0), strict=True):
+        finish(place, 0.0, best_val=best)
+        summary = json.loads((place.folder / "summary.json").read_text())
+        (place.folder / "summary.json").write_text(json.dumps(summary | {"test_accuracy": None}))
+    page.write(out)
+    html = (out / "report" / "index.html").read_text()
+    assert "best validation accuracy (%) at rate" in html
+    assert "<b>33.00</b>" in html
+
+
+def test_a_line_connects_runs_that_are_alike_but_for_what_it_is_over(tmp_path):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\nmethod = "sync"\nworkers = 1\n'
+    for number, (batch, decay) in enumerate([(64, 0.001), (32, 0.001), (16, 0.5), (8, 0.5)]):
+        text += f'[[cells]]\nname = "c{number}"\nbatch_size = {batch}\nweight_decay = {decay}\n'
+    places = begun(tmp_path / "lines", text)
+    for place in places.values():
+        finish(place, 40.0)
+    groups = collect(tmp_path / "lines").groups
+    families = plots._families("batch_size", "optimizer", groups)
+    assert [[group.name for group in family] for family in families.values()] == [["c0", "c1"], ["c2", "c3"]]
+    assert list(families) == ["sync sgd: c0", "sync sgd: c2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("study.json", "{}", "study.json is no study's"),
+        ("records.jsonl", "{}\n", "records.jsonl, line 1, is no record of an epoch"),
+        ("summary.json", '{"config": {}, "communication_reduction": 1}', "summary.json is no summary of a run"),
+    ],
+)
+def test_a_file_of_another_shape_is_named(tmp_path, capsys, name, content, said):
+    (place, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    (place.folder / name).write_text(content)
+    assert main(["report", str(tmp_path / "study")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_config_of_another_tool_is_no_cell(tmp_path):
+    (place, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    (tmp_path / "study" / "model").mkdir()
+    (tmp_path / "study" / "model" / "config.json").write_text('{"hidden_size": 768}')
+    assert not [cell for cell in collect(tmp_path / "study").unfinished if cell.name == "model"]

@@ -419,7 +419,7 @@ def test_a_full_disk_under_standard_output_is_one_line():
             [*command, "--gbps", "1"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT
         )
     assert done.returncode == 1
-    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+    assert done.stderr == "error: standard output or a file cannot be written: No space left on device\n"
 
 
 def test_without_the_extra_the_command_says_what_to_install():

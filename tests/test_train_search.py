@@ -154,3 +154,51 @@ def test_a_wrong_search_is_one_line_that_names_the_file(tmp_path, text, message)
     with pytest.raises(UsageError, match=message) as error:
         load(written(tmp_path, text))
     assert "find.toml" in str(error.value)
+
+
+def test_a_seed_may_be_as_large_as_a_date(tmp_path):
+    root = tmp_path / "out"
+    text = "seed = 20261123\ntrials = 2\n" + BASE + "[space]\nlr = [0.01, 0.02]\n"
+    assert main(["search", str(written(tmp_path, text)), "--out", str(root)]) == 0
+    assert len(trials(root)[1]) == 2
+
+
+def test_trials_whose_values_do_not_go_together_are_not_called_diverged(tmp_path, capsys):
+    text = "trials = 2\n" + BASE + "[space]\nslow_momentum = {low = 0.1, high = 0.8}\n"
+    assert main(["search", str(written(tmp_path, text)), "--out", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == (
+        "error: [space] has no values that go together: --slow-momentum has no use without --method slowmo or diloco"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"SQLite format 3\x00" + bytes(5000), b"no database"])
+def test_a_damaged_database_is_one_line_and_its_runs_are_taken_up_once_it_is_deleted(tmp_path, capsys, content):
+    path = written(tmp_path, "sampler = 'grid'\n" + BASE + "[space]\nlr = [0.01]\n")
+    root = tmp_path / "out"
+    assert main(["search", str(path), "--out", str(root)]) == 0
+    ended = (root / "lr0.01" / "summary.json").read_bytes()
+    (root / "trials.db").write_bytes(content)
+    capsys.readouterr()
+    if content:  # an empty file is an empty database
+        for extra in ([], ["--dry-run"]):
+            assert main(["search", str(path), "--out", str(root), *extra]) == 1
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {root}/trials.db cannot be used: ")
+            assert said.rstrip().endswith("if it is damaged, delete it: runs that have ended are taken up again")
+            assert said.count("\n") == 1
+        (root / "trials.db").unlink()
+    assert main(["search", str(path), "--out", str(root)]) == 0
+    assert (root / "lr0.01" / "summary.json").read_bytes() == ended
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs", "said"),
+    [
+        (BASE + "[space]\nepochs = [1, 2]\n", 3, "--epochs 3 has no use"),
+        (BASE + "[space]\nlr = [0.1, 0.1]\n", None, "lr must be different values"),
+    ],
+)
+def test_a_search_that_says_something_twice_is_refused(tmp_path, text, epochs, said):
+    with pytest.raises(UsageError, match=said):
+        load(written(tmp_path, text), epochs=epochs)

@@ -321,3 +321,24 @@ def test_a_killed_study_leaves_no_process_and_the_next_one_goes_on_and_records_w
     assert "--epochs 3 (it was 6)" in capsys.readouterr().err
     assert main([*command, "--only", "none"]) == 2
     assert "--only none is none of slowmo-s0, bad-s0" in capsys.readouterr().err
+
+
+def test_cells_that_are_the_same_run_are_refused_by_their_names(tmp_path):
+    text = SMALL + "[[cells]]\nname = 'b'\nlr = 0.02\n[[cells]]\nname = 'd'\nlr = 0.02\n"
+    with pytest.raises(UsageError, match="b-s0 and d-s0 are the same run: leave one of them out"):
+        study.load(written(tmp_path, text))
+    text = SMALL.replace("epochs = 6", "") + "[grid]\nepochs = [1, 3]\n"
+    assert len(study.load(written(tmp_path, text)).cells) == 2
+    with pytest.raises(UsageError, match="epochs-1-s0 and epochs-3-s0 are the same run at --epochs 2"):
+        study.load(written(tmp_path, text), epochs=2)
+
+
+def test_a_log_that_cannot_be_written_is_named_and_so_is_a_name_that_is_too_long(tmp_path, capsys):
+    out = tmp_path / "out"
+    path = written(tmp_path, SMALL + "[grid]\nlr = [0.02]\n")
+    (out / "lr0.02-s0.log").mkdir(parents=True)
+    assert main(["study", str(path), "--out", str(out)]) == 1
+    assert capsys.readouterr().err.strip() == f"error: {out}/lr0.02-s0.log cannot be written: Is a directory"
+    long = written(tmp_path, SMALL + f"[[cells]]\nname = '{'a' * 250}'\n")
+    with pytest.raises(UsageError, match="a cell's name must have at most 240 bytes, got a"):
+        study.load(long)

@@ -264,12 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # What a run keeps has errors of its own.
-        _say(errors, RunError(f"standard output cannot be written: {error.strerror}"))
+        # What a run keeps has errors of its own; this is standard output, or something small beside it.
+        _say(errors, RunError(f"standard output or a file cannot be written: {error.strerror}"))
         return 1
     except KeyboardInterrupt:
         arguments = sys.argv[1:] if argv is None else argv
-        errors.print(f"stopped; the same command {'with --resume ' if arguments[0] == 'train' else ''}goes on")
+        goes_on = {"train": "with --resume goes on", "bench": "begins anew"}.get(arguments[0], "goes on")
+        errors.print(f"stopped; the same command {goes_on}")
         return 130
     return 0
 

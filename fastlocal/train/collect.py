@@ -11,7 +11,7 @@ from fastlocal.train.cells import STUDY
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
-from fastlocal.train.report import read_json
+from fastlocal.train.report import is_summary, read_json
 
 _SPLITS = {
     "official": "CIFAR-100, official split",
@@ -97,13 +97,15 @@ def collect(root: Path) -> Collection:
     Raises:
         UsageError: there is no run, or a file cannot be read.
     """
-    studies = {path.parent: read_json(path) for path in sorted(root.rglob(STUDY))}
+    studies = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
     runs, unfinished = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
         name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
         if (folder / "summary.json").exists():
             runs.append(_run(name, folder))
+        elif not _is_config(path):
+            continue  # another tool's
         elif (folder / FAILED).exists():
             unfinished.append(Unfinished(name, "diverged", str(read_json(folder / FAILED).get("message", ""))))
         else:
@@ -132,7 +134,7 @@ def _never_begun(folder: Path, root: Path) -> Unfinished:
 
 def _run(name: str, folder: Path) -> Run:
     summary = read_json(folder / "summary.json")
-    if "config" not in summary or "communication_reduction" not in summary:
+    if not is_summary(summary):
         raise UsageError(f"{folder / 'summary.json'} is no summary of a run")
     return Run(name, summary["config"], summary, _records(folder))
 
@@ -140,9 +142,31 @@ def _run(name: str, folder: Path) -> Run:
 def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "records.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    for number, record in enumerate(records, start=1):
+        if not (isinstance(record, dict) and {"epoch", "val_accuracy", "val_loss", "train_loss"} <= record.keys()):
+            raise UsageError(f"{path}, line {number}, is no record of an epoch")
+    return records
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a config.json is of a run here: other tools have files of that name."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return isinstance(content, dict) and {"method", "epochs", "policy"} <= content.keys()
+
+
+def _study(path: Path) -> dict[str, Any]:
+    study = read_json(path)
+    cells = study.get("cells")
+    needed = {"name", "group", "original", "config"}
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and needed <= cell.keys() for cell in cells):
+        raise UsageError(f"{path} is no study's: it lists no cells")
+    return study
 
 
 def _title(study: dict[str, Any]) -> str:

@@ -182,7 +182,7 @@ class Config:
         )
         _require(self.threads is None or 1 <= self.threads <= 1024, "threads", self.threads, "in [1, 1024]")
         _require(self.seed < 2**40, "seed", self.seed, "below 2^40")
-        if self.max_interval < self.min_interval:
+        if self.policy in _BOUNDED_BELOW and self.max_interval < self.min_interval:
             raise UsageError(
                 f"--max-interval must be at least --min-interval {self.min_interval}, got {self.max_interval}"
             )

@@ -81,7 +81,9 @@ def load(config: Config) -> Splits:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     num_val = len(train) // 5
     parts = train.take(order[num_val:]), train.take(order[:num_val]), test
-    if len(parts[0]) < config.workers * config.batch_size or num_val == 0:
+    if num_val == 0:
+        raise UsageError(f"at least 5 images are needed, so that one validates, there are {len(train)}")
+    if len(parts[0]) < config.workers * config.batch_size:
         raise UsageError(
             f"{config.workers} workers with batches of {config.batch_size} need at least "
             f"{config.workers * config.batch_size} training images, there are {len(parts[0])}"

@@ -40,7 +40,7 @@ def last_error(log: Path) -> str | None:
     Args:
         log: what the run's processes printed, one after another.
     """
-    if not log.exists():
+    if not log.is_file():
         return None
     lines = log.read_text(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")

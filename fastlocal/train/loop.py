@@ -270,6 +270,10 @@ class Training:
                 raise UsageError(f"{self.checkpoint_path} is of another run: {', '.join(differences)}")
             if state["images"] != self.digest:
                 raise UsageError(f"{self.checkpoint_path} was made with other images than those in --data-dir")
+            if state["common"]["method"] == "DataParallel" and not isinstance(self.optimizer, DataParallel):
+                raise ValueError(
+                    "synchronous training that began with one worker a process goes on so, under torchrun"
+                )
             own = slice(self.here.start, self.here.stop)
             self.workers.load_state_dict({"workers": state["workers"][own]})
             self.optimizer.load_state_dict(optimizer_state(state, self.optimizer, self.here))

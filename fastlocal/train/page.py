@@ -13,7 +13,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
 from fastlocal.train.display import megabytes
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
-from fastlocal.train.tuned import Search, rate, searches
+from fastlocal.train.tuned import Search, chosen, rate, searches
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
     )
     groups = collection.groups
     tried = searches(groups)
+    tested = any(group.spread("test_accuracy") for search in tried for group in search.groups)
+    searched = "test_accuracy" if tested else "best_val_accuracy"  # a search never looks at the test images
     runs = [run for group in groups for run in group.runs]
     notes = list(dict.fromkeys(group.note for group in groups if group.note))
     return environment.get_template("report.html").render(
@@ -78,7 +80,8 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         other_budget=any(_other_budget(group) for group in groups),
         notes=notes,
         rates=sorted({rate(group) for search in tried for group in search.groups}),
-        searches=[(search.name, _by_rate(search)) for search in tried],
+        searches=[(search.name, _by_rate(search, searched)) for search in tried],
+        searched={"test_accuracy": "test accuracy", "best_val_accuracy": "best validation accuracy"}[searched],
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
         common=_common(groups),
@@ -115,9 +118,13 @@ def _row(group: Group, notes: list[str]) -> Row:
     )
 
 
-def _by_rate(search: Search) -> dict[float, tuple[str, bool]]:
-    """Test accuracy by rate, and whether validation chooses that rate."""
-    return {rate(group): (percent(group.spread("test_accuracy")), group is search.chosen) for group in search.groups}
+def _by_rate(search: Search, figure: str) -> dict[float, tuple[str, bool]]:
+    """The figure by rate, and whether validation chooses that rate; of two groups of one rate the better one's."""
+    found: dict[float, tuple[str, bool]] = {}
+    for value in {rate(group) for group in search.groups}:
+        group = chosen([group for group in search.groups if rate(group) == value])
+        found[value] = percent(group.spread(figure)), rate(search.chosen) == value
+    return found
 
 
 def percent(spread: Spread | None) -> str:

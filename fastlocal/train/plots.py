@@ -29,7 +29,7 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
         ("interval", "workers", local, "Test accuracy over the interval J"),
         ("batch_size", "optimizer", tested, "Test accuracy over the batch"),
     ):
-        families = _that_vary(x, _by_rate(x, _families(lines, shown)))
+        families = _that_vary(x, _by_rate(x, _families(x, lines, shown)))
         if families:
             plots[f"accuracy-{x.removesuffix('_size')}.png"] = (title, _against(x, families))
     adaptive = [group for group in groups if len(group.runs[0].summary["interval_trace"]) > 1]
@@ -114,8 +114,8 @@ def _megabyte_ticks(end: float) -> list[float]:
     return [0, *(tick for tick in ticks if (10 if end >= 700 else 5) <= tick <= end)]
 
 
-def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """What one line connects: the groups of a method that share one field, and their budget."""
+def _families(x: str, lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """What one line connects: the groups of a method that share one field, and all but `x` and their rate besides."""
     several_budgets = len({group.config["epochs"] for group in groups}) > 1
     families: dict[str, list[Group]] = {}
     for group in groups:
@@ -125,7 +125,14 @@ def _families(lines: str, groups: Sequence[Group]) -> dict[str, list[Group]]:
         detail = "" if config["method"] == "sync" and lines == "interval" else shown.get(lines, config["optimizer"])
         budget = f", {config['epochs']} epochs" if several_budgets else ""
         families.setdefault(f"{method} {detail}".strip() + budget, []).append(group)
-    return families
+    split: dict[str, list[Group]] = {}
+    for name, members in families.items():
+        alike: dict[str, list[Group]] = {}
+        for group in members:
+            alike.setdefault(alike_but_for(group, x, "lr"), []).append(group)
+        for own in alike.values():
+            split[name if len(alike) == 1 else f"{name}: {own[0].name}"] = own
+    return split
 
 
 def _by_rate(x: str, families: dict[str, list[Group]]) -> dict[str, list[Group]]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fastlocal.train import report
 from fastlocal.train.config import Config
-from fastlocal.train.errors import UsageError
+from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
 
 State = Literal["new", "started", "running", "finished", "diverged", "broken"]
@@ -114,9 +114,12 @@ def _start(place: Place) -> Place:
         for name in ("checkpoint.pt", "records.jsonl", FAILED):
             (place.folder / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
-    with place.log.open("ab", buffering=0) as log:
-        log.write(b"process started\n")  # an error above it is of an earlier one
-        place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    try:
+        with place.log.open("ab", buffering=0) as log:
+            log.write(b"process started\n")  # an error above it is of an earlier one
+            place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    except OSError as error:
+        raise RunError(f"{place.log} cannot be written: {error.strerror}") from None
     place.state, place.message = "running", ""
     return place
 

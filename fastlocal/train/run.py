@@ -11,7 +11,7 @@ from fastlocal import comm
 from fastlocal.local import DisagreementError
 from fastlocal.train import build, data, report
 from fastlocal.train.allocator import keep_freed_memory
-from fastlocal.train.config import Config
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import NoLocksError, hold
@@ -54,6 +54,7 @@ def _run(
     config: Config, device: torch.device, processes: Processes, display: Display, held: ExitStack
 ) -> dict[str, Any]:
     folder = config.folder
+    _require_equal(processes, config.as_dict())
     processes.share(config.workers)
     if comm.was_noted(f"began {folder}"):
         config = replace(config, resume=True)
@@ -67,6 +68,7 @@ def _run(
     if config.dataset == "cifar100" and config.download:
         processes.from_first(lambda: data.download(config.data_dir))
     splits = data.load(config)
+    _require_equal(processes, {"images": splits.digest})
     training = Training(config, splits, folder / "checkpoint.pt", device, processes, display.step)
     # First the note: a process that is killed right after the folder was made must be let in again.
     comm.note_for_restarts(f"began {folder}")
@@ -92,6 +94,16 @@ def _run(
         display.epoch(record, config.epochs, training.train_samples)
     test_loss, test_accuracy = training.test() if config.test else (None, None)
     return processes.from_first(lambda: _finish(config, training, splits.source, test_loss, test_accuracy))
+
+
+def _require_equal(processes: Processes, settings: dict[str, Any]) -> None:
+    """Raise UsageError on every process if one has other settings, or other images, than the first."""
+    first, *others = processes.gather(settings)
+    for rank, own in enumerate(others, start=1):
+        for name in settings:
+            if name not in NOT_PART_OF_A_RUN and own[name] != first[name]:
+                values = f"{own[name]} on rank {rank} and {first[name]} on rank 0"
+                raise UsageError(f"{name} must be the same on all ranks, got {values}")
 
 
 def _finish(
@@ -133,7 +145,7 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
     if "summary.json" not in present:
         return None
     summary = report.read_json(folder / "summary.json")
-    if "test_accuracy" not in summary:
+    if not report.is_summary(summary):
         raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
     return summary | {"folder": str(folder)}  # which may have been moved
 

@@ -67,7 +67,10 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | 
     for name, value, least in (("trials", count, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    base = base_table(content) | {"seed": seed, "test": False}
+    base = base_table(content)
+    if epochs is not None and "epochs" in space:
+        raise UsageError(f"--epochs {epochs} has no use: [space] has epochs")
+    base |= {"seed": seed, "test": False}
     if epochs is not None:
         base["epochs"] = epochs
     config_from(base)
@@ -84,7 +87,10 @@ def _distribution(name: str, value: Any) -> BaseDistribution:
     if name in NOT_PART_OF_A_RUN:
         raise UsageError(f"[space]: {name} has no place here: it does not change what is trained")
     if isinstance(value, list) and value:
-        return CategoricalDistribution([field_value(name, choice) for choice in value])
+        choices = [field_value(name, choice) for choice in value]
+        if len(set(choices)) < len(choices):
+            raise UsageError(f"[space]: {name} must be different values, got {value!r}")
+        return CategoricalDistribution(choices)
     if not isinstance(value, dict) or not {"low", "high"} <= set(value) <= _RANGE_KEYS:
         raise UsageError(f"[space]: {name} must be a list or {{low = ..., high = ..., log = true}}, got {value!r}")
     try:

@@ -1,6 +1,7 @@
 """A study file: which runs it asks for, and where each is kept. Runs nothing."""
 
 import itertools
+import os
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from fastlocal.train.values import NOT_IN_A_FILE, config_from, field_value
 FIGURES = {"test_accuracy": 100, "best_val_accuracy": 100, "communication_reduction": 1}
 """What an original study may have reported, from 0 to this: two in percent, one as a fraction."""
 
+_LONGEST_NAME = 240
+"""Bytes of a folder's name, with room for an ending."""
 _KEYS = {"name", "title", "seeds", "base", "grid", "cells", "original"}
 _SHORT = {"workers": "k", "interval": "j", "batch_size": "b", "lr": "lr", "weight_decay": "wd", "momentum": "m"}
 SQRT_RATE = "lr_at_batch_64"
@@ -103,6 +106,14 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
     for cell_name in names:
         if names.count(cell_name) > 1:
             raise UsageError(f"two cells have the name {cell_name}")
+        if len(os.fsencode(cell_name)) > _LONGEST_NAME:
+            raise UsageError(f"a cell's name must have at most {_LONGEST_NAME} bytes, got {cell_name}")
+    made: dict[Config, str] = {}
+    for cell in cells:
+        other = made.setdefault(cell.config, cell.name)
+        if other != cell.name:
+            at = "" if epochs is None else f" at --epochs {epochs}"
+            raise UsageError(f"{other} and {cell.name} are the same run{at}: leave one of them out")
     return Study(name, title, epochs, tuple(_with_original(cells, content.get("original", []))))
 
 

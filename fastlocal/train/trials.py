@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.exc import SQLAlchemyError
 
 from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
@@ -24,6 +27,9 @@ from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
 from fastlocal.train.study_display import StudyDisplay
 from fastlocal.train.values import config_from
+
+_LEFT_OUT = "left out"
+"""Of a trial whose values do not go together: why."""
 
 
 def search(
@@ -58,7 +64,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     base = _placed(config_from(asked.base), data_dir, device, threads)
     require_ready([base])  # a wrong request leaves no folder behind
-    with hold(root):
+    with hold(root), _usable(root):
         study = optuna.create_study(
             storage=_storage(root),
             study_name=asked.name,
@@ -87,10 +93,11 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
         UsageError: the folder holds another search.
     """
     made = 0
-    if (root / "trials.db").exists() and asked.name in optuna.get_all_study_names(_storage(root)):
-        study = optuna.load_study(storage=_storage(root), study_name=asked.name)
-        _require_same(study, asked, root)
-        made = len(_tried(study))
+    with _usable(root):
+        if (root / "trials.db").exists() and asked.name in optuna.get_all_study_names(_storage(root)):
+            study = optuna.load_study(storage=_storage(root), study_name=asked.name)
+            _require_same(study, asked, root)
+            made = len(_tried(study))
     table = Table("searched", "values", box=None, pad_edge=False)
     for name, choice in asked.space.items():
         table.add_row(name, Text(_values(choice)))
@@ -125,6 +132,19 @@ def _storage(root: Path) -> str:
     return f"sqlite:///{root.resolve() / 'trials.db'}"
 
 
+@contextmanager
+def _usable(root: Path) -> Iterator[None]:
+    """Around the use of trials.db: RunError where it is damaged, or the disk is full."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0] if str(error) else repr(error)
+        raise RunError(
+            f"{root / 'trials.db'} cannot be used: {reason}; if it is damaged, delete it: runs that have ended are "
+            "taken up again"
+        ) from error
+
+
 class _Trials:
     """Asks Optuna what to try next, and tells it how that ended."""
 
@@ -144,7 +164,7 @@ class _Trials:
                 if not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):  # of a killed search
                     self.study.enqueue_trial(left[0])
             # A new one for each trial, so that a search that was stopped draws what it would have drawn.
-            seed = self.asked.seed * 100_003 + len(tried)
+            seed = (self.asked.seed * 100_003 + len(tried)) % 2**32  # as NumPy takes them
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             trial = self.study.ask(self.asked.space)
             name = folder_name(trial.params)
@@ -153,6 +173,7 @@ class _Trials:
                 config = config_from(self.asked.base | trial.params)
             except UsageError as error:  # these values do not go together; others may
                 self._note(f"left out: {error}")
+                trial.set_user_attr(_LEFT_OUT, str(error))
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
             if name in self._open:  # TPE may propose what it waits for
@@ -212,16 +233,21 @@ def _take_up_interrupted(study: optuna.Study, asked: Search) -> None:
 
 def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) -> Config:
     ended = study.get_trials(states=[TrialState.COMPLETE])
-    pruned = len(study.get_trials(states=[TrialState.PRUNED]))
+    pruned = study.get_trials(states=[TrialState.PRUNED])
+    left_out = [trial.user_attrs[_LEFT_OUT] for trial in pruned if _LEFT_OUT in trial.user_attrs]
+    diverged = len(pruned) - len(left_out)
+    if not ended and diverged:
+        raise RunError(f"all {diverged} trials diverged: lower the rates in [space]")
     if not ended:
-        raise RunError(f"all {pruned} trials diverged: lower the rates in [space]")
+        raise UsageError(f"[space] has no values that go together: {left_out[-1]}")
     ended.sort(key=lambda trial: cast(float, trial.value), reverse=True)
     table = Table("trial", f"{asked.objective} (%)", *asked.space, box=None, pad_edge=False)
     for trial in ended[:10]:
         values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.params.values())
         table.add_row(str(trial.number), f"{trial.value:.2f}", *(Text(value) for value in values))
     console.print(table, highlight=False)
-    console.print(f"{len(ended)} trials ended, {pruned} diverged; kept in {root}", highlight=False, markup=False)
+    counts = f"{len(ended)} trials ended, {diverged} diverged" + (f", {len(left_out)} left out" if left_out else "")
+    console.print(f"{counts}; kept in {root}", highlight=False, markup=False)
     best = ended[0]
     report.write_json(
         root / "best.json",
@@ -235,5 +261,5 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
 
 
 def _toml(value: Any) -> str:
-    """A field as TOML: JSON's strings, numbers and booleans are TOML's too."""
-    return json.dumps(value)
+    """A field as TOML: JSON's strings, numbers and booleans are TOML's too, but for surrogates."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,5 +1,6 @@
 """Groups that differ in their learning rate alone, and the rate that the validation images choose among them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def searches(groups: Sequence[Group]) -> list[Search]:
     for members in families.values():
         if len({rate(group) for group in members}) > 1:
             first = members[0]
-            name = first.name.replace(f"-lr{rate(first):g}", "")
-            found.append(Search(name, sorted(members, key=rate)))
+            # The rate's part of the name, wherever the study's file has it.
+            name = re.sub(rf"(^|-)lr{re.escape(f'{rate(first):g}')}(?=-|$)", "", first.name).lstrip("-")
+            found.append(Search(name or "all", sorted(members, key=rate)))
     return found
