@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from fastlocal.train import checkpoint
+from fastlocal.train import checkpoint, data
 from fastlocal.train.config import Config
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.model import build
