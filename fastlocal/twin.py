@@ -64,7 +64,8 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Raise ValueError for a function in the copy that closes over a part of the original: copies share functions."""
-    for (name, submodule), twin in zip(module.named_modules(), copied.modules(), strict=True):
+    # A module may choose what of it is copied.
+    for (name, submodule), twin in zip(module.named_modules(), copied.modules(), strict=False):
         theirs = {id(function) for _, function in _functions(twin)}
         for attribute, function in _functions(submodule):
             if id(function) in theirs and any(map(_is_part(memo), function.__closure__ or ())):

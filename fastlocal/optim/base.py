@@ -119,7 +119,7 @@ class TrustRatioOptimizer(Optimizer):
             for mine, group in zip(current, groups, strict=False):  # the base class reports a wrong number
                 foreign = "adapt" not in group
                 self._translate_group(group)
-                for name in filter(group.get, _OTHER_STEPS):
+                if (name := next(filter(group.get, _OTHER_STEPS), None)) is not None:
                     raise ValueError(
                         f"state_dict was made with {name}={group[name]!r}, which {type(self).__name__} does not "
                         "have: its steps would be others; set it to False there to go on without"

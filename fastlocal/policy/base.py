@@ -75,19 +75,10 @@ class Policy(Protocol):
 
 
 class Stateless:
-    """A policy whose answer depends on the stats and its settings alone: the arguments that it was built with."""
+    """A policy whose answer depends on the stats and its settings alone, which are its state."""
 
     reads_drift = False
     decides_alike = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings."""
-        return {name: value for name, value in vars(self).items() if not hasattr(type(self), name)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the settings that state_dict() returned; in old states there are none."""
-        if state_dict:
-            type(self).__init__(self, **state_dict)
 
 
 def require_interval(name: str, interval: int) -> int:

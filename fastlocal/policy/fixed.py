@@ -1,5 +1,7 @@
 """Intervals that are settled before the run."""
 
+from typing import Any
+
 from fastlocal.policy.base import Stateless, Stats, require_interval
 
 
@@ -20,6 +22,15 @@ class FixedInterval(Stateless):
     def next_interval(self, stats: Stats) -> int:
         """The interval."""
         return self.interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {"interval": self.interval}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned; of older versions nothing."""
+        if state_dict:
+            FixedInterval.__init__(self, **state_dict)
 
 
 class PostLocal(Stateless):
@@ -46,3 +57,12 @@ class PostLocal(Stateless):
     def next_interval(self, stats: Stats) -> int:
         """1 before the start step, then the interval."""
         return self.interval if stats.local_steps >= self.start_step else 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {"start_step": self.start_step, "interval": self.interval}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned; of older versions nothing."""
+        if state_dict:
+            PostLocal.__init__(self, **state_dict)

@@ -1,6 +1,7 @@
 """An interval from the learning rate."""
 
 import math
+from typing import Any
 
 from fastlocal.policy.base import Stateless, Stats, require_bounds
 
@@ -41,3 +42,17 @@ class QSR(Stateless):
             return self.maximum
         # 0.3 / 0.1 is less than 3 by its last digit.
         return max(self.base, math.floor((self.alpha / stats.lr) ** 2 * (1 + 1e-12)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {
+            "base": self.base,
+            "alpha": self.alpha,
+            "maximum": self.maximum,
+            "start_step": self.start_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what state_dict() returned; of older versions nothing."""
+        if state_dict:
+            QSR.__init__(self, **state_dict)
