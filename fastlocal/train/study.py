@@ -113,7 +113,7 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
         other = made.setdefault(cell.config, cell.name)
         if other != cell.name:
             at = "" if epochs is None else f" at --epochs {epochs}"
-            raise UsageError(f"{other} and {cell.name} are the same run{at}: leave one of them out")
+            raise UsageError(f"the cells {other} and {cell.name} are the same run{at}: leave one of them out")
     return Study(name, title, epochs, tuple(_with_original(cells, content.get("original", []))))
 
 
