@@ -77,15 +77,18 @@ def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int,
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
-    """The attributes of a module, and the entries of those that are dicts, such as hooks, that are functions."""
+    """The attributes of a module that are functions, alone or in a list, tuple or dict; not its hooks."""
     for attribute, value in vars(module).items():
-        for each in value.values() if isinstance(value, dict) else (value,):
+        if attribute.endswith("_hooks"):  # they watch rather than compute
+            continue
+        held = value.values() if isinstance(value, dict) else value
+        for each in held if isinstance(value, (dict, list, tuple)) else (value,):
             if isinstance(each, FunctionType):
                 yield attribute, each
 
 
 def _is_part(memo: dict[int, Any]) -> Callable[[CellType], bool]:
-    """Whether a closure's cell holds a module or tensor that was copied, or a method of one."""
+    """Whether a closure's cell holds something that was copied and trains: a module, a parameter, or its method."""
 
     def is_part(cell: CellType) -> bool:
         try:
@@ -93,7 +96,10 @@ def _is_part(memo: dict[int, Any]) -> Callable[[CellType], bool]:
         except ValueError:  # nothing yet
             return False
         held = getattr(held, "__self__", held)
-        return isinstance(held, (nn.Module, Tensor)) and id(held) in memo
+        trains = isinstance(held, Tensor) and held.requires_grad
+        if isinstance(held, nn.Module):
+            trains = next(held.parameters(), None) is not None
+        return trains and id(held) in memo
 
     return is_part
 

@@ -353,6 +353,24 @@ def a_slow_rate_that_one_rank_alone_sets_is_an_error_on_every_rank(rank, new_gro
             run(optimizer, team, 2, first=4, worker=rank)
 
 
+def layers_that_ranks_freeze_differently_are_an_error_of_slow_momentum_alone(rank, new_group):
+    group = new_group()
+    for kind in (LocalSGD, DiLoCo):
+        optimizer, team = build(kind, 1, 2, group)
+        run(optimizer, team, 2, worker=rank)
+        frozen = team[0][0] if rank == 1 else team[0][4]
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(False)
+        if kind is LocalSGD:
+            run(optimizer, team, 2, first=2, worker=rank)
+            assert_equal_everywhere(parameters_of(team[0]), group)
+            continue
+        with pytest.raises(
+            DisagreementError, match=r"rank 1 is at frozen parameters with checksum \d+, rank 0 at with"
+        ):
+            run(optimizer, team, 2, first=2, worker=rank)
+
+
 def rank_0_alone_decides_the_interval(rank, new_group):
     group = new_group()
     optimizer, team = build(LocalSGD, 1, OriginalValidationLoss(4, total_epochs=100), group=group)

@@ -107,6 +107,43 @@ def test_a_layer_that_is_frozen_on_the_way_stays_where_it_is_until_it_trains_aga
     assert (linear.bias - frozen).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", [SlowMo, DiLoCo])
+def test_a_layer_that_is_frozen_when_a_round_ends_keeps_what_it_learned_in_it(kind):
+    """It rests where no step of the round moved it; a resumed round knows."""
+    states = []
+    for freezes in (False, True):
+        team = Workers(nn.Linear(2, 1, dtype=torch.float64), 2)
+        with torch.no_grad():
+            for parameter in team.parameters():
+                parameter.zero_()
+        optimizer = kind(torch.optim.SGD(team.parameters(), lr=1.0), team, 100)
+        for _ in range(3):
+            for parameter in team.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        for model in team if freezes else ():
+            model.requires_grad_(False)
+        optimizer.sync()
+        states.append((parameters_of(team), optimizer.state_dict()["fastlocal"]["outer"][0]["momentum_buffer"]))
+        for model in team:
+            model.requires_grad_(False)
+        for parameter in team.parameters():
+            parameter.grad = None
+        for _ in range(2):
+            optimizer.step()
+        saved = copy.deepcopy((team.state_dict(), optimizer.state_dict()))
+        for model in team:
+            model.requires_grad_(True)
+        again = kind(torch.optim.SGD(team.parameters(), lr=1.0), team, 100)
+        team.load_state_dict(saved[0])
+        again.load_state_dict(saved[1])
+        again.sync()
+        assert torch.equal(parameters_of(team), states[-1][0])
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+    assert states[1][1].abs().max() > 0
+
+
 def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states_leave_it():
     optimizer, team = make(interval=4)
     optimizer.slow_lr, optimizer.slow_momentum, optimizer.policy = 0.3, 0.2, 2
@@ -121,7 +158,7 @@ def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states
     assert again.stats.rounds == optimizer.stats.rounds == 4
 
     old = copy.deepcopy(saved["optimizer"])
-    del old["fastlocal"]["slow_lr"], old["fastlocal"]["slow_momentum"]
+    del old["fastlocal"]["slow_lr"], old["fastlocal"]["slow_momentum"], old["fastlocal"]["resting"]
     old["fastlocal"]["policy"]["state"] = {}
     fresh, _ = make(interval=5, slow_lr=0.9)
     fresh.load_state_dict(old)

@@ -828,3 +828,16 @@ def test_a_parameter_that_changed_its_size_is_refused_before_anything_is_written
             opt.step()
         assert torch.equal(params[0], before)
         assert torch.equal(params[1], torch.ones(size))
+
+
+@BOTH
+def test_state_that_an_optimizer_around_this_one_keeps_beside_it_comes_back(optimizer):
+    params = make_params()
+    opt = optimizer(params, weight_decay=0.01)
+    train(opt, params, [1])
+    for p in params:
+        opt.state[p]["slow_weights"] = p.detach().clone()
+    again = optimizer(clone(params), weight_decay=0.01)
+    again.load_state_dict(opt.state_dict())
+    kept = [state["slow_weights"] for state in again.state.values()]
+    assert_equal(kept, params)

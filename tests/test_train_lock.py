@@ -67,6 +67,14 @@ def test_a_filesystem_without_locks_and_a_place_that_is_no_folder_are_errors_of_
     with pytest.raises(UsageError, match="--out .*/file cannot be made: File exists"), hold(tmp_path / "file"):
         pass
 
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(UsageError, match=r"\.lock cannot be opened: Is a directory; choose another --out"),
+        hold(tmp_path),
+    ):
+        pass
+    (tmp_path / ".lock").rmdir()
+
     def refuse(descriptor, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -236,24 +236,25 @@ OTHER_ON_RANK_1 = """
 import os, sys
 from fastlocal.train.cli import main
 
-other = sys.argv[1:3] if os.environ["RANK"] == "1" else []
-sys.exit(main(sys.argv[3:] + other))
+other = sys.argv[1].split() if os.environ["RANK"] == "1" else []
+sys.exit(main(sys.argv[2:] + other))
 """
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("other", "said"),
     [
-        ("--lr", "0.3", "lr must be the same on all ranks, got 0.3 on rank 1 and None on rank 0"),
-        ("--eval-every", "2", "eval_every must be the same on all ranks, got 2 on rank 1 and 1 on rank 0"),
-        ("--method", "sync", "method must be the same on all ranks, got sync on rank 1 and local-sgd on rank 0"),
+        ("--lr 0.3", "lr must be the same on all ranks, got 0.3 on rank 1 and None on rank 0"),
+        ("--eval-every 2", "eval_every must be the same on all ranks, got 2 on rank 1 and 1 on rank 0"),
+        ("--resume", "resume must be the same on all ranks, got True on rank 1 and False on rank 0"),
+        ("--method sync", "method must be the same on all ranks, got sync on rank 1 and local-sgd on rank 0"),
     ],
 )
-def test_processes_with_other_settings_are_told_so_before_anything_is_written(tmp_path, flag, value, said):
+def test_processes_with_other_settings_are_told_so_before_anything_is_written(tmp_path, other, said):
     script = tmp_path / "script.py"
     script.write_text(OTHER_ON_RANK_1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    arguments = [flag, value, *RUN, "--workers", "2", "--epochs", "2", "--out", str(tmp_path / "out")]
+    arguments = [other, *RUN, "--workers", "2", "--epochs", "2", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -196,10 +196,25 @@ def test_a_model_that_computes_with_a_function_around_itself_is_refused_by_name(
     patched.forward = lambda x: 2 * original(x)
     with pytest.raises(ValueError, match="'forward' is a function around"):
         Workers(patched, 1).mean()
-    hooked = nn.Linear(2, 2)
-    others = nn.Linear(2, 2)
-    hooked.register_forward_hook(lambda module, inputs, output: others(output))  # nothing of its own
-    assert len(Workers(hooked, 2)) == 2
+    listed = Closes()
+    listed.scale = [listed.scale]
+    with pytest.raises(ValueError, match="'scale' is a function around"):
+        Workers(listed, 2)
+
+
+def test_functions_around_what_does_not_train_and_hooks_that_watch_may_be_shared():
+    class Masks(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            mask, others = torch.ones(2), nn.Linear(2, 2)
+            self.register_buffer("mask", mask)
+            self.masked = lambda x: others(x * mask)
+            self.seen = {}
+            self.register_forward_hook(lambda module, inputs, output: self.seen.update(last=output.detach()))
+
+    workers = Workers(Masks(), 2)
+    workers[0](torch.ones(1, 2))
+    assert workers.mean().seen["last"].shape == (1, 2)
 
 
 def test_a_compiled_model_makes_functions_of_its_own():

@@ -175,13 +175,13 @@ class Checkpointed(Wrapper):
         # Not the hooks, nor the `step` that a scheduler put on the instance: as torch.optim does.
         state = {name: self.__dict__[name] for name in self._own_attributes}
         outer_states = [outer.state_dict() for outer in self._outers]
-        return state | {"outer_states": outer_states, "rates": self._rates.last}
+        return state | {"outer_states": outer_states, "rates": (self._rates.last, self._rates.resting)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         outer_states, rates = state["outer_states"], state["rates"]
         super().__setstate__({name: state[name] for name in self._own_attributes})
         self._assemble()
-        self._rates.last = rates
+        self._rates.last, self._rates.resting = rates
         for outer, own in zip(self._outers, outer_states, strict=True):
             outer.load_state_dict(own)
 
@@ -198,11 +198,15 @@ class Checkpointed(Wrapper):
             "steps_in_round": self.steps_in_round,
             "anchored": self._anchored,
             "rates": [float(rate) for rate in self._rates.last],
+            "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
 
     def _younger_entries(self) -> dict[str, Any]:
         """What old entries lack, as it stands."""
-        return {}
+        return {"resting": []}
+
+    def _names(self) -> list[str]:
+        return list(self.rows.parameters[0])
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
@@ -246,4 +250,5 @@ class Checkpointed(Wrapper):
         self._round_is_open = self.steps_in_round > 0
         self._buffers_apart = 0 < self.stats.local_steps <= self.warmup_steps
         self._rates.last = list(own["rates"])
+        self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()

@@ -6,6 +6,7 @@ then one flat all-reduce for each block of rows, and one for each dtype of what 
 
 import math
 import pickle
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,6 +158,7 @@ class ManyProcesses(OneProcess):
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
             rates=self._sum_of_rates(closing.rates),
+            resting=self._checksum_of_resting(closing.rates),
             slow_lr=getattr(self.outers[0], "slow_lr", 0.0),
             slow_momentum=getattr(self.outers[0], "slow_momentum", 0.0),
             elements=sum(own[0].numel() for own in buffers),
@@ -251,13 +253,16 @@ class ManyProcesses(OneProcess):
         return wire[: size + extra]
 
     def _sum_of_rates(self, rates: list[list[float | None]]) -> float:
-        """Of those that the outer step reads, -1 for a parameter that takes none; must be the same everywhere."""
-        read: list[float] = []
-        for outer, own in zip(self.outers, rates, strict=True):
-            if isinstance(outer, SlowMomentum):
-                scaled = outer.form == "lr-scaled"
-                read += [-1.0 if rate is None else rate if scaled else 0.0 for rate in own]
-        return math.fsum(read)
+        """Of those that the outer step reads."""
+        if not any(isinstance(outer, SlowMomentum) and outer.form == "lr-scaled" for outer in self.outers):
+            return 0.0
+        return math.fsum(rate for own in rates for rate in own if rate is not None)
+
+    def _checksum_of_resting(self, rates: list[list[float | None]]) -> int:
+        """Of which parameters take no outer step; 0 if all do, or there is none."""
+        rest = [rate is None for own in rates for rate in own]
+        takes_steps = any(isinstance(outer, SlowMomentum) for outer in self.outers)
+        return zlib.crc32(bytes(rest)) if takes_steps and any(rest) else 0
 
     def _header(
         self, purpose: int, stats: Stats, steps_in_round: int, flags: Any = None, weights: Any = None
@@ -271,6 +276,7 @@ class ManyProcesses(OneProcess):
             rates=0.0,
             slow_lr=0.0,
             slow_momentum=0.0,
+            resting=0,
             elements=0,
             interval=0,
             message_bytes=0,

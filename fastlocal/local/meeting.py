@@ -19,15 +19,16 @@ class DisagreementError(RuntimeError):
 
 
 class Header(NamedTuple):
-    """What a process says when they meet; the first eight numbers must be everybody's."""
+    """What a process says when they meet; the first nine numbers must be everybody's."""
 
     purpose: int
     rounds: int
     local_steps: int
     steps_in_round: int
-    rates: float  # sum of the learning rates that the outer step reads, -1 for a parameter that takes none
+    rates: float  # sum of the learning rates that the outer step reads
     slow_lr: float
     slow_momentum: float
+    resting: int  # a checksum of the parameters that were frozen throughout the round; 0 if none was
     elements: int  # of the buffers, which are exchanged too
     interval: int  # which rank 0 has chosen
     message_bytes: int  # of what rank 0 sends after this
@@ -38,7 +39,7 @@ class Header(NamedTuple):
 
 _COMPARED = (
     *("purpose", "round", "local step", "step in the round"),
-    *("sum of learning rates", "slow_lr", "slow_momentum", "elements of buffers"),
+    *("sum of learning rates", "slow_lr", "slow_momentum", "frozen parameters", "elements of buffers"),
 )
 
 
@@ -111,6 +112,8 @@ def _described(rows: list[tuple]) -> str:
 
 
 def _shown(what: str, value: float) -> str:
+    if what == "frozen parameters":
+        return f"with checksum {value:.0f}" if value else "none"
     return repr(_PURPOSES[int(value)]) if what == "purpose" else f"{value:g}"
 
 

@@ -17,6 +17,8 @@ class Rates:
 
     Attributes:
         last: the mean so far, one a group; of the last step alone during warm-up.
+        resting: names of the parameters that no step of the round has moved: they are in no group, or frozen in
+            every worker.
 
     Raises:
         ValueError: a parameter is in no row, or in different groups for different workers, or a group clips the
@@ -26,6 +28,7 @@ class Rates:
     def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
         self._rows, self._optimizer = rows, optimizer
         self.last: list[Any] = []
+        self.resting: set[str] = set()
         self.find_groups()
 
     def find_groups(self) -> None:
@@ -74,6 +77,9 @@ class Rates:
             self.find_groups()
         elif steps_in_round == 0:
             self._require_options()
+        if steps_in_round == 0:
+            self.resting = set(self._rows.parameters[0])
+        self.resting = {name for name in self.resting if not self._moves(name)}
         now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
         if steps_in_round == 0:
             self.last = now
@@ -82,10 +88,7 @@ class Rates:
         self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
 
     def of_blocks(self) -> list[list[float | None]]:
-        """The round's rate of each parameter in each block; None if the inner optimizer does not move it.
-
-        That is one in none of its groups, or frozen in every worker.
-        """
+        """The round's rate of each parameter in each block; None if it rests."""
         values = [float(rate) for rate in self.last]
         # A group added since the last step has a rate too.
         values += [float(group["lr"]) for group in self._optimizer.param_groups[len(values) :]]
@@ -93,8 +96,11 @@ class Rates:
 
     def _of(self, name: str, values: list[float]) -> float | None:
         group = self._group_of.get(self._rows.parameters[0][name])
-        moves = any(parameters[name].requires_grad for parameters in self._rows.parameters)
-        return values[group] if moves and group is not None else None
+        return None if group is None or name in self.resting else values[group]
+
+    def _moves(self, name: str) -> bool:
+        in_a_group = self._rows.parameters[0][name] in self._group_of
+        return in_a_group and any(parameters[name].requires_grad for parameters in self._rows.parameters)
 
 
 def _copied(rate: float | Tensor) -> float | Tensor:

@@ -111,10 +111,10 @@ class SlowMo(LocalSGD):
         return super().__getstate__() | {"_slow_lr": self.slow_lr, "_slow_momentum": self.slow_momentum}
 
     def _saved(self) -> dict[str, Any]:
-        return super()._saved() | self._younger_entries()
+        return {**super()._saved(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
 
     def _younger_entries(self) -> dict[str, Any]:
-        return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
+        return {**super()._younger_entries(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         super()._check_saved(own)

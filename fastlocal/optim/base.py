@@ -114,10 +114,11 @@ class TrustRatioOptimizer(Optimizer):
 
         def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             current = self.param_groups
-            groups = [dict(g) for g in given["param_groups"]]
+            groups, foreign_keys = [dict(g) for g in given["param_groups"]], set()
             state = {key: dict(v) if isinstance(v, dict) else v for key, v in given["state"].items()}
             for mine, group in zip(current, groups, strict=False):  # the base class reports a wrong number
                 foreign = "adapt" not in group
+                foreign_keys.update(group["params"] if foreign else ())
                 self._translate_group(group)
                 if (name := next(filter(group.get, _OTHER_STEPS), None)) is not None:
                     raise ValueError(
@@ -135,7 +136,7 @@ class TrustRatioOptimizer(Optimizer):
                 for name, value in mine.items():
                     if name not in ("params", "param_names"):
                         group.setdefault(name, value)
-            seen.update(state=state, param_groups=groups)
+            seen.update(state=state, param_groups=groups, foreign=foreign_keys)
             return {**given, "state": state, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
@@ -143,7 +144,7 @@ class TrustRatioOptimizer(Optimizer):
             params = chain.from_iterable(g["params"] for g in self.param_groups)
             for key, param in zip(keys, params, strict=True):
                 if key in seen["state"]:
-                    self.state[param].update(self._own(param, seen["state"][key]))
+                    self.state[param].update(self._own(param, seen["state"][key], key in seen["foreign"]))
             for group in self.param_groups:
                 self._check_group(group)
 
@@ -163,11 +164,16 @@ class TrustRatioOptimizer(Optimizer):
             if not loaded:
                 self.__setstate__({"state": before[0], "param_groups": before[1]})
 
-    def _own(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
-        """Copies of the saved state this class uses, in its own dtype, device and memory layout."""
+    def _own(self, param: Tensor, saved: dict[str, Any], foreign: bool) -> dict[str, Tensor]:
+        """Copies of the saved state this class uses, in its own dtype, device and memory layout.
+
+        State beside it, as optimizers around this one keep, is left as it is, but says that a foreign one steps
+        otherwise.
+        """
         owned = {}
         known = (*self._moments, "master")
-        theirs = [n for n, v in saved.items() if n in known or (n != "step" and isinstance(v, Tensor) and v.dim())]
+        beside = [n for n, v in saved.items() if n not in (*known, "step") and isinstance(v, Tensor) and v.dim()]
+        theirs = [name for name in saved if name in known or (foreign and name in beside)]
         if set(theirs) - {"master"} not in (set(), set(self._moments)):
             mine = " and ".join(self._moments)
             raise ValueError(f"state_dict has {' and '.join(theirs)}, {type(self).__name__} goes on from {mine}")

@@ -176,8 +176,8 @@ class LAMB(TrustRatioOptimizer):
             norms.append(ops.grad_norm(*pieces(cut), sum_=sum_over_pieces(cut, cut)))
         return norms[0] if len(norms) == 1 else ops.grad_norm(norms, impl="reference")
 
-    def _own(self, param: Tensor, saved: Group) -> Group:
-        owned = super()._own(param, saved)
+    def _own(self, param: Tensor, saved: Group, foreign: bool) -> Group:
+        owned = super()._own(param, saved, foreign)
         if owned and "step" not in owned:
             raise ValueError("state_dict has moments but no 'step' for them, which their bias is corrected by")
         return owned

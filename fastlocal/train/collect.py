@@ -156,7 +156,9 @@ def _is_config(path: Path) -> bool:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        if any((path.parent / name).exists() for name in (".lock", "checkpoint.pt", "records.jsonl")):
+            raise UsageError(f"{path} cannot be read: {error}") from None
+        return False
     return isinstance(content, dict) and {"method", "epochs", "policy"} <= content.keys()
 
 

@@ -56,6 +56,7 @@ def main() -> int:
             with Display(Console(width=160)) as display:
                 run(config, display)
         except RunDivergedError as error:
+            # The run has let go of its folder; the study has not of its own.
             report.write_json(config.folder / FAILED, {"message": str(error), "config": config.as_dict()})
             _say(error)
             return 1

@@ -38,11 +38,14 @@ def hold(folder: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            raise NoLocksError(f"{folder} cannot be locked: {platform.system()} has no flock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
+    if fcntl is None:
+        raise NoLocksError(f"{folder} cannot be locked: {platform.system()} has no flock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened: {error.strerror}; choose another --out") from None
     try:
         until = time.monotonic() + patience_seconds
         while not _taken(descriptor, path):

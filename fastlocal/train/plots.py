@@ -128,8 +128,10 @@ def _families(x: str, lines: str, groups: Sequence[Group]) -> dict[str, list[Gro
     split: dict[str, list[Group]] = {}
     for name, members in families.items():
         alike: dict[str, list[Group]] = {}
+        # Over the workers synchronous training is drawn for comparison, whatever else was tried with it.
+        together = x == "workers" and members[0].config["method"] == "sync"
         for group in members:
-            alike.setdefault(alike_but_for(group, x, "lr"), []).append(group)
+            alike.setdefault("" if together else alike_but_for(group, x, "lr"), []).append(group)
         for own in alike.values():
             split[name if len(alike) == 1 else f"{name}: {own[0].name}"] = own
     return split

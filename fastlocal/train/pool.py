@@ -115,11 +115,12 @@ def _start(place: Place) -> Place:
             (place.folder / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
     try:
-        with place.log.open("ab", buffering=0) as log:
-            log.write(b"process started\n")  # an error above it is of an earlier one
-            place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        log = place.log.open("ab", buffering=0)
+        log.write(b"process started\n")  # an error above it is of an earlier one
     except OSError as error:
         raise RunError(f"{place.log} cannot be written: {error.strerror}") from None
+    with log:
+        place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
     place.state, place.message = "running", ""
     return place
 

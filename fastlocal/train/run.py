@@ -11,7 +11,7 @@ from fastlocal import comm
 from fastlocal.local import DisagreementError
 from fastlocal.train import build, data, report
 from fastlocal.train.allocator import keep_freed_memory
-from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
+from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import NoLocksError, hold
@@ -20,6 +20,8 @@ from fastlocal.train.processes import Processes
 
 # One that was killed, and whose successor is here already, may still be on its way out.
 _PATIENCE_SECONDS = 10.0
+_OF_A_MACHINE = ("data_dir", "device", "threads", "checkpoint_seconds")
+"""What the processes of one run may differ in."""
 _OUTPUTS = {"records.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
 
 
@@ -101,7 +103,7 @@ def _require_equal(processes: Processes, settings: dict[str, Any]) -> None:
     first, *others = processes.gather(settings)
     for rank, own in enumerate(others, start=1):
         for name in settings:
-            if name not in NOT_PART_OF_A_RUN and own[name] != first[name]:
+            if name not in _OF_A_MACHINE and own[name] != first[name]:
                 values = f"{own[name]} on rank {rank} and {first[name]} on rank 0"
                 raise UsageError(f"{name} must be the same on all ranks, got {values}")
 
