@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -25,10 +25,7 @@ def copy_of(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: an attribute is a function around a part of the module, which its copy would use too.
     """
-    memo = _memo(module)
-    copied = copy.deepcopy(module, memo)
-    _require_own_functions(module, copied, memo)
-    return copied
+    return _copy_and_memo(module)[0]
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -40,9 +37,7 @@ def twin_of(module: nn.Module) -> nn.Module:
         ValueError: a parameter has a hook that runs after its gradient was accumulated: that is about this one alone;
             or see copy_of.
     """
-    memo = _memo(module)
-    twin = copy.deepcopy(module, memo)
-    _require_own_functions(module, twin, memo)
+    twin, memo = _copy_and_memo(module)
     for (name, parameter), copied in zip(module.named_parameters(), twin.parameters(), strict=True):
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
@@ -62,13 +57,21 @@ def twin_of(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """A deep copy as copy_of makes it, and by id what has been copied."""
+    memo = _memo(module)
+    copied = copy.deepcopy(module, memo)
+    _require_own_functions(module, copied, memo)
+    return copied, memo
+
+
 def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Raise ValueError for a function in the copy that closes over a part of the original: copies share functions."""
     # A module may choose what of it is copied.
     for (name, submodule), twin in zip(module.named_modules(), copied.modules(), strict=False):
         theirs = {id(function) for _, function in _functions(twin)}
         for attribute, function in _functions(submodule):
-            if id(function) in theirs and any(map(_is_part(memo), function.__closure__ or ())):
+            if id(function) in theirs and any(_holds_part(cell, memo) for cell in function.__closure__ or ()):
                 where = f"{name}.{attribute}" if name else attribute
                 raise ValueError(
                     f"{where!r} is a function around a part of the model itself, which the copies of the model "
@@ -87,21 +90,17 @@ def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
                 yield attribute, each
 
 
-def _is_part(memo: dict[int, Any]) -> Callable[[CellType], bool]:
+def _holds_part(cell: CellType, memo: dict[int, Any]) -> bool:
     """Whether a closure's cell holds something that was copied and trains: a module, a parameter, or its method."""
-
-    def is_part(cell: CellType) -> bool:
-        try:
-            held = cell.cell_contents
-        except ValueError:  # nothing yet
-            return False
-        held = getattr(held, "__self__", held)
-        trains = isinstance(held, Tensor) and held.requires_grad
-        if isinstance(held, nn.Module):
-            trains = next(held.parameters(), None) is not None
-        return trains and id(held) in memo
-
-    return is_part
+    try:
+        held = cell.cell_contents
+    except ValueError:  # nothing yet
+        return False
+    held = getattr(held, "__self__", held)
+    trains = isinstance(held, Tensor) and held.requires_grad
+    if isinstance(held, nn.Module):
+        trains = next(held.parameters(), None) is not None
+    return trains and id(held) in memo
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

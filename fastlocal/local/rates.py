@@ -77,9 +77,8 @@ class Rates:
             self.find_groups()
         elif steps_in_round == 0:
             self._require_options()
-        if steps_in_round == 0:
-            self.resting = set(self._rows.parameters[0])
-        self.resting = {name for name in self.resting if not self._moves(name)}
+        rested = self._rows.parameters[0] if steps_in_round == 0 else self.resting
+        self.resting = {name for name in rested if not self._moves(name)}
         now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
         if steps_in_round == 0:
             self.last = now

@@ -111,10 +111,10 @@ class SlowMo(LocalSGD):
         return super().__getstate__() | {"_slow_lr": self.slow_lr, "_slow_momentum": self.slow_momentum}
 
     def _saved(self) -> dict[str, Any]:
-        return {**super()._saved(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
+        return super()._saved() | self._slow_settings()
 
     def _younger_entries(self) -> dict[str, Any]:
-        return {**super()._younger_entries(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
+        return super()._younger_entries() | self._slow_settings()
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         super()._check_saved(own)
@@ -136,7 +136,10 @@ class SlowMo(LocalSGD):
         )
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
+        return super()._settings() | self._slow_settings()
+
+    def _slow_settings(self) -> dict[str, float]:
+        return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
 
 
 class DiLoCo(SlowMo):

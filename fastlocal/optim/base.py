@@ -130,9 +130,10 @@ class TrustRatioOptimizer(Optimizer):
                     for key in group["params"]:
                         if key in state:
                             state[key].setdefault("step", count)
-                for name in ("foreach", "fused", "capturable"):
-                    if foreign or (name == "fused" and group.get(name) and not _have_kernels(mine["params"])):
-                        group[name] = mine[name]
+                if foreign:
+                    group.update((name, mine[name]) for name in ("foreach", "fused", "capturable"))
+                elif group.get("fused") and not _have_kernels(mine["params"]):
+                    group["fused"] = mine["fused"]
                 for name, value in mine.items():
                     if name not in ("params", "param_names"):
                         group.setdefault(name, value)
@@ -172,8 +173,8 @@ class TrustRatioOptimizer(Optimizer):
         """
         owned = {}
         known = (*self._moments, "master")
-        beside = [n for n, v in saved.items() if n not in (*known, "step") and isinstance(v, Tensor) and v.dim()]
-        theirs = [name for name in saved if name in known or (foreign and name in beside)]
+        beside = [n for n, v in saved.items() if foreign and n != "step" and isinstance(v, Tensor) and v.dim()]
+        theirs = [name for name in saved if name in (*known, *beside)]
         if set(theirs) - {"master"} not in (set(), set(self._moments)):
             mine = " and ".join(self._moments)
             raise ValueError(f"state_dict has {' and '.join(theirs)}, {type(self).__name__} goes on from {mine}")

@@ -104,12 +104,12 @@ def collect(root: Path) -> Collection:
         name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
         if (folder / "summary.json").exists():
             runs.append(_run(name, folder))
-        elif not _is_config(path):
+        elif (config := _config(path)) is None:
             continue  # another tool's
         elif (folder / FAILED).exists():
             unfinished.append(Unfinished(name, "diverged", str(read_json(folder / FAILED).get("message", ""))))
         else:
-            done = f"{len(_records(folder))} of {read_json(path).get('epochs')} epochs"
+            done = f"{len(_records(folder))} of {config['epochs']} epochs"
             broke = last_error(log_of(folder))
             state, message = ("started", done) if broke is None else ("broken", f"{done}: {broke}")
             unfinished.append(Unfinished(name, state, message))
@@ -151,15 +151,15 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_config(path: Path) -> bool:
-    """Whether a config.json is of a run here: other tools have files of that name."""
+def _config(path: Path) -> dict[str, Any] | None:
+    """What a run's config.json holds; None if it is not a run's: other tools have files of that name."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = read_json(path)
+    except UsageError:
         if any((path.parent / name).exists() for name in (".lock", "checkpoint.pt", "records.jsonl")):
-            raise UsageError(f"{path} cannot be read: {error}") from None
-        return False
-    return isinstance(content, dict) and {"method", "epochs", "policy"} <= content.keys()
+            raise
+        return None
+    return content if {"method", "epochs", "policy"} <= content.keys() else None
 
 
 def _study(path: Path) -> dict[str, Any]:
