@@ -57,6 +57,13 @@ class Case:
     missing: list[str]
 
 
+def named(operation: str, size: str, workers: int) -> str:
+    """A case in words; an optimizer step has one worker always, which is not said."""
+    if operation in ("lamb", "lars"):
+        return f"{operation}, {size}"
+    return f"{operation}, {size}, {workers} worker{'s' * (workers > 1)}"
+
+
 def bytes_held(operation: Operation, size: str, workers: int) -> int:
     """Of one set of float32 tensors that a call works on."""
     vectors = {"lamb": 4, "lars": 3, "average": workers, "outer-step": workers + 2}[operation]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastlocal.bench import machine
-from fastlocal.bench.cases import OPERATIONS, OURS, Case, Contender, Operation, build, bytes_held
+from fastlocal.bench.cases import OPERATIONS, OURS, Case, Contender, Operation, build, bytes_held, named
 from fastlocal.bench.count import count
 from fastlocal.bench.measure import COPY, Timing, measure
 from fastlocal.bench.shapes import SHAPES
@@ -105,7 +105,7 @@ def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str
         held = bytes_held(operation, size, workers)
         if 4 * held > free:  # a peer holds twice the rows beside them
             gigabytes = f"{4 * held / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-            note(f"{operation}, {size}, {workers} workers: left out, it needs {gigabytes}")
+            note(f"{named(operation, size, workers)}: left out, it needs {gigabytes}")
             continue
         sets = max(1, min(1 + math.ceil(2 * cache / held), 8, free // held - 3))
         case = build(operation, size, workers, plan.device, sets, plan.compiled)
@@ -118,7 +118,7 @@ def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str
 def ahead(rows: list[Row]) -> list[str]:
     """Where somebody is faster than fastlocal, and by how much: a line each."""
     return [
-        f"ahead of fastlocal: {row.contender} in {row.operation}, {row.size}, {row.workers} workers: "
+        f"ahead of fastlocal: {row.contender} in {named(row.operation, row.size, row.workers)}: "
         f"{row.ratio:.2f} of its time"
         for row in rows
         if row.ratio < 1 and row.contender != COPY and not row.contender.startswith(OURS)

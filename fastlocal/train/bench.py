@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastlocal.bench.cases import Case
+from fastlocal.bench.cases import Case, named
 from fastlocal.bench.run import Plan, Row, ahead, append, run
 from fastlocal.train.errors import RunError
 
@@ -42,15 +42,13 @@ def bench(plan: Plan, out: Path | None, console: Console) -> None:
 
 
 def _table(case: Case, rows: list[Row]) -> Table:
-    workers = "" if case.operation in ("lamb", "lars") else f", {case.workers} workers"
     resident = "in the cache" if rows[0].rotated_bytes < rows[0].cache_bytes else "from memory"
-    title = (
-        f"{case.operation}, {case.size}{workers}: {case.tensors} tensors, {case.parameters:,} parameters, {resident}"
-    )
+    name = named(case.operation, case.size, case.workers)
+    title = f"{name}: {case.tensors} tensors, {case.parameters:,} parameters, {resident}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for name in ("ms", "p20", "p80", "× ours", "B/param", "calls", "% copy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for column in ("ms", "p20", "p80", "× ours", "B/param", "calls", "% copy"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.contender,
