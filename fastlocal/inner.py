@@ -19,6 +19,20 @@ Twins = tuple[nn.Parameter, ...]
 """One parameter of the model, in each worker."""
 
 
+_SCALARS = {"step", "mu_product", "mu", "eta"}
+"""What torch's optimizers keep of a parameter as a whole: that of a 0-dimensional one is shaped like it."""
+
+
+def is_averaged(parameter: Tensor, key: str, value: object) -> bool:
+    """Whether this piece of a parameter's state is what a sync averages, such as a moment."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.shape == parameter.shape
+        and key not in _SCALARS
+    )
+
+
 @torch.no_grad()
 def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None:
     """Give every worker the weighted mean gradient. A worker without one counts as zero, unless nobody has one.
@@ -75,7 +89,7 @@ def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], inc
     for parameters in twins:
         donors = [state.get(p, {}) for p, counts in zip(parameters, included, strict=True) if counts]
         for key, first in donors[0].items():
-            if not (isinstance(first, Tensor) and first.is_floating_point() and first.shape == parameters[0].shape):
+            if not is_averaged(parameters[0], key, first):
                 continue
             values = [own[key] for own in donors if isinstance(own.get(key), Tensor)]
             if len(values) == len(donors):
@@ -93,6 +107,6 @@ def state_num_bytes(state: defaultdict[Tensor, dict], parameters: Iterable[Tenso
         value.nbytes
         for parameter in parameters
         if parameter in state
-        for value in state[parameter].values()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+        for key, value in state[parameter].items()
+        if is_averaged(parameter, key, value)
     )

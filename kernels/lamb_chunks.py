@@ -42,7 +42,7 @@ MASTER = tl.constexpr(4)  # where there are master weights
 @triton.jit
 def _update(w, m, v, inverse1, inverse2, eps, update_decay):
     """u = m̂/(√v̂ + ε) + λw."""
-    return m * inverse1 / (tl.sqrt(v) * inverse2 + eps) + update_decay * w
+    return m * inverse1 / (tl.sqrt_rn(v) * inverse2 + eps) + update_decay * w
 
 
 @triton.jit
@@ -132,12 +132,13 @@ def multiply_by_ratio(
     """The trust ratio of a tensor that has one, 1 where a norm is zero, into its step size."""
     if tl.load(adapts + tensor) != 0:
         first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
-        weight_norm = tl.sqrt(sum_partials(partials, 0, 2, first, last, BLOCK))
-        update_norm = tl.sqrt(sum_partials(partials, 1, 2, first, last, BLOCK))
+        weight_norm = tl.sqrt_rn(sum_partials(partials, 0, 2, first, last, BLOCK))
+        update_norm = tl.sqrt_rn(sum_partials(partials, 1, 2, first, last, BLOCK))
         if (weight_norm > 0) & (update_norm > 0):
             ratio = weight_norm / update_norm
             if HAS_CLIP:
-                ratio = tl.minimum(tl.maximum(ratio, low), high)
+                ratio = tl.maximum(ratio, low, propagate_nan=tl.PropagateNan.ALL)
+                ratio = tl.minimum(ratio, high, propagate_nan=tl.PropagateNan.ALL)
             step_size = coefficients + tensor * WIDTH + STEP_SIZE
             tl.store(step_size, tl.load(step_size) * ratio)
 

@@ -131,8 +131,8 @@ def prepare_tensor(
     scale = 1.0
     if tl.load(adapts + tensor) != 0:
         first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
-        weight_norm = tl.sqrt(sum_partials(partials, 0, 2, first, last, BLOCK))
-        norm = tl.sqrt(sum_partials(partials, 1, 2, first, last, BLOCK))
+        weight_norm = tl.sqrt_rn(sum_partials(partials, 0, 2, first, last, BLOCK))
+        norm = tl.sqrt_rn(sum_partials(partials, 1, 2, first, last, BLOCK))
         if JOINT:
             denominator = norm + eps
         else:

@@ -122,7 +122,8 @@ def gradient_multiplier(
     if HAS_SCALE:
         multiplier = 1.0 / tl.load(grad_scale)
     if HAS_NORM:
-        multiplier = multiplier / tl.maximum(tl.load(norm) * multiplier / max_norm, 1.0)
+        excess = tl.load(norm) * multiplier / max_norm
+        multiplier = multiplier / tl.maximum(excess, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return multiplier
 
 
@@ -175,5 +176,5 @@ def tensor_sum_kernel(
 
 @triton.jit
 def norm_kernel(sums, num_sums, norm, BLOCK: tl.constexpr):
-    """norm = √Σ sums, by one program."""
-    tl.store(norm, tl.sqrt(sum_partials(sums, 0, 1, 0, num_sums, BLOCK)))
+    """norm = √Σ sums, by one program. (`tl.sqrt` would take a subnormal sum for zero.)"""
+    tl.store(norm, tl.sqrt_rn(sum_partials(sums, 0, 1, 0, num_sums, BLOCK)))

@@ -20,18 +20,9 @@ from torch import Tensor
 from fastlocal.kernels.device import is_capturing
 from fastlocal.kernels.trust_ratio_common import CHUNK
 from fastlocal.kernels.trust_ratio_queue import queue_of
+from fastlocal.kernels.trust_ratio_upload import Staging
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _upload(device: torch.device, on_host: list[Tensor], table: Tensor) -> Tensor:
-    """The table on the device; what is copied from is added to `on_host`, to be kept as long."""
-    if device.type != "cuda":
-        return table
-    # From pageable memory the copy would wait for the device; but a graph may not ask for pinned memory before
-    # torch 2.11, and its copies read pageable memory at every replay.
-    on_host.append(table if is_capturing(device) else table.pin_memory())
-    return on_host[-1].to(device, non_blocking=True)
 
 
 @dataclass
@@ -49,11 +40,12 @@ class Bucket:
     num_tensors: int
     num_chunks: int
     chunk_counts: Tensor  # (num_tensors,) int64, on the host
+    staging: Staging
     scratch: dict[str, Tensor] = field(default_factory=dict)
     # Tensors laid out unlike their neighbours are worked on as copies.
     copies_in: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (copy, original)
     copies_out: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (original, copy)
-    on_host: list[Tensor] = field(default_factory=list)  # what the tables were copied from
+    on_host: list[Tensor] = field(default_factory=list)  # what the tables are copied from, by a graph at every replay
 
     def float_scratch(self, name: str, *shape: int) -> Tensor:
         """An uninitialised float32 buffer, the same one at every step."""
@@ -65,7 +57,7 @@ class Bucket:
         """The queue of a step in one launch, and its counters."""
         device, name = self.pointers.device, f"queue {lag}"
         if name not in self.scratch:
-            self.scratch[name] = _upload(device, self.on_host, queue_of(self.chunk_counts, lag))
+            self.scratch[name] = self.staging.upload(device, queue_of(self.chunk_counts, lag), self.on_host)
         if "counters" not in self.scratch:
             self.scratch["counters"] = torch.empty(1 + 2 * self.num_tensors, dtype=torch.int32, device=device)
         return self.scratch[name], self.scratch["counters"]
@@ -78,12 +70,13 @@ class _Key:
     kind: tuple
     addresses: list[int]  # of everything but gradients
     dtypes: list[torch.dtype]  # of gradients
+    sizes: list[int]  # of gradients
     strides: list[tuple[int, tuple[int, ...]]]  # of gradients that are not contiguous
     gradients: list[int]
 
     def differs_in_gradients_alone(self, other: "_Key") -> bool:
-        mine = self.addresses, self.dtypes, self.strides, self.kind
-        return mine == (other.addresses, other.dtypes, other.strides, other.kind)
+        mine = self.addresses, self.dtypes, self.sizes, self.strides, self.kind
+        return mine == (other.addresses, other.dtypes, other.sizes, other.strides, other.kind)
 
 
 @dataclass
@@ -91,6 +84,13 @@ class _Tables:
     key: _Key
     buckets: list[Bucket]
     in_graph: bool = False  # replays read them, so they stay as they are
+
+    def __post_init__(self) -> None:
+        self.num_bytes = sum(table.nbytes for bucket in self.buckets for table in bucket.on_host)
+
+    def set_room_aside(self) -> None:
+        """For the tables of the next capture."""
+        self.buckets[0].staging.set_aside(self.num_bytes)
 
     def follow(self, key: _Key, row: int) -> bool:
         """Writes new addresses of gradients into the tables, or returns False where that is not enough."""
@@ -114,6 +114,7 @@ class _Tables:
 
 # Called through `map`, a sixth faster than as methods.
 _data_ptr = torch.Tensor.data_ptr
+_numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
 _dtype = attrgetter("dtype")
 
@@ -133,8 +134,9 @@ def _key(rows: Sequence[Sequence[Tensor]], flags: object, steps: Sequence[Tensor
     return _Key(
         kind=(flags, *lengths),
         addresses=list(map(_data_ptr, others)),
-        # A new gradient may lie where the last one did, and be of another dtype or laid out otherwise.
+        # A new gradient may lie where the last one did, and be of another dtype or size, or laid out otherwise.
         dtypes=list(map(_dtype, rows[row])),
+        sizes=list(map(_numel, rows[row])),
         strides=[] if all(map(_is_contiguous, rows[row])) else _strides(rows[row]),
         gradients=list(map(_data_ptr, rows[row])),
     )
@@ -160,13 +162,16 @@ def kept_buckets(
     row = _gradient_row(rows)
     if key.gradients != tables.key.gradients and not tables.follow(key, row):
         return None
-    _keep_for_graph(cache, tables)
+    if is_capturing(tables.buckets[0].pointers.device):
+        _keep_for_graph(cache, tables)
+    else:
+        tables.set_room_aside()
     return tables.buckets
 
 
 def _keep_for_graph(cache: dict, tables: _Tables) -> None:
-    """If this step is being recorded: replays read the tables, and copy those built meanwhile from the host again."""
-    if not tables.in_graph and is_capturing(tables.buckets[0].pointers.device):
+    """Replays read the tables, and copy those built in the capture from the host again."""
+    if not tables.in_graph:
         tables.in_graph = True
         cache.setdefault("captured", []).append(tables)
 
@@ -195,9 +200,15 @@ def buckets(
     kept = kept_buckets(cache, name, rows, flags, steps)
     if kept is not None:
         return kept
-    built = _build(rows, written, [adapts(t) for t in rows[0]], steps)
-    cache[name] = _Tables(_key(rows, flags, steps), built)
-    _keep_for_graph(cache, cache[name])
+    staging = cache.setdefault((name, "staging"), Staging())
+    built = _build(rows, written, [adapts(t) for t in rows[0]], steps, staging)
+    tables = _Tables(_key(rows, flags, steps), built)
+    if is_capturing(rows[0][0].device):
+        # On the device they hold nothing before the first replay: no other step may find them.
+        _keep_for_graph(cache, tables)
+    else:
+        cache[name] = tables
+        tables.set_room_aside()
     return built
 
 
@@ -229,6 +240,7 @@ def _build(
     written: Sequence[int],
     adapts: Sequence[bool],
     steps: Sequence[Tensor] | None,
+    staging: Staging,
 ) -> list[Bucket]:
     members: dict[tuple, list[tuple[list[Tensor], int]]] = {}
     copies: dict[tuple, tuple[list, list]] = {}
@@ -253,7 +265,7 @@ def _build(
         into, back = copies.setdefault(kind, ([], []))
         into += copies_in
         back += copies_out
-    return [_bucket(kind, found, copies[kind], adapts, steps) for kind, found in members.items()]
+    return [_bucket(kind, found, copies[kind], adapts, steps, staging) for kind, found in members.items()]
 
 
 def _bucket(
@@ -262,6 +274,7 @@ def _bucket(
     copies: tuple[list, list],
     adapts: Sequence[bool],
     steps: Sequence[Tensor] | None,
+    staging: Staging,
 ) -> Bucket:
     device = members[0][0][0].device
     laid_out = [tensors for tensors, _ in members]
@@ -275,7 +288,7 @@ def _bucket(
     within = torch.arange(len(owner), device="cpu") - first_chunk[owner]
     flags = [adapts[index] for _, index in members]
     on_host: list[Tensor] = []
-    upload = partial(_upload, device, on_host)
+    upload = partial(staging.upload, device, on_host=on_host)
     return Bucket(
         dtypes=kind[0],
         aligned=kind[1],
@@ -288,6 +301,7 @@ def _bucket(
         num_tensors=len(members),
         num_chunks=len(owner),
         chunk_counts=counts,
+        staging=staging,
         copies_in=copies[0],
         copies_out=copies[1],
         on_host=on_host,

@@ -29,6 +29,9 @@ TYPES = {
     "coefficients": "*fp32",
     "partials": "*fp32",
     "queue": "*i32",
+    "norm": "*fp32",
+    "sums": "*fp32",
+    "num_sums": "i32",
     "counters": "*i32",
     "found_inf": "*fp32",
     "grad_scale": "*fp32",
@@ -92,6 +95,9 @@ def report(name, kernel, constexprs, capability):
                 "stores of 16 bytes": len(re.findall(r"STG\.E\S*\.128", code)),
                 "loads of 8 bytes": len(re.findall(r"LDG\.E\S*\.64", code)),
                 "stores of 8 bytes": len(re.findall(r"STG\.E\S*\.64", code)),
+                "approximate roots": len(re.findall(r"sqrt\.approx", binary.asm["ptx"])),
+                "maxima that drop a NaN": len(re.findall(r"\b(?:max|min)\.(?:ftz\.)?f32", binary.asm["ptx"])),
+                "maxima that keep a NaN": len(re.findall(r"\b(?:max|min)\.NaN\.f32", binary.asm["ptx"])),
                 "synchronisation": synchronisation(binary.asm["ptx"]),
                 "cache invalidations": len(re.findall(r"CCTL\.IVALL", code)),
                 "fences": len(re.findall(r"MEMBAR\.\w+\.GPU", code)),
@@ -130,6 +136,10 @@ def main(capability):
         report(name + " masters", kernel, constexprs | layout | bf16 | changes, capability)
     square = {"G_DTYPE": tl.float32, "ROW": 1} | layout
     report("square", trust_ratio_common.square_kernel, square, capability)
+    report("norm", trust_ratio_common.norm_kernel, {"BLOCK": BLOCK}, capability)
+    prepare = {"HAS_NORM": True, "HAS_SCALE": True, "HAS_FOUND": True, "CORRECTION": "moments", "DECOUPLED": False}
+    prepare |= {"MAXIMIZE": False, "HAS_MASTER": False, "TENSORS": lamb.TENSORS}
+    report("lamb prepare", lamb.prepare_kernel, prepare, capability)
 
 
 if __name__ == "__main__":

@@ -548,7 +548,7 @@ def weights_weigh_the_gradients_of_the_warmup(rank, new_group):
 
 
 def data_parallel_averages_as_one_process_and_counts_every_byte(rank, new_group):
-    group = find_group(new_group(), 20.0, torch.device("cpu"))
+    group = find_group(new_group(), 20.0, [torch.device("cpu")])
     team = Workers(network(), 1)
     parallel = DataParallel(torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9), team, group)
     sent = []
@@ -577,6 +577,20 @@ def data_parallel_averages_as_one_process_and_counts_every_byte(rank, new_group)
     assert sum(sent) == 5 * parameters
     assert parallel.stats.bytes_on_wire == 5 * (2 * 3 * parameters // 4) + 2 * (2 * 3 * buffers // 4)
     assert stats_of(parallel) == stats_of(single) | {"interval": parallel.stats.interval}
+
+
+def work_that_a_device_never_ends_is_an_error_after_the_timeout(rank, new_group):
+    process_group = new_group()
+    group = find_group(process_group, 1.0, [torch.device("cpu")])
+    group.arrive("close a round", 7)
+    done = iter([False, False, True])
+    group.finish(lambda: next(done))
+    assert next(done, "all asked") == "all asked"
+    everybody_came = "close a round at local step 7: all ranks had arrived, and the transfer did not end"
+    with pytest.raises(LostRankError, match=rf"waited 1\.\d s to {everybody_came}"):
+        group.finish(lambda: False)
+    with pytest.raises(ValueError, match=r"must have a backend for parameters on meta, and has cpu:gloo"):
+        find_group(process_group, 1.0, [torch.device("cpu"), torch.device("meta")])
 
 
 def resume_is_bit_exact_in_the_middle_of_a_round(rank, new_group):
@@ -761,6 +775,7 @@ SCENARIOS = [
     another_default_device_or_dtype_changes_nothing,
     ranks_that_left_the_warmup_apart_meet_again,
     rank_0_gives_parameters_and_buffers_to_begin_with,
+    work_that_a_device_never_ends_is_an_error_after_the_timeout,
     odd_tensors_are_averaged_and_keep_their_storage,
     buffers_are_kept_or_broadcast_as_chosen,
     settings_that_differ_are_named_on_every_rank,

@@ -13,6 +13,7 @@ from fastlocal import LAMB, LARS, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm.group import Group
 from fastlocal.kernels import trust_ratio, trust_ratio_tables
 from fastlocal.kernels.trust_ratio_common import BLOCK, NUM_WARPS
+from fastlocal.kernels.trust_ratio_upload import Staging
 from fastlocal.ops import averaging as ops
 from fastlocal.reference import averaging as reference
 from fastlocal.train import data
@@ -176,7 +177,7 @@ def test_a_step_that_is_recorded_keeps_tables_and_scalars_to_itself(monkeypatch)
         capture.setattr(trust_ratio, "is_capturing", lambda device: True)
         fused.step()
         rate = trust_ratio._on_device(fused._tables[0], "lr", 0.5, torch.device("cpu"))
-    ((tables),) = fused._tables[0]["captured"]
+    (tables,) = fused._tables[0]["captured"]
     pointers = tables.buckets[0].pointers
     addresses = pointers.clone()
     give(params, exact, second)
@@ -185,6 +186,56 @@ def test_a_step_that_is_recorded_keeps_tables_and_scalars_to_itself(monkeypatch)
     assert fused._tables[0]["lars"] is not tables
     assert rate == 0.5
     assert trust_ratio._on_device(fused._tables[0], "lr", 0.1, torch.device("cpu")).item() == pytest.approx(0.1)
+
+
+def test_tables_built_in_a_capture_are_no_other_steps_and_outlive_a_refused_checkpoint(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("shows without a GPU what a capture does to the tables")
+    params, exact, fused, _ = pair(LAMB, {}, "cpu")
+    before, within = ([torch.randn_like(p) for p in params] for _ in range(2))
+    give(params, exact, before)
+    fused.step()
+    kept = fused._tables[0]["lamb"]
+    with monkeypatch.context() as capture:
+        capture.setattr(trust_ratio_tables, "is_capturing", lambda device: True)
+        capture.setattr(trust_ratio, "is_capturing", lambda device: True)
+        give(params, exact, within)
+        fused.step()
+    # A capture records how they come onto the device: before the first replay they hold nothing there.
+    (tables,) = fused._tables[0]["captured"]
+    assert fused._tables[0]["lamb"] is kept
+    fused.step()
+    assert fused._tables[0]["lamb"] is not tables
+    saved = fused.state_dict()
+    saved["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        fused.load_state_dict(saved)
+    assert fused._tables[0]["captured"] == [tables]
+
+
+def test_what_a_capture_uploads_lies_in_memory_set_aside_before_and_is_given_out_once(monkeypatch):
+    made = []
+
+    def pinned(num_bytes):
+        made.append(torch.zeros(num_bytes, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(Staging, "_pinned", staticmethod(pinned))
+    staging = Staging()
+    staging.set_aside(0)
+    assert not made
+    staging.set_aside(1000)
+    staging.set_aside(900)
+    (room,) = made
+    tables = [torch.arange(7, dtype=torch.int64), torch.arange(6, dtype=torch.int32).view(3, 2), torch.ones(3)]
+    placed = [staging.place(table) for table in tables]
+    first = room.data_ptr()
+    assert [table.data_ptr() - first for table in placed] == [0, 64, 96]  # each at a multiple of 16
+    for table, copy_of in zip(tables, placed, strict=True):
+        assert torch.equal(copy_of, table)
+    staging.set_aside(1000)  # for the next capture: this one's replays go on reading
+    assert len(made) == 2
+    assert staging.place(tables[0]).data_ptr() == made[1].data_ptr()
 
 
 @EVERYWHERE
@@ -429,12 +480,12 @@ def test_messages_travel_on_the_device_that_the_group_has(device, small_messages
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         group = Group(dist.group.WORLD, 60.0, torch.device(device))
-        assert group.takes_means == (device == "cuda")
+        assert group.in_stream_order == (device == "cuda")
         assert group.gather([1.5, 2.0]) == [[1.5, 2.0]]
         assert group.gather_objects({"a": 1}) == [{"a": 1}]
         assert group.broadcast_object([1, "b"], 0) == [1, "b"]
         row = torch.arange(5.0, device=device)
-        for operation in ("sum", "max", "min", *(["mean"] if group.takes_means else [])):
+        for operation in ("sum", "max", "min", *(["mean"] if group.in_stream_order else [])):
             group.reduce_(row, operation)
             assert row.tolist() == [0, 1, 2, 3, 4]
         group.broadcast_(row, 0)

@@ -677,6 +677,45 @@ def test_state_that_is_not_finite_is_not_averaged_into_the_others():
     assert not any(torch.equal(old, new) for old, new in zip(before, team.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "make_inner",
+    [torch.optim.Adam, torch.optim.NAdam, torch.optim.ASGD, lambda params, lr: LAMB(params, lr=lr, weight_decay=0.1)],
+    ids=["adam", "nadam", "asgd", "lamb"],
+)
+def test_what_is_counted_for_a_parameter_of_one_number_is_not_averaged(make_inner):
+    team = Workers(nn.ParameterDict({"scale": torch.tensor(2.0), "weight": torch.ones(3)}), 2)
+    inner = make_inner(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 3, inner_state="average")
+    for step in range(3):
+        for worker, model in enumerate(team):
+            for parameter in model.parameters():
+                late = (step, worker) == (0, 1)
+                parameter.grad = None if late else torch.full_like(parameter, 1.0 + worker)
+        optimizer.step()
+    for worker, model in enumerate(team):
+        counts = [float(inner.state[p]["step"]) for p in model.parameters()]
+        assert counts == [3 - worker] * 2
+    for key, value in inner.state[team[0]["scale"]].items():
+        if key not in ("step", "mu_product", "mu", "eta", "ax"):
+            assert value == inner.state[team[1]["scale"]][key], key
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_master_weights_which_no_sync_averages_are_refused(kind):
+    team = Workers(nn.Linear(4, 2, dtype=torch.bfloat16), 2)
+    inner = LAMB(team.parameters(), lr=0.1, master_weights=True)
+    with pytest.raises(
+        ValueError, match=r"master_weights=True keeps float32 weights of parameters in torch\.bfloat16"
+    ):
+        kind(inner, team, 4)
+    team = Workers(nn.Linear(4, 2), 2)  # float32 parameters are their own masters
+    optimizer = kind(LAMB(team.parameters(), lr=0.1, master_weights=True), team, 1)
+    for parameter in team.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.stats.rounds == 1
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_buffer_that_is_finite_in_no_worker_stays_as_it_is(k):
     model = nn.Linear(6, 2)

@@ -441,3 +441,50 @@ def test_lars_follows_a_momentum_and_a_dampening_set_between_fused_steps():
             group.update(change)
         step([torch.randn_like(p) for p in params])
         step([torch.randn_like(p) for p in params])
+
+
+def test_the_norm_of_gradients_of_other_sizes_is_theirs():
+    tables: dict = {}
+    for size in (10, 1000, 4, 2 * CHUNK):
+        norm = ops.grad_norm([torch.ones(size, device=DEVICE)], impl="triton", tables=tables)
+        assert norm.item() == pytest.approx(size**0.5)
+
+
+def test_heads_that_take_turns_are_clipped_by_their_own_norm():
+    torch.manual_seed(0)
+    body, small, large = (torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (6, 10, 1000))
+    exact = [torch.nn.Parameter(p.detach().cpu().double()) for p in (body, small, large)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    fused = LAMB([{"params": [body]}, {"params": [small, large], "weight_decay": 0.0}], fused=True, **options)
+    plain = LAMB([{"params": exact[:1]}, {"params": exact[1:], "weight_decay": 0.0}], foreach=False, **options)
+    for head in (1, 2, 1, 2):
+        for index, (param, twin) in enumerate(zip((body, small, large), exact, strict=True)):
+            param.grad = torch.randn_like(param) if index in (0, head) else None
+            twin.grad = None if param.grad is None else param.grad.cpu().double()
+        fused.step()
+        plain.step()
+    for param, twin in zip((body, small, large), exact, strict=True):
+        torch.testing.assert_close(param.detach().cpu().double(), twin.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB])
+def test_a_parameter_cut_in_place_is_refused_and_nothing_beyond_it_is_written(optimizer):
+    param = torch.nn.Parameter(torch.ones(10, device=DEVICE))
+    fused = optimizer([param], lr=0.1, weight_decay=0.1, fused=True)
+    param.grad = torch.ones_like(param)
+    fused.step()
+    whole, before = param.data, param.detach().clone()
+    param.data = whole[:5]  # at the same address
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"must have their parameter's shape \(5,\), got \(10,\)"):
+        fused.step()
+    assert torch.equal(whole, before)
+
+
+def test_a_gradient_that_is_nan_spreads_through_the_norm_that_clips():
+    params = [torch.nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(2)]
+    fused = LAMB(params, lr=0.1, max_grad_norm=1.0, fused=True)
+    for param, value in zip(params, (100.0, float("nan")), strict=True):
+        param.grad = torch.full_like(param, value)
+    fused.step()
+    assert all(fused.state[param]["exp_avg"].isnan().all() for param in params)

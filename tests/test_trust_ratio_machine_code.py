@@ -81,12 +81,21 @@ def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
     for name, row in kernels.items():
         assert row["spills"] == 0, name
         assert row["stack"] == 0, name
-        if name == "lamb step masters":
-            assert row["registers"] <= 80, name  # three blocks
-        elif "step" in name:
+        if "step" in name:
             assert row["registers"] <= 64, name  # four blocks
         elif "unaligned" not in name:
             assert row["registers"] <= 48, name  # 65,536 registers / (48 · 256 threads) = 5.3 blocks
+
+
+def test_norms_too_small_for_a_square_and_nan_are_what_they_are_in_the_reference(kernels):
+    # An approximate root takes a subnormal sum for zero, and max.f32 of NaN and 1 is 1; the interpreter differs.
+    for name, row in kernels.items():
+        assert row["approximate roots"] == 0, name
+        if name != "lamb prepare":
+            assert row["maxima that drop a NaN"] == 0, name
+    assert kernels["lamb prepare"]["maxima that keep a NaN"] == 1  # ‖G‖
+    assert kernels["lamb prepare"]["maxima that drop a NaN"] == 1  # of the step count, which is a number
+    assert kernels["lamb step"]["maxima that keep a NaN"] == 2  # the clip of the trust ratio
 
 
 @pytest.mark.parametrize("name", ["lamb step", "lars step"])

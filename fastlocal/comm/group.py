@@ -7,7 +7,7 @@ import ctypes
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -49,17 +49,17 @@ def ring_bytes(payload: int, workers: int) -> int:
     return 2 * (workers - 1) * payload // workers
 
 
-def find_group(process_group: Any, timeout: float, device: torch.device) -> "Group | None":
+def find_group(process_group: Any, timeout: float, devices: Collection[torch.device]) -> "Group | None":
     """The group to train with: the one given, else the default one; None if it has one process only.
 
     Args:
         process_group: a torch.distributed process group that this process is in, or None.
         timeout: seconds that a collective may take.
-        device: of the parameters.
+        devices: of the parameters; messages travel on the first if the group cannot send from the CPU.
 
     Raises:
         TypeError: process_group is something else.
-        ValueError: this process is not in it, or timeout is not positive.
+        ValueError: this process is not in it, it has no backend for a device, or timeout is not positive.
         RuntimeError: a group was given, and this torch was built without torch.distributed.
     """
     if not (timeout > 0 and math.isfinite(timeout)):
@@ -74,7 +74,16 @@ def find_group(process_group: Any, timeout: float, device: torch.device) -> "Gro
         raise ValueError("process_group must be one that this process is in: it is not")
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
-    return Group(process_group, timeout, device) if process_group.size() > 1 else None
+    if process_group.size() == 1:
+        return None
+    backends = dist.get_backend_config(process_group)
+    for device in devices:
+        if f"{device.type}:" not in backends:
+            raise ValueError(
+                f"process_group must have a backend for parameters on {device.type}, and has {backends}: initialise "
+                "torch.distributed without naming one, or with 'cpu:gloo,cuda:nccl'"
+            )
+    return Group(process_group, timeout, next(iter(devices)))
 
 
 class Group:
@@ -87,7 +96,7 @@ class Group:
 
     Attributes:
         rank: this process's number in the group.
-        takes_means: whether reduce_ can take a "mean" of tensors on `device`.
+        in_stream_order: whether what is sent from `device` ends on it, and the host goes on (NCCL).
         ranks: the global rank of every process, in the group's order.
     """
 
@@ -99,8 +108,7 @@ class Group:
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         backends = dist.get_backend_config(process_group)
         sends_from_cpu = "cpu:" in backends
-        # Gloo has no mean.
-        self.takes_means = device.type == "cuda" and "cuda:nccl" in backends
+        self.in_stream_order = device.type == "cuda" and "cuda:nccl" in backends
         self._device = torch.device("cpu") if sends_from_cpu else device
         store = distributed_c10d.PrefixStore(
             f"fastlocal/{process_group.group_name}", distributed_c10d._get_default_store()
@@ -140,6 +148,19 @@ class Group:
             if not _is_of_a_transfer(error):
                 raise
             raise self._lost(time.monotonic() - began, error) from error
+
+    def finish(self, is_done: Callable[[], bool]) -> None:
+        """Wait until the device has ended what was sent in stream order, and no longer than `timeout`.
+
+        A wait with a timeout of torch's own looks once a millisecond, and holds up the sends that follow.
+        """
+        began = time.monotonic()
+        with self._notes.waiting():
+            while not is_done():
+                seconds = time.monotonic() - began
+                if seconds >= self.timeout:
+                    raise self._lost(seconds, None)
+                time.sleep(0 if seconds < 0.01 else 0.001)
 
     def by_one(self, source: int, call: Callable[[], T]) -> T | None:
         """What the call returns in process `source`, where alone it is made; None in the others.
@@ -264,10 +285,10 @@ class Group:
             with self._notes.waiting():
                 work = start()
                 assert work is not None
-                if device.type == "cpu":
-                    work.wait(timedelta(seconds=self.timeout))
+                if self.in_stream_order and device.type == "cuda":
+                    work.wait()
                 else:
-                    work.wait()  # in stream order; the host goes on
+                    work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             raise self._lost(time.monotonic() - began, error) from error
 
@@ -278,11 +299,12 @@ class Group:
         except RuntimeError as error:
             raise LostRankError(self._without_store()) from error
 
-    def _lost(self, seconds: float, error: RuntimeError) -> LostRankError:
+    def _lost(self, seconds: float, error: RuntimeError | None) -> LostRankError:
         """Who is missing, now that a collective has failed or taken too long."""
         late = seconds >= self.timeout
         missing = self._asking(lambda: self._notes.find_missing(late, min(_GRACE_SECONDS, self.timeout)))
-        said = missing or f"all ranks had arrived, and the transfer failed: {error}"
+        failed = "did not end" if error is None else f"failed: {error}"
+        said = missing or f"all ranks had arrived, and the transfer {failed}"
         return LostRankError(
             f"{self._waited(seconds)}: {said}. A process has ended, stalled or takes fewer steps; the group is broken"
         )

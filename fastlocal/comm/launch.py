@@ -90,7 +90,7 @@ def join(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Group | None
             f"rank {rank} of {launched_processes()} did not meet the others at {place} (MASTER_ADDR and MASTER_PORT) "
             f"in {time.monotonic() - began:.1f} s: {_absent(store) or str(error).splitlines()[0]}"
         ) from error
-    return find_group(None, timeout, device)
+    return find_group(None, timeout, [device])
 
 
 def _read_environment() -> tuple[int, int]:

@@ -17,13 +17,21 @@ class Clock:
         self._started = time.perf_counter()
         self._begin = self._event()
 
+    def stop(self) -> None:
+        """What counts has been issued."""
+        self._stopped = time.perf_counter()
+        self._end = self._event()
+
+    def is_done(self) -> bool:
+        """Whether it has been carried out too."""
+        return self._end is None or self._end.query()
+
     def seconds(self) -> float:
-        """Since the start, once all that was issued in between is done; on a CPU, by the host's clock."""
-        end = self._event()
-        if self._begin is None or end is None:
-            return time.perf_counter() - self._started
-        end.synchronize()
-        return self._begin.elapsed_time(end) / 1e3
+        """From the start to the stop, once all that was issued in between is done; on a CPU, by the host's clock."""
+        if self._begin is None or self._end is None:
+            return self._stopped - self._started
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
 
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":

@@ -115,7 +115,7 @@ class LocalSGD(Checkpointed):
         self._round_is_open = False
         self._buffers_apart = False  # whether steps of the warm-up have changed them since they were last merged
         self._chose_group = process_group is not None
-        self._group = comm.find_group(process_group, timeout, self.rows.blocks[0].rows.device)
+        self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
 
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
@@ -284,6 +284,8 @@ class LocalSGD(Checkpointed):
         self.stats.round_steps = self.steps_in_round
         self.steps_in_round = 0
         self._round_is_open = self._buffers_apart = False
+        clock.stop()
+        self._team.finish(clock.is_done)
         self.stats.seconds_in_sync += clock.seconds()
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:

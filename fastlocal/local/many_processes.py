@@ -189,6 +189,15 @@ class ManyProcesses(OneProcess):
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
 
+    def finish(self, is_done: Callable[[], bool]) -> None:
+        """Wait until the device has ended the messages of a sync, where the host does not.
+
+        Raises:
+            LostRankError: it does not.
+        """
+        if self.group.in_stream_order:
+            self.group.finish(is_done)
+
     def _average_rows(self, closing: Round, weights: list[float]) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan.
 
@@ -233,7 +242,7 @@ class ManyProcesses(OneProcess):
         self.group.sum_rounding_once_(message)
 
     def _reduce_in_place(self, row: Tensor, share: float, alike: bool) -> None:
-        if alike and self.group.takes_means:
+        if alike and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
             self.group.reduce_(row, "mean")
             return
         if share == 0:

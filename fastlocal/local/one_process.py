@@ -167,6 +167,9 @@ class OneProcess:
         buffers = self._collect_buffers().values()
         return module_buffers.merge_(buffers, self.choices.buffers, [True] * len(self.rows))
 
+    def finish(self, is_done: Callable[[], bool]) -> None:
+        """Wait until the device has ended the messages of a sync, where the host does not: here there are none."""
+
     def _collect_buffers(self) -> dict[str, list[Tensor]]:
         """Each buffer in every worker of this process, by name."""
         # A worker alone has nobody to agree with, so that no kind of buffer is in its way.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastlocal.flat import Rows
 
+_LOW_PRECISION = {torch.bfloat16, torch.float16}
+
 
 class Rates:
     """The learning rates of the round, by parameter: the mean over its steps.
@@ -22,7 +24,7 @@ class Rates:
 
     Raises:
         ValueError: a parameter is in no row, or in different groups for different workers, or a group clips the
-            gradients of several workers together.
+            gradients of several workers together, or keeps master weights.
     """
 
     def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
@@ -66,6 +68,12 @@ class Rates:
                 raise ValueError(
                     f"max_grad_norm={group['max_grad_norm']} would bound the norm of all workers' gradients "
                     "together: leave it out, and clip each worker's, clip_grad_norm_(worker.parameters(), ...)"
+                )
+            if group.get("master_weights") and (low := {p.dtype for p in group["params"]} & _LOW_PRECISION):
+                raise ValueError(
+                    f"master_weights=True keeps float32 weights of parameters in {low.pop()} that no sync averages: "
+                    "what is below the parameters' precision would be lost. Leave it out, or train float32 "
+                    "parameters under torch.autocast"
                 )
 
     def note(self, steps_in_round: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Rows
+from fastlocal.inner import is_averaged
 
 Entry = tuple[str, str, torch.dtype]
 """A parameter's name, the key of one of its tensors, and that one's dtype."""
@@ -58,7 +59,7 @@ def _held(inner: torch.optim.Optimizer, donors: list[dict[str, Any]]) -> list[En
     held = []
     for name, first in donors[0].items():
         for key, value in sorted(inner.state.get(first, {}).items()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == first.shape:
+            if is_averaged(first, key, value):
                 others = [inner.state.get(parameters[name], {}).get(key) for parameters in donors]
                 if all(isinstance(other, Tensor) for other in others):
                     held.append((name, key, value.dtype))

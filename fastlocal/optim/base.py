@@ -109,7 +109,7 @@ class TrustRatioOptimizer(Optimizer):
                 range; then nothing has changed.
             TypeError: a value in it is of the wrong kind; likewise.
         """
-        before = self.state, self.param_groups
+        before = dict(vars(self))
         seen: dict[str, Any] = {}
 
         def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class TrustRatioOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
             if not loaded:
-                self.__setstate__({"state": before[0], "param_groups": before[1]})
+                vars(self).update(before)  # the device tables too, which a CUDA graph may replay from
 
     def _own(self, param: Tensor, saved: dict[str, Any], foreign: bool) -> dict[str, Tensor]:
         """Copies of the saved state this class uses, in its own dtype, device and memory layout.
