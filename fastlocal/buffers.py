@@ -29,7 +29,7 @@ def obstacle(buffer: Tensor) -> str | None:
 
 
 def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Tensor]]:
-    """Each buffer in every module, by name; with "keep" without those that nobody could overwrite.
+    """Each buffer in every module, by name; with "keep" those that all have alike and could overwrite.
 
     Raises:
         RuntimeError: a module lacks one, or has it in another shape; or it cannot be averaged or given to others.
@@ -37,14 +37,12 @@ def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Ten
     workers = [dict(module.named_buffers()) for module in modules]
     buffers: dict[str, list[Tensor]] = {}
     for name, first in workers[0].items():
-        for worker, own in enumerate(workers):
-            if name not in own or own[name].shape != first.shape:
-                raise RuntimeError(f"buffer {name!r} of worker {worker} is missing or shaped unlike worker 0's")
-        if (reason := obstacle(first)) is not None:
-            if choice == "keep":
-                continue
+        unlike = [w for w, own in enumerate(workers) if name not in own or own[name].shape != first.shape]
+        reason = f"of worker {unlike[0]} is missing or shaped unlike worker 0's" if unlike else obstacle(first)
+        if reason is None:
+            buffers[name] = [own[name] for own in workers]
+        elif choice != "keep":
             raise RuntimeError(f"buffer {name!r} {reason}: pass buffers='keep', which leaves it to each worker")
-        buffers[name] = [own[name] for own in workers]
     return buffers
 
 

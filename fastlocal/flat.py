@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import comm
-from fastlocal.buffers import merged, obstacle
+from fastlocal.buffers import collect, merged
 from fastlocal.twin import copy_of, require_initialised, twin_of
 
 ALIGNMENT = 16
@@ -78,6 +78,7 @@ class Rows:
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
         self.modules = list(modules)
+        self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
         for module in self.modules:
             require_initialised(module)
         self.parameters = [
@@ -86,6 +87,7 @@ class Rows:
         ]
         if not self.parameters[0]:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
+        _require_own_memory(self.parameters[0])
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
         self.blocks = _allocate(self.parameters[0], len(self.modules))
@@ -100,6 +102,30 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> set[str]:
+        """Names of the parameters that all workers begin with alike: not those that another optimizer has stepped."""
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        own = {name for name, parameter in self.parameters[0].items() if parameter in stepped}
+        begin = self.parameters[0].keys() - (self._begun - own)
+        self._begun |= own
+        return begin
+
+    @torch.no_grad()
+    def begin_alike(self, names: set[str]) -> None:
+        """Where these parameters differ between the workers, or frozen ones, give all worker 0's, and its buffers."""
+        first, *others = (
+            {n: p for n, p in module.named_parameters() if n in names or n not in self.parameters[0]}
+            for module in self.modules
+        )
+        if all(torch.equal(comm.held_here(p), comm.held_here(own[n])) for own in others for n, p in first.items()):
+            return
+        for own in others:
+            for name, parameter in first.items():
+                own[name].copy_(parameter)
+        for first_buffer, *buffers in collect(self.modules, "keep").values():
+            for buffer in buffers:
+                buffer.copy_(first_buffer)
 
     @property
     def layout(self) -> Layout:
@@ -255,7 +281,7 @@ class Workers:
         """A new model that holds the mean of all workers as they stand now.
 
         Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
-        such as sparse ones, is worker 0's.
+        such as sparse ones or those of several shapes, is worker 0's.
 
         Raises:
             RuntimeError: a parameter no longer lies in its row.
@@ -267,10 +293,8 @@ class Workers:
             means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
-        for name, buffer in model.named_buffers():
-            if obstacle(buffer) is not None:
-                continue  # worker 0's, as it stands
-            buffer.copy_(merged([module.get_buffer(name) for module in self], "average"))
+        for name, buffers in collect(self.rows.modules, "keep").items():
+            model.get_buffer(name).copy_(merged(buffers, "average"))
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,6 +330,36 @@ def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter
                 f"parameter {name!r} is {tuple(twin.shape)} {twin.dtype} on {twin.device} in worker {worker}, but "
                 f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device} in worker 0"
             )
+
+
+def _require_own_memory(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError where two parameters have elements in common, which rows of their own would part."""
+    plain = [(n, p) for n, p in parameters.items() if p.numel() and not comm.is_sharded(p)]
+    end, before = 0, None
+    for name, parameter in sorted(plain, key=lambda pair: pair[1].data_ptr()):
+        if before is not None and parameter.data_ptr() < end and _overlap(before[1], parameter):
+            raise ValueError(
+                f"the parameters {before[0]!r} and {name!r} share memory, and would not in rows of their own: tie "
+                "them by making them one nn.Parameter"
+            )
+        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        if (stop := parameter.data_ptr() + (last + 1) * parameter.element_size()) > end:
+            end, before = stop, (name, parameter)
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors, the second of which begins before the first one ends, have an element in common."""
+    if first.is_contiguous() or second.is_contiguous():
+        return True
+    return not _places(first).isdisjoint(_places(second))  # columns of one matrix, say
+
+
+def _places(tensor: Tensor) -> set[int]:
+    """The addresses of its elements."""
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    return set((tensor.data_ptr() + tensor.element_size() * offsets.flatten()).tolist())
 
 
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:

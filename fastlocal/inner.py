@@ -25,12 +25,9 @@ _SCALARS = {"step", "mu_product", "mu", "eta"}
 
 def is_averaged(parameter: Tensor, key: str, value: object) -> bool:
     """Whether this piece of a parameter's state is what a sync averages, such as a moment."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.shape == parameter.shape
-        and key not in _SCALARS
-    )
+    if not isinstance(value, Tensor) or not value.is_floating_point() or key in _SCALARS:
+        return False
+    return value.shape == parameter.shape or value.dim() > 0  # of rows and columns, as Adafactor's
 
 
 @torch.no_grad()
@@ -61,8 +58,14 @@ def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None
 
 
 @torch.no_grad()
-def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Forget the state of these parameters: the optimizer's next step begins it anew."""
+def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], everybodys: bool) -> None:
+    """Forget the state of these parameters: the optimizer's next step begins it anew.
+
+    Args:
+        optimizer: whose state it is.
+        parameters: of one worker.
+        everybodys: whether that of all its other parameters is forgotten too.
+    """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for parameter in parameters:
         if parameter not in optimizer.state:
@@ -71,7 +74,7 @@ def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor])
         if isinstance(optimizer, torch.optim.Adagrad):  # it makes its state in its constructor alone
             own["sum"].fill_(group["initial_accumulator_value"])
             own["step"].zero_()
-        elif isinstance(optimizer, torch.optim.SGD) and group["fused"]:
+        elif isinstance(optimizer, torch.optim.SGD) and group["fused"] and not everybodys:
             # Fused SGD fails when only some parameters have a buffer; without dampening zeros are as good as none.
             if own.get("momentum_buffer") is not None:
                 own["momentum_buffer"].zero_()
@@ -81,7 +84,7 @@ def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor])
 
 @torch.no_grad()
 def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], included: Sequence[bool]) -> None:
-    """Average the parameter-shaped state over the included workers; the excluded ones take theirs over whole.
+    """Average the tensors in the state over the included workers; the excluded ones take theirs over whole.
 
     Scalars (step counts) are left alone. A tensor that not every included worker has is left alone too:
     there is no mean of what does not exist yet.
@@ -91,7 +94,7 @@ def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], inc
         for key, first in donors[0].items():
             if not is_averaged(parameters[0], key, first):
                 continue
-            values = [own[key] for own in donors if isinstance(own.get(key), Tensor)]
+            values = [v for v in (own.get(key) for own in donors) if isinstance(v, Tensor) and v.shape == first.shape]
             if len(values) == len(donors):
                 mean = torch.stack(values).mean(dim=0)
                 for value in values:
@@ -102,7 +105,7 @@ def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], inc
 
 
 def state_num_bytes(state: defaultdict[Tensor, dict], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the parameter-shaped state that average_state_ averages, for one worker's parameters."""
+    """Bytes of the state that average_state_ averages, for one worker's parameters."""
     return sum(
         value.nbytes
         for parameter in parameters

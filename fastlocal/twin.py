@@ -2,8 +2,9 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -35,9 +36,11 @@ def twin_of(module: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a parameter has a hook that runs after its gradient was accumulated: that is about this one alone;
-            or see copy_of.
+            the module is scripted; or see copy_of.
     """
     twin, memo = _copy_and_memo(module)
+    if not all(parameter.is_leaf for parameter in twin.parameters()):
+        raise ValueError("a scripted or traced module cannot be copied with its parameters: pass the original module")
     for (name, parameter), copied in zip(module.named_parameters(), twin.parameters(), strict=True):
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
@@ -46,6 +49,8 @@ def twin_of(module: nn.Module) -> nn.Module:
             )
         if copied is parameter:  # its module says that it is its own copy
             continue
+        if getattr(parameter, "grad_dtype", None) is not None:
+            copied.grad_dtype = parameter.grad_dtype
         for attribute, value in vars(parameter).items():
             setattr(copied, attribute, _copied(value, memo))
         trains = copied.requires_grad
@@ -67,11 +72,21 @@ def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
 
 def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Raise ValueError for a function in the copy that closes over a part of the original: copies share functions."""
+    modules = dict(module.named_modules())
     # A module may choose what of it is copied.
-    for (name, submodule), twin in zip(module.named_modules(), copied.modules(), strict=False):
-        theirs = {id(function) for _, function in _functions(twin)}
-        for attribute, function in _functions(submodule):
-            if id(function) in theirs and any(_holds_part(cell, memo) for cell in function.__closure__ or ()):
+    for (name, submodule), twin in zip(modules.items(), copied.modules(), strict=False):
+        seen: set[int] = set()
+        for attribute, value in vars(twin).items():
+            if attribute in _FORWARD_HOOKS:
+                # What closes over the module it hooks, or one around that, watches rather than computes.
+                above = [modules[name[:end]] for end, letter in enumerate(name) if letter == "."]
+                watched = {id(module), id(submodule), *map(id, above)}
+                if _reaches_original(value, memo, watched):
+                    raise ValueError(
+                        f"a forward hook of {name or 'the model'!r} is a function around another part of the model, "
+                        "which the copies of the model would share, and compute with: make it a method"
+                    )
+            elif not attribute.endswith("_hooks") and _reaches_original(value, memo, seen):
                 where = f"{name}.{attribute}" if name else attribute
                 raise ValueError(
                     f"{where!r} is a function around a part of the model itself, which the copies of the model "
@@ -79,28 +94,48 @@ def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int,
                 )
 
 
-def _functions(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
-    """The attributes of a module that are functions, alone or in a list, tuple or dict; not its hooks."""
-    for attribute, value in vars(module).items():
-        if attribute.endswith("_hooks"):  # they watch rather than compute
-            continue
-        held = value.values() if isinstance(value, dict) else value
-        for each in held if isinstance(value, (dict, list, tuple)) else (value,):
-            if isinstance(each, FunctionType):
-                yield attribute, each
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def _holds_part(cell: CellType, memo: dict[int, Any]) -> bool:
-    """Whether a closure's cell holds something that was copied and trains: a module, a parameter, or its method."""
-    try:
-        held = cell.cell_contents
-    except ValueError:  # nothing yet
+def _reaches_original(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
+    """Whether functions lead from a value in the copy to what was copied and trains: a module or a parameter.
+
+    seen: by id, what has been looked at, and what may be reached.
+    """
+    if id(value) in seen:
         return False
-    held = getattr(held, "__self__", held)
-    trains = isinstance(held, Tensor) and held.requires_grad
-    if isinstance(held, nn.Module):
-        trains = next(held.parameters(), None) is not None
-    return trains and id(held) in memo
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value) is not value and next(value.parameters(), None) is not None
+    if isinstance(value, Tensor):
+        return memo.get(id(value), value) is not value and value.requires_grad
+    return any(_reaches_original(each, memo, seen) for each in _held(value))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What a function, or a collection of some, computes with."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, deque)):
+        return value
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, FunctionType):
+        defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+        return *filter(None, map(_content, value.__closure__ or ())), *defaults, *vars(value).values()
+    if callable(value) and not isinstance(value, type):
+        return vars(value).values() if hasattr(value, "__dict__") else ()
+    return ()
+
+
+def _content(cell: CellType) -> tuple[Any, ...]:
+    """What a closure's cell holds, if anything yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

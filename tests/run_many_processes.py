@@ -547,6 +547,80 @@ def weights_weigh_the_gradients_of_the_warmup(rank, new_group):
             assert model[1].tolist() == [-1.5] * 3
 
 
+def a_line_search_in_the_warmup_takes_the_same_step_on_every_rank(rank, new_group):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    single = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(1 + 3 * n) * torch.randn(8, 3, generator=generator, dtype=torch.float64) for n in range(WORLD)]
+
+    def closure_of(module, optimizer, own):
+        def closure():
+            optimizer.zero_grad()
+            loss = sum((module(x) - x[:, :2].sin()).square().mean() for x in own) / len(own)
+            loss.backward()
+            return loss
+
+        return closure
+
+    options = {"max_iter": 5, "line_search_fn": "strong_wolfe"}
+    inner = torch.optim.LBFGS(list(model.parameters()), **options)
+    spread = LocalSGD(inner, model, 2, process_group=new_group(), timeout=20.0, warmup_steps=3)
+    plain = torch.optim.LBFGS(list(single.parameters()), **options)
+    for _ in range(3):
+        ours = spread.step(closure_of(model, spread, batches[rank : rank + 1]))
+        assert ours == pytest.approx(plain.step(closure_of(single, plain, batches)).item(), rel=1e-9)
+    for parameter, exact in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(parameter, exact, rtol=1e-8, atol=1e-8)
+
+
+def an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped(rank, new_group):
+    results = []
+    for group, k in ((new_group(), 1), (ALONE, WORLD)):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(3, 2, dtype=torch.float64), k)
+        wrapped = []
+        for dim in (1, 2):
+            inner = torch.optim.SGD([p for p in team.parameters() if p.dim() == dim], lr=0.1)
+            wrapped.append(LocalSGD(inner, team, 3, process_group=group, timeout=20.0))
+        for _ in range(3):
+            for number, model in enumerate(team, start=rank if k == 1 else 0):
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, number)
+            for optimizer in wrapped:
+                optimizer.step()
+        results.append(parameters_of(team[0]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new_group):
+    finished = []
+    for group, k in ((new_group(), 1), (ALONE, WORLD)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3, dtype=torch.float64)
+        model.register_buffer("cache", torch.zeros(0))
+        team = Workers(model, k)
+        inner = torch.optim.Adafactor(team.parameters(), lr=0.1)
+        options = {"inner_state": "average", "buffers": "keep", "process_group": group, "timeout": 20.0}
+        optimizer = LocalSGD(inner, team, 2, **options)
+        for step in range(6):
+            for number, worker in enumerate(team, start=rank if k == 1 else 0):
+                worker.cache = torch.full((number + 1,), float(number))
+                worker.zero_grad()
+                generator = torch.Generator().manual_seed(10 * step + number)
+                x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+                worker(x).square().sum().backward()
+                if (step, number) == (3, 2):
+                    worker.weight.data[0, 0] = torch.nan
+            optimizer.step()
+        mine = team[0 if k == 1 else rank]
+        assert mine.cache.tolist() == [float(rank)] * (rank + 1)
+        assert optimizer.stats.excluded == 1
+        finished.append((parameters_of(mine), optimizer.stats.bytes_on_wire))
+    torch.testing.assert_close(finished[0][0], finished[1][0], rtol=1e-10, atol=1e-10)
+    assert finished[0][1] == finished[1][1]
+
+
 def data_parallel_averages_as_one_process_and_counts_every_byte(rank, new_group):
     group = find_group(new_group(), 20.0, [torch.device("cpu")])
     team = Workers(network(), 1)
@@ -776,6 +850,9 @@ SCENARIOS = [
     ranks_that_left_the_warmup_apart_meet_again,
     rank_0_gives_parameters_and_buffers_to_begin_with,
     work_that_a_device_never_ends_is_an_error_after_the_timeout,
+    a_line_search_in_the_warmup_takes_the_same_step_on_every_rank,
+    an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped,
+    factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape,
     odd_tensors_are_averaged_and_keep_their_storage,
     buffers_are_kept_or_broadcast_as_chosen,
     settings_that_differ_are_named_on_every_rank,

@@ -186,6 +186,36 @@ def test_a_process_that_is_killed_at_work_alone_is_named_soon(store):
     assert time.monotonic() - killed < 20
 
 
+STALLED = """
+import time
+import torch
+from fastlocal import comm
+
+group = comm.join(torch.device("cpu"), timeout=100.0)
+group.timeout = 1.0
+group.arrive("close a round", 3)
+if group.rank == 1:
+    print("stalls", flush=True)
+    time.sleep(60.0)
+try:
+    group.gather([1.0])
+except comm.LostRankError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_process_whose_group_is_broken_ends_before_the_one_it_waited_for(store):
+    first, second = (start(STALLED, store.port, rank, 2, **UNDER_TORCHRUN) for rank in range(2))
+    assert second.stdout.readline() == "stalls\n", second.communicate()[1]
+    said = first.stdout.readline()
+    assert "s to close a round at local step 3: rank 1 " in said
+    began = time.monotonic()
+    finish(first)
+    assert time.monotonic() - began < 15  # gloo's own thread would wait for 100 s, or until rank 1 wakes
+    second.kill()
+    finish(second)
+
+
 # What a torch built with USE_DISTRIBUTED=0 lacks is taken from torch._C before the rest of torch looks for it.
 WITHOUT_DISTRIBUTED = """
 import importlib.abc

@@ -1,5 +1,6 @@
 """Copies of a module: what a forward pass left in it, and what hangs on its parameters."""
 
+import functools
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -200,6 +201,66 @@ def test_a_model_that_computes_with_a_function_around_itself_is_refused_by_name(
     listed.scale = [listed.scale]
     with pytest.raises(ValueError, match="'scale' is a function around"):
         Workers(listed, 2)
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(*arguments):
+        return function(*arguments)
+
+    return inner
+
+
+class Calls:
+    """A callable object around a function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda forward: decorated(decorated(forward)),
+        lambda forward: torch.autocast("cpu", torch.bfloat16)(decorated(forward)),
+        lambda forward: functools.partial(decorated(forward)),
+        lambda forward: functools.partial(lambda f, x: f(x), decorated(forward)),
+        lambda forward: functools.lru_cache(None)(forward),
+        lambda forward: Calls(decorated(forward)),
+        lambda forward: {"a": {"b": [lambda x, f=forward: f(x)]}},
+    ],
+    ids=["twice", "autocast", "partial", "argument", "cache", "object", "nested"],
+)
+def test_a_function_in_a_function_around_the_model_is_refused_too(wrapped):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.compute = wrapped(model.forward)
+    with pytest.raises(ValueError, match="'compute' is a function around a part of the model itself"):
+        Workers(model, 2)
+
+
+def test_a_hook_that_computes_with_another_part_of_the_model_is_refused():
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "adapter": nn.Linear(2, 2)})
+    adapter = model["adapter"]
+    handle = model["base"].register_forward_hook(lambda module, inputs, output: output + adapter(inputs[0]))
+    with pytest.raises(ValueError, match="a forward hook of 'base' is a function around another part of the model"):
+        Workers(model, 2)
+    handle.remove()
+    model["base"].register_forward_hook(lambda module, inputs, output: vars(model).update(seen=output.shape))
+    Workers(model, 2)
+
+
+def test_copies_have_gradients_in_the_dtype_that_the_parameters_ask_for():
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has gradients in their parameter's dtype alone")
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    for worker in Workers(model, 2):
+        worker(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+        assert worker.weight.grad.dtype == torch.float32
 
 
 def test_functions_around_what_does_not_train_and_hooks_that_watch_may_be_shared():

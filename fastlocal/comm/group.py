@@ -217,10 +217,9 @@ class Group:
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Overwrite the contiguous tensor with that of process `source` of the group."""
         if tensor.numel():
-            self._run(
-                lambda: dist.broadcast(lent(tensor), self.ranks[source], group=self.process_group, async_op=True),
-                tensor.device,
-            )
+            options = self._options("Broadcast")
+            options.rootRank = source
+            self._run(lambda: self.process_group.broadcast([lent(tensor)], options), tensor.device)
 
     def reduce_(self, tensor: Tensor, operation: Operation) -> None:
         """Overwrite the contiguous tensor with the sum, maximum, minimum or mean over all processes."""
@@ -231,10 +230,9 @@ class Group:
             "mean": dist.ReduceOp.AVG,
         }
         if tensor.numel():
-            self._run(
-                lambda: dist.all_reduce(lent(tensor), operations[operation], group=self.process_group, async_op=True),
-                tensor.device,
-            )
+            options = self._options("Allreduce")
+            options.reduceOp = operations[operation]
+            self._run(lambda: self.process_group.allreduce([lent(tensor)], options), tensor.device)
 
     def sum_rounding_once_(self, tensor: Tensor) -> None:
         """Overwrite the vector with the sum over all processes, added in float32, for the bytes of an all_reduce.
@@ -253,38 +251,40 @@ class Group:
         if not whole:
             parts.view(-1)[: len(tensor)] = tensor
         received = torch.empty_like(parts)
+        exchange = self._options("AllToAll")
         self._run(
-            lambda: dist.all_to_all_single(lent(received), lent(parts), group=self.process_group, async_op=True),
-            tensor.device,
+            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], exchange), tensor.device
         )
         total = received[0].to(torch.float32)
         for part in received[1:]:
             total.add_(part)
         own = total.to(tensor.dtype)
-        self._run(
-            lambda: dist.all_gather(
-                list(map(lent, parts.unbind())), lent(own), group=self.process_group, async_op=True
-            ),
-            tensor.device,
-        )
+        self._run(lambda: self._all_gather(parts.unbind(), own), tensor.device)
         if not whole:
             tensor.copy_(parts.view(-1)[: len(tensor)])
 
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
-        self._run(
-            lambda: dist.all_gather(list(map(lent, everybody)), lent(own), group=self.process_group, async_op=True),
-            torch.device("cpu"),
-        )
+        self._run(lambda: self._all_gather(everybody, own), torch.device("cpu"))
         return everybody
 
-    def _run(self, start: "Callable[[], dist.Work | None]", device: torch.device) -> None:
+    def _all_gather(self, everybody: Sequence[Tensor], own: Tensor) -> "dist.Work":
+        return self.process_group.allgather([list(map(lent, everybody))], [lent(own)], self._options("Allgather"))
+
+    def _options(self, collective: str) -> Any:
+        """A collective that ends when its time is over: one that is only no longer waited for holds up the exit."""
+        from torch.distributed import distributed_c10d
+
+        options = getattr(distributed_c10d, f"{collective}Options")()
+        options.timeout, options.asyncOp = timedelta(seconds=self.timeout), True
+        return options
+
+    def _run(self, start: "Callable[[], dist.Work]", device: torch.device) -> None:
         began = time.monotonic()
         try:
             with self._notes.waiting():
                 work = start()
-                assert work is not None
                 if self.in_stream_order and device.type == "cuda":
                     work.wait()
                 else:

@@ -153,7 +153,7 @@ class LocalSGD(Checkpointed):
             closure: evaluates the model and returns the loss, as torch.optim takes it.
 
         Returns:
-            What the closure returned.
+            What the closure returned; of a step of the warm-up the mean over the processes.
 
         Raises:
             DivergedError: a sync was due and no worker's parameters are finite.
@@ -232,7 +232,8 @@ class LocalSGD(Checkpointed):
             def averaged_closure() -> float:
                 loss = closure()
                 self._average_gradients()
-                return loss
+                # An optimizer that looks at it, such as L-BFGS, would take other steps elsewhere.
+                return self._team.mean_loss(loss, math.fsum(self._weights_or_ones()))
 
             loss = self.inner.step(averaged_closure)
         self.stats.rounds += 1
@@ -251,6 +252,7 @@ class LocalSGD(Checkpointed):
         self.stats.seconds_in_sync += time.perf_counter() - started
         return agreed
 
+    @torch.inference_mode(False)  # what is made inside and kept could never be written again outside
     @torch.no_grad()
     def sync(self) -> None:
         """Close the round under way, even if it is not full; without a step since the last sync, do nothing.

@@ -81,26 +81,34 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        by_name = self._collect_buffers()
+        keeps = self.choices.buffers == "keep"
+        by_name = {} if keeps else self._collect_buffers()
         names, buffers = list(by_name), list(by_name.values())
         frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
         names += frozen
         buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
         compare(self.group, settings, slots + kinds, stats.local_steps)
+        begin = self.rows.begin(self.inner)
         if fresh:
             self.rows.pull()
-            if self._rows_differ(buffers[len(buffers) - len(frozen) :]):
-                for block in self.rows.blocks:
-                    self.group.broadcast_(block.rows[0], source=0)
-                    block.rows.copy_(block.rows[0].clone().expand_as(block.rows))
+            parts = [
+                block.rows[:, slot.start : slot.stop]
+                for block in self.rows.blocks
+                for slot in block.slots
+                if slot.name in begin
+            ]
+            if self._rows_differ([[*part] for part in parts] + buffers[len(buffers) - len(frozen) :]):
+                for part in parts:
+                    self.group.broadcast_(part[0], source=0)
+                    part.copy_(part[0].clone().expand_as(part))
                 self.rows.push()
+                buffers += self._buffers_of_all() if keeps else []
                 merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 
-    def _rows_differ(self, frozen: list[list[Tensor]]) -> bool:
-        """Whether two workers of any processes differ in rows or frozen parameters, as two sums over each tell."""
-        rows = [row for block in self.rows.blocks for row in block.rows]
-        values = rows + [torch.view_as_real(v) if v.is_complex() else v for twins in frozen for v in twins]
+    def _rows_differ(self, everything: list[list[Tensor]]) -> bool:
+        """Whether two workers of any processes differ in one of these tensors, as two sums over each tell."""
+        values = [torch.view_as_real(v) if v.is_complex() else v for twins in everything for v in twins]
         sums = [torch.stack([v.sum(dtype=torch.float64), v.abs().sum(dtype=torch.float64)]) for v in values]
         own = torch.cat([each.cpu() for each in sums]).tolist()
         return len({row for said in self.group.gather(own) for row in _by_row(said, len(self.rows))}) > 1
@@ -146,6 +154,14 @@ class ManyProcesses(OneProcess):
             average_gradients_across_(self.rows, block, own, total, wire, self.group)
         return True
 
+    def mean_loss(self, loss: Any, weight: float) -> Any:
+        """Of all processes, each with a weight; it follows right after average_gradients."""
+        if loss is None:
+            return None
+        loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        weights, products = zip(*self.group.gather([weight, weight * loss]), strict=True)
+        return math.fsum(products) / math.fsum(weights)
+
     def close_round(self, closing: Round) -> Outcome:
         """Average everything that is to be averaged, and take the outer step.
 
@@ -153,7 +169,8 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
-        buffers = list(self._collect_buffers().values())
+        keeps = self.choices.buffers == "keep"
+        buffers = [] if keeps else list(self._collect_buffers().values())
         self.rows.pull()
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
@@ -174,6 +191,8 @@ class ManyProcesses(OneProcess):
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
+        if keeps and not all(map(all, included)):  # who is left out takes over those of others
+            buffers = self._buffers_of_all()
         payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
         if self.choices.inner_state == "average":
             payload += average_state_across_(self.inner, self.rows, included, self.group)
@@ -183,11 +202,17 @@ class ManyProcesses(OneProcess):
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
-        buffers = list(self._collect_buffers().values())
+        buffers = [] if self.choices.buffers == "keep" else list(self._collect_buffers().values())
         elements = sum(own[0].numel() for own in buffers)
         headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
+
+    def _buffers_of_all(self) -> list[list[Tensor]]:
+        """Those that every worker of every process has alike, where each keeps its own."""
+        own = {(n, tuple(b[0].shape), str(b[0].dtype)): b for n, b in self._collect_buffers().items()}
+        everybody = [set(kinds) for kinds in self.group.gather_objects(list(own))]
+        return [twins for kind, twins in own.items() if all(kind in kinds for kinds in everybody)]
 
     def finish(self, is_done: Callable[[], bool]) -> None:
         """Wait until the device has ended the messages of a sync, where the host does not.
@@ -296,6 +321,6 @@ class ManyProcesses(OneProcess):
 
 
 def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:
-    """Each row's two sums in every block; `sums` runs through the blocks, then the rows."""
-    blocks = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
-    return [tuple(value for block in blocks for value in block[2 * row : 2 * row + 2]) for row in range(rows)]
+    """Each row's two sums of every tensor; `sums` runs through the tensors, then the rows."""
+    tensors = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
+    return [tuple(value for tensor in tensors for value in tensor[2 * row : 2 * row + 2]) for row in range(rows)]

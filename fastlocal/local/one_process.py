@@ -89,7 +89,10 @@ class OneProcess:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Nobody else to compare with."""
+        """Nobody else to compare with; a fresh run's workers begin as the first one."""
+        names = self.rows.begin(self.inner)
+        if fresh:
+            self.rows.begin_alike(names)
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy says."""
@@ -105,6 +108,10 @@ class OneProcess:
         """Give every worker the weighted mean gradient; returns whether the step may be taken."""
         average_gradients_(self.twins(), relative_weights(weights))
         return True
+
+    def mean_loss(self, loss: Any, weight: float) -> Any:
+        """Of all processes, each with a weight: this one's."""
+        return loss
 
     def close_round(self, closing: Round) -> Outcome:
         """Average everything that is to be averaged, and take the outer step.
@@ -210,8 +217,9 @@ class OneProcess:
         """Forget the inner state of the workers that are left out, or of all where that was chosen."""
         for parameters, counts in zip(self.rows.parameters, included, strict=True):
             # What drove a row to infinity is still in its momentum.
-            if self.choices.inner_state == "reset" or not counts:
-                reset_state_(self.inner, parameters.values())
+            everybody = self.choices.inner_state == "reset"
+            if everybody or not counts:
+                reset_state_(self.inner, parameters.values(), everybody)
 
 
 def whole(squares: Tensor, owner: Tensor | None) -> Tensor:

@@ -23,8 +23,8 @@ class Rates:
             every worker.
 
     Raises:
-        ValueError: a parameter is in no row, or in different groups for different workers, or a group clips the
-            gradients of several workers together, or keeps master weights.
+        ValueError: a parameter is in no row, or in different groups for different workers; a group clips the
+            gradients of several workers together or keeps master weights; L-BFGS steps several workers.
     """
 
     def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
@@ -61,6 +61,10 @@ class Rates:
         self._group_of, self._num_groups = group_of, len(groups)
 
     def _require_options(self) -> None:
+        if len(self._rows) > 1 and isinstance(self._optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "torch.optim.LBFGS takes one step for all workers' parameters together: have one worker a process"
+            )
         for index, group in enumerate(self._optimizer.param_groups):
             if "lr" not in group:
                 raise ValueError(f"inner's param group {index} has no 'lr': give it one, which syncs refer to")

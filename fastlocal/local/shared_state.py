@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +15,15 @@ from fastlocal.comm import Group
 from fastlocal.flat import Rows
 from fastlocal.inner import is_averaged
 
-Entry = tuple[str, str, torch.dtype]
-"""A parameter's name, the key of one of its tensors, and that one's dtype."""
+Entry = tuple[str, str, torch.dtype, tuple[int, ...]]
+"""A parameter's name, the key of one of its tensors, and that one's dtype and shape, of a DTensor the piece's."""
 
 
 @torch.no_grad()
 def average_state_across_(
     inner: torch.optim.Optimizer, rows: Rows, included: Sequence[Sequence[bool]], group: Group
 ) -> int:
-    """Average the parameter-shaped state over the included workers; the excluded ones take theirs over whole.
+    """Average the tensors in the state over the included workers; the excluded ones take theirs over whole.
 
     As inner.average_state_: scalars are left alone, and so is a tensor that not every included worker has.
 
@@ -41,7 +42,7 @@ def average_state_across_(
     count = sum(flags.count(True) for flags in included)
     means = _means(inner, rows, donors, entries, count, group)
     for parameters in donors:
-        for (name, key, _), mean in zip(entries, means, strict=True):
+        for (name, key, _, _), mean in zip(entries, means, strict=True):
             comm.held_here(inner.state[parameters[name]][key]).copy_(mean)
     for parameters, counts in zip(rows.parameters, own, strict=True):
         for name, parameter in parameters.items():
@@ -49,11 +50,11 @@ def average_state_across_(
                 inner.state[parameter] = copy.deepcopy(inner.state[donors[0][name]])
     if not all(map(any, included)):
         _take_over(inner, rows, donors, dict(zip(entries, means, strict=True)), included, group)
-    return sum(rows.parameters[0][name].numel() * dtype.itemsize for name, _, dtype in entries)
+    return sum(_num_elements(rows.parameters[0][name], shape) * dtype.itemsize for name, _, dtype, shape in entries)
 
 
 def _held(inner: torch.optim.Optimizer, donors: list[dict[str, Any]]) -> list[Entry]:
-    """The floating-point tensors, shaped like their parameters, that every donor has."""
+    """What is averaged and every donor has."""
     if not donors:
         return []
     held = []
@@ -61,8 +62,8 @@ def _held(inner: torch.optim.Optimizer, donors: list[dict[str, Any]]) -> list[En
         for key, value in sorted(inner.state.get(first, {}).items()):
             if is_averaged(first, key, value):
                 others = [inner.state.get(parameters[name], {}).get(key) for parameters in donors]
-                if all(isinstance(other, Tensor) for other in others):
-                    held.append((name, key, value.dtype))
+                if all(isinstance(other, Tensor) and other.shape == value.shape for other in others):
+                    held.append((name, key, value.dtype, tuple(comm.held_here(value).shape)))
     return held
 
 
@@ -87,9 +88,9 @@ def _means(
 ) -> list[Tensor]:
     """The mean of each entry, one flat message a device and dtype."""
     totals = []
-    for name, key, dtype in entries:
-        like = comm.held_here(rows.parameters[0][name])
-        total = torch.zeros_like(like, dtype=torch.promote_types(dtype, torch.float32))
+    for name, key, dtype, shape in entries:
+        device = rows.parameters[0][name].device
+        total = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
         for parameters in donors:
             total += comm.held_here(inner.state[parameters[name]][key])
         totals.append(total)
@@ -114,7 +115,7 @@ def _take_over(
 ) -> None:
     """Processes without a worker that counts take the first one's state that does: its mean is known already."""
     source = next(rank for rank, flags in enumerate(included) if any(flags))
-    known = {(name, key) for name, key, _ in averaged}
+    known = {(name, key) for name, key, _, _ in averaged}
     packed = b""
     if group.rank == source:
         rest = {
@@ -136,10 +137,17 @@ def _take_over(
             before = inner.state.pop(parameter, {})
             for key, value in rest[name].items():
                 inner.state[parameter][key] = _placed(value, before.get(key), parameter)
-        for (name, key, dtype), mean in averaged.items():
+        for (name, key, dtype, shape), mean in averaged.items():
             value = torch.zeros_like(parameters[name], dtype=dtype)
+            if shape != comm.held_here(value).shape:
+                value = torch.zeros(shape, dtype=dtype, device=value.device)
             comm.held_here(value).copy_(mean)
             inner.state[parameters[name]][key] = value
+
+
+def _num_elements(parameter: Tensor, shape: tuple[int, ...]) -> int:
+    """Of a tensor in the state; of one that is cut like its parameter, all pieces together."""
+    return parameter.numel() if shape == comm.held_here(parameter).shape else math.prod(shape)
 
 
 def _placed(value: Any, before: Any, parameter: Tensor) -> Any:
