@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlocal.bench import cases
+from fastlocal.bench import cases, machine
 from fastlocal.bench.__main__ import main as module_main
 from fastlocal.bench.measure import _timing
-from fastlocal.bench.run import Plan, ahead
+from fastlocal.bench.run import Plan, ahead, run
 from fastlocal.bench.shapes import SHAPES, num_parameters
 from fastlocal.train.cli import main
 
@@ -99,11 +99,46 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2_before_anything_is_meas
     assert capsys.readouterr().err.splitlines() == [said.format(file=file, folder=tmp_path)]
 
 
-def test_a_disk_that_fills_up_is_one_line_and_exit_code_1(capsys):
+@pytest.mark.parametrize("command", [lambda a: main(["bench", *a]), run_module])
+def test_a_disk_that_fills_up_is_one_line_and_exit_code_1(command, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    assert main(["bench", "--operation", "lars", "--size", "lenet", "--out", "/dev/full"]) == 1
+    assert command(["--operation", "lars", "--size", "lenet", "--out", "/dev/full"]) == 1
     assert capsys.readouterr().err.splitlines() == ["error: /dev/full cannot be written: No space left on device"]
+
+
+@pytest.mark.parametrize(("operation", "workers"), [("average", 2), ("average", 4), ("outer-step", 1), ("lars", 1)])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process holds")
+def test_a_case_takes_no_more_memory_than_it_is_said_to_need(operation, workers):
+    script = f"""
+import torch
+torch.set_num_threads(1)
+from fastlocal.bench import cases
+from fastlocal.bench.measure import measure
+
+def in_bytes(what):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+    return 1024 * int(lines[what].removesuffix("kB"))
+
+tiny = cases.build({operation!r}, "tiny", {workers}, "cpu", 2)
+measure(tiny, "cpu")
+before = in_bytes("VmRSS")
+measure(cases.build({operation!r}, "resnet18", {workers}, "cpu", 2), "cpu")
+print(in_bytes("VmHWM") - before, cases.bytes_needed({operation!r}, "resnet18", {workers}, 2))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    taken, said = map(int, done.stdout.split())
+    assert 0.4 * said < taken <= said
+
+
+def test_what_does_not_fit_into_the_memory_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 10**8)
+    said = []
+    assert (
+        run(Plan(operation="average", size="resnet18", quick=True, device="cpu"), lambda *_: None, said.append) == []
+    )
+    # 2 rows, what an outer step adds, a copy's pair, and 5 temporaries, of 11.2 million numbers.
+    assert said[0] == "average, resnet18, 2 workers: left out, it needs 0.5 GB of memory, 0.1 GB are free"
 
 
 def test_where_a_peer_is_ahead_is_said_with_how_much():

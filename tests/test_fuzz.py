@@ -139,7 +139,7 @@ def equal_but_nan(first, second):
 
 # What every flag of a kind is tried with. The values are absurd for each of them, or the parser's to refuse.
 ABSURD = {
-    int: ["", "x", "1.5", "-1", "nan", "1e9", "--", "[]"],
+    int: ["", "x", "1.5", "-1", "nan", "1e9", "--", "[]", "1" + 400 * "0"],
     float: ["", "x", "-1", "nan", "-inf", "1,5", "{}"],
     str: ["no-such-thing", "", "--"],
     bool: ["perhaps"],

@@ -47,7 +47,10 @@ def test_relu_after_pooling_equals_relu_before_it():
     [
         ({"interval": 0}, "--interval must be at least 1, got 0"),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
-        ({"lr": math.nan}, "--lr must be positive and finite, got nan"),
+        ({"slow_lr": 1e300, "method": "slowmo"}, "--slow-lr must be positive and at most 1e30, got 1e"),
+        ({"synthetic_images": 10**11}, "--synthetic-images must be at most 10 million, got 100000000000"),
+        ({"max_interval": 2**63, "policy": "qsr"}, r"--max-interval must be below 2\^63, got"),
+        ({"lr": math.nan}, "--lr must be positive and at most 1e30, got nan"),
         ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0 and finite, got -0.1"),
         ({"threads": 0}, r"--threads must be in \[1, 1024\], got 0"),

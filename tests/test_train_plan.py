@@ -151,7 +151,12 @@ def test_the_published_traffic_is_400_times_less_and_in_another_unit(gigatokens)
 def test_the_model_imports_no_torch_and_no_third_party():
     tree = ast.walk(ast.parse(PLAN.read_text()))
     imports = [node for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert {getattr(node, "module", None) for node in imports} == {"dataclasses", "typing", "fastlocal.train.errors"}
+    assert {getattr(node, "module", None) for node in imports} == {
+        "dataclasses",
+        "math",
+        "typing",
+        "fastlocal.train.errors",
+    }
 
 
 def test_the_command_prints_json_that_holds_the_estimate(capsys):
@@ -187,9 +192,9 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         (["--gbps", "nan"], "--gbps must be positive and finite, got nan"),
         (["--latency-ms", "-1"], "--latency-ms must be at least 0 and finite, got -1"),
         (["--payload-share", "1.5"], "--payload-share must be in (0, 1], got 1.5"),
-        (["--interval", "0"], "--interval must be at least 1 and finite, got 0"),
-        (["--workers", "0"], "--workers must be at least 1 and finite, got 0"),
-        (["--parameters", "inf"], "--parameters must be at least 1 and finite, got inf"),
+        (["--interval", "0"], "--interval must be at least 1 and at most 1e30, got 0"),
+        (["--workers", "0"], "--workers must be at least 1 and at most 1e30, got 0"),
+        (["--parameters", "inf"], "--parameters must be at least 1 and at most 1e30, got inf"),
         (["--step-seconds", "-0.1"], "--step-seconds must be positive and finite, got -0.1"),
         (["--group-size", "3"], "--workers must be a multiple of --group-size 3, got 8"),
         (["--group-size", "4"], "--group-size 4 needs --inner-gbps"),
@@ -232,6 +237,20 @@ def test_the_table_fits_a_narrow_terminal_whole(flags, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "in messages" in shown
+
+
+def test_digits_are_never_cut_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["plan", "--parameters", "1e9", "--step-seconds", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "local-sgd, interval 16           3.818       97.4 %" in shown
+
+
+def test_what_a_float_does_not_hold_is_refused(capsys):
+    flags = ["--parameters", "1e30", "--workers", "8", "--step-seconds", "1e-300", "--gbps", "1e-300", "--json"]
+    assert main(["plan", *flags]) == 2
+    assert "the estimate is beyond what a float holds" in capsys.readouterr().err
 
 
 def test_a_flag_that_is_missing_is_not_said_to_lack_its_value(capsys):

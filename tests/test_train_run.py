@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import random
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from waiting import wait_until
 
 from fastlocal.train import checkpoint, data
 from fastlocal.train import run as run_module
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
+from fastlocal.train.display import Display
 from fastlocal.train.errors import UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.loop import Training
@@ -377,8 +380,53 @@ def test_a_checkpoint_of_other_images_or_without_its_parts_is_refused_and_nothin
     state = checkpoint.decode(checkpoint.read(path))
     del state["step"]
     checkpoint.save(path, state)
-    with pytest.raises(UsageError, match="is no checkpoint of this version: 'step'"):
+    with pytest.raises(UsageError, match=r"is no checkpoint of this version: KeyError\('step'\)"):
         training.resume()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": 99}, "it stands at epoch 99, step 0"),
+        ({"epoch": 0, "step": 99}, "it stands at epoch 0, step 99"),
+        ({"epoch": "x"}, "TypeError"),
+        ({"workers": []}, "it holds 0 workers"),
+        ({"inner": []}, "IndexError"),
+        ({"config": None}, "AttributeError"),
+        (None, "AttributeError|TypeError"),
+    ],
+)
+def test_a_whole_checkpoint_of_something_else_is_refused_in_one_line(changes, message, tmp_path):
+    config = small(tmp_path, epochs=1)
+    path = tmp_path / "checkpoint.pt"
+    training = Training(config, data.load(config), path, CPU, Processes())
+    training.save()
+    state = checkpoint.decode(checkpoint.read(path))
+    checkpoint.save(path, "something" if changes is None else state | changes)
+    with pytest.raises(UsageError, match=f"is no checkpoint of this version: .*({message})"):
+        training.resume()
+
+
+def test_a_checkpoint_that_holds_a_program_is_refused_and_not_run(tmp_path):
+    config = small(tmp_path, epochs=1)
+    path = tmp_path / "checkpoint.pt"
+    training = Training(config, data.load(config), path, CPU, Processes())
+    checkpoint.save(path, {"config": functools.partial(print, "run")})
+    with pytest.raises(UsageError, match="is no checkpoint of this version: UnpicklingError"):
+        training.resume()
+
+
+def test_the_summary_shows_a_long_folder_whole_and_nothing_below_zero(capsys):
+    summary = {
+        "test_accuracy": None, "best_val_accuracy": 1.0, "rounds": 1, "local_steps": 1, "bytes_on_wire": 10_004,
+        "bytes_synchronous": 10_000, "communication_reduction": -0.0004, "train_seconds": 1.0, "sync_seconds": None,
+        "samples_per_second": 1.0, "folder": "/a/" + "long/" * 40,
+    }  # fmt: skip
+    Display(Console(width=60)).summary(summary)
+    shown = capsys.readouterr().out
+    assert summary["folder"] in shown
+    assert "communication saved         0.0 %" in shown
+    assert "training time               1.0 s, messages overlapped" in shown
 
 
 def test_training_that_diverges_ends_with_exit_code_1_and_says_so(tmp_path, capsys):

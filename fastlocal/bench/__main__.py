@@ -52,8 +52,15 @@ def main() -> int:
     except ValueError as error:
         print(f"error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
-    for said in ahead(run(plan, show, print)):
-        print(said)
+    try:
+        for said in ahead(run(plan, show, print)):
+            print(said)
+    except BrokenPipeError:  # `| head`
+        sys.stdout = None  # which is flushed at the end
+        return 1
+    except OSError as error:
+        print(f"error: {given.out or 'standard output'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

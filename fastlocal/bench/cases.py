@@ -70,6 +70,18 @@ def bytes_held(operation: Operation, size: str, workers: int) -> int:
     return 4 * vectors * num_parameters(SHAPES[size]())
 
 
+def bytes_needed(operation: Operation, size: str, workers: int, sets: int) -> int:
+    """The most that a case holds at a time: all contenders' tensors, the copies beside them, a peer's temporaries."""
+    if operation in ("lamb", "lars"):
+        contenders = {"lamb": 5 * 4, "lars": 5 * 3}[operation]  # weights, gradients and moments of each
+        vectors = contenders + 2 + 3
+    else:
+        # Rows, anchor and slow momentum; of a peer with one row x, its gradient, and momentum, anchor and slow.
+        own = workers + 2 if workers > 1 else 3 + 5
+        vectors = sets * (own + 2) + 2 * workers + 2
+    return 4 * vectors * num_parameters(SHAPES[size]())
+
+
 def build(operation: Operation, size: str, workers: int, device: str, sets: int, compiled: bool = False) -> Case:
     """The case of an operation.
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from fastlocal.bench import machine
-from fastlocal.bench.cases import OPERATIONS, OURS, Case, Contender, Operation, build, bytes_held, named
+from fastlocal.bench.cases import OPERATIONS, OURS, Case, Contender, Operation, build, bytes_held, bytes_needed, named
 from fastlocal.bench.count import count
 from fastlocal.bench.measure import COPY, Timing, measure
 from fastlocal.bench.shapes import SHAPES
+
+_SHARE = 0.8
+"""Of the free memory, what a case may take."""
 
 WORKERS = (1, 2, 4, 8, 16)
 FEW_WORKERS = (1, 2, 4)  # of a model that takes seconds: more do not fit into minutes, nor into 16 GB
@@ -103,11 +106,15 @@ def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str
     for operation, size, workers in plan.cases():
         free, cache = machine.free_bytes(plan.device), machine.cache_bytes(plan.device)
         held = bytes_held(operation, size, workers)
-        if 4 * held > free:  # a peer holds twice the rows beside them
-            gigabytes = f"{4 * held / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        most = min(1 + math.ceil(2 * cache / held), 8)
+        fitting = [n for n in range(1, most + 1) if bytes_needed(operation, size, workers, n) <= _SHARE * free]
+        if not fitting:
+            gigabytes = (
+                f"{bytes_needed(operation, size, workers, 1) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            )
             note(f"{named(operation, size, workers)}: left out, it needs {gigabytes}")
             continue
-        sets = max(1, min(1 + math.ceil(2 * cache / held), 8, free // held - 3))
+        sets = fitting[-1]
         case = build(operation, size, workers, plan.device, sets, plan.compiled)
         rows = _rows(case, plan, held, cache)
         show(case, rows)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from fastlocal.bench.cases import Case, named
 from fastlocal.bench.run import Plan, Row, ahead, append, run
+from fastlocal.train.display import print_whole
 from fastlocal.train.errors import RunError
 
 
@@ -19,7 +20,7 @@ def bench(plan: Plan, out: Path | None, console: Console) -> None:
     """
 
     def show(case: Case, rows: list[Row]) -> None:
-        console.print(_table(case, rows))
+        print_whole(console, _table(case, rows))
         if case.missing:
             console.print(f"not installed, so not compared: {', '.join(case.missing)}", highlight=False)
         if out is not None:
@@ -46,7 +47,7 @@ def _table(case: Case, rows: list[Row]) -> Table:
     name = named(case.operation, case.size, case.workers)
     title = f"{name}: {case.tensors} tensors, {case.parameters:,} parameters, {resident}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(overflow="fold")
+    table.add_column()
     for column in ("ms", "p20", "p80", "× ours", "B/param", "calls", "% copy"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:

@@ -53,7 +53,9 @@ def require_device(name: str) -> None:
         UsageError: it is none of auto, cpu and cuda, or PyTorch finds no such GPU.
     """
     kind, colon, index = name.partition(":")
-    if name != "auto" and (kind not in ("cpu", "cuda") or (colon and not index.isdecimal())):
+    if name != "auto" and (
+        kind not in ("cpu", "cuda") or (colon and not index.isdecimal()) or (kind == "cpu" and colon)
+    ):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:1 ..., got {name}")
     found = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= found:

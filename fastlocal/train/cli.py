@@ -2,6 +2,7 @@
 
 import errno
 import fnmatch
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -249,6 +250,9 @@ def plan(config: Annotated[PlanConfig, Parameter(name="*")]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for a wrong request, 1 for a failure on the way."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of "×", where only ASCII may be written
     errors = Console(stderr=True)
     try:
         app(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, error_console=errors)

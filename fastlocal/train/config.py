@@ -154,7 +154,8 @@ class Config:
     """Go on from the checkpoint in --out, bit by bit as if the run had not been stopped."""
 
     checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints within an epoch; each epoch ends with one."""
+    """Seconds between two checkpoints within an epoch; each epoch ends with one. Several processes look at the clock
+    every 32 steps."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -168,11 +169,14 @@ class Config:
             "eval_every",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            _require(getattr(self, name) < 2**63, name, getattr(self, name), "below 2^63")
+        _require(self.synthetic_images <= 10**7, "synthetic_images", self.synthetic_images, "at most 10 million")
         for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs", "checkpoint_seconds", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            _require(getattr(self, name) < 2**63, name, getattr(self, name), "below 2^63")
         for name in ("lr", "qsr_alpha", "consensus_target", "slow_lr"):
             value = getattr(self, name)
-            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
+            _require(value is None or 0 < value <= 1e30, name, value, "positive and at most 1e30")
         for name in ("momentum", "slow_momentum"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, name, value, "in [0, 1)")

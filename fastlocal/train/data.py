@@ -140,17 +140,7 @@ def read_cifar100(path: Path) -> ImageSet:
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # a changed byte of a pickle may come to any error, SystemError among them
         raise UsageError(f"{path} is damaged or no CIFAR-100 file: {error}; fetch it again") from None
     data, labels = (entry.get(b"data"), entry.get(b"fine_labels")) if isinstance(entry, dict) else (None, None)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:

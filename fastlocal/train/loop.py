@@ -130,7 +130,7 @@ class Training:
             val_loss=val_loss,
             val_accuracy=val_accuracy,
             train_seconds=self.train_seconds,
-            sync_seconds=stats.seconds_in_sync,
+            sync_seconds=None if isinstance(self.optimizer, DataParallel) else stats.seconds_in_sync,
         )
 
     def _train_epoch(self) -> None:
@@ -191,7 +191,7 @@ class Training:
 
     def _is_time_to_save(self, last: float) -> bool:
         """Process 0 decides by its clock; the others ask now and then, since asking is a message."""
-        if len(self.processes) > 1 and self.step % _STEPS_BETWEEN_QUESTIONS:
+        if len(self.processes) > 1 and self.optimizer.stats.local_steps % _STEPS_BETWEEN_QUESTIONS:
             return False
         seconds = time.perf_counter() - last
         return self.processes.told_by_first(seconds > self.config.checkpoint_seconds)
@@ -263,8 +263,9 @@ class Training:
         Raises:
             UsageError: it is damaged, of other images, or of another run.
         """
-        state = checkpoint.decode(self.processes.from_first(lambda: checkpoint.read(self.checkpoint_path)))
+        content = self.processes.from_first(lambda: checkpoint.read(self.checkpoint_path))
         try:
+            state = checkpoint.decode(content)
             differences = self.config.differences(state["config"])
             if differences:
                 raise UsageError(f"{self.checkpoint_path} is of another run: {', '.join(differences)}")
@@ -274,6 +275,10 @@ class Training:
                 raise ValueError(
                     "synchronous training that began with one worker a process goes on so, under torchrun"
                 )
+            if len(state["workers"]) != self.config.workers:
+                raise ValueError(f"it holds {len(state['workers'])} workers")
+            if not 0 <= state["epoch"] <= self.config.epochs or not 0 <= state["step"] <= self.steps_per_epoch:
+                raise ValueError(f"it stands at epoch {state['epoch']}, step {state['step']}")
             own = slice(self.here.start, self.here.stop)
             self.workers.load_state_dict({"workers": state["workers"][own]})
             self.optimizer.load_state_dict(optimizer_state(state, self.optimizer, self.here))
@@ -282,8 +287,10 @@ class Training:
             self.train_seconds = state["train_seconds"]
             self.interval_trace = state["interval_trace"]
             self.records = [Record(**record) for record in state["records"]]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.checkpoint_path} is no checkpoint of this version: {error}") from None
+        except UsageError:
+            raise
+        except Exception as error:  # it is whole, and of whoever wrote it: there is no end of what may be wrong
+            raise UsageError(f"{self.checkpoint_path} is no checkpoint of this version: {error!r}") from None
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

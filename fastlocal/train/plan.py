@@ -4,6 +4,7 @@ Seconds and bytes alone; what an interval costs in accuracy is not here. Standar
 """
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Literal
 
 from fastlocal.train.errors import UsageError
@@ -169,7 +170,7 @@ def estimate(plan: Plan) -> Estimate:
     step_seconds, synchronous_seconds = plan.step_seconds + own, plan.step_seconds + synchronous
     num_bytes = plan.parameters * BITS[plan.wire_dtype] / 8
     per_step = ring_bytes(num_bytes, plan.groups) / _rounds_of(plan)
-    return Estimate(
+    estimated = Estimate(
         step_seconds=step_seconds,
         communication_share=own / step_seconds,
         sync_seconds=sync_seconds(plan, num_bytes),
@@ -178,6 +179,9 @@ def estimate(plan: Plan) -> Estimate:
         synchronous_step_seconds=synchronous_seconds,
         speedup=synchronous_seconds / step_seconds,
     )
+    if not all(map(isfinite, vars(estimated).values())):
+        raise UsageError("the estimate is beyond what a float holds: lower --parameters, --workers or --latency-ms")
+    return estimated
 
 
 def _rounds_of(plan: Plan) -> int:
@@ -217,8 +221,8 @@ def check(plan: Plan) -> None:
         ("fragments", plan.fragments, 1),
         ("overlap-steps", plan.overlap_steps, 0),
     ):
-        if not least <= value < float("inf"):
-            raise UsageError(f"--{flag} must be at least {least} and finite, got {value}")
+        if not least <= value <= 1e30:
+            raise UsageError(f"--{flag} must be at least {least} and at most 1e30, got {value}")
     if not 0 < plan.step_seconds < float("inf"):
         raise UsageError(f"--step-seconds must be positive and finite, got {plan.step_seconds}")
     _check_link("", plan.link)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fastlocal.train.display import print_whole
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plan import (
     TCP_SHARE,
@@ -189,11 +190,11 @@ def answer(config: PlanConfig, console: Console) -> None:
     console.print(title, highlight=False)
     own = [] if plan.method == "sync" else [(f"{plan.method}, interval {plan.interval}", estimated)]
     rows = [("sync", estimate(plan.synchronous())), *own]
-    console.print(table("method", rows, sender))
+    print_whole(console, table("method", rows, sender))
     rows = [(f"{p.interval}", e) for p, e in by_interval]
     if rows:
-        console.print(table(f"{plan.method}: interval", rows, sender))
-    console.print(table(f"{plan.method}, workers", [(f"{p.workers:,}", e) for p, e in by_workers], sender))
+        print_whole(console, table(f"{plan.method}: interval", rows, sender))
+    print_whole(console, table(f"{plan.method}, workers", [(f"{p.workers:,}", e) for p, e in by_workers], sender))
 
 
 def over_intervals(plan: Plan) -> list[tuple[Plan, Estimate]]:

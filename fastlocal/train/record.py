@@ -21,7 +21,7 @@ class Record:
     val_loss: float | None  # of the averaged model; None where the epoch was not evaluated
     val_accuracy: float | None
     train_seconds: float  # so far, without evaluation and checkpoints
-    sync_seconds: float
+    sync_seconds: float | None  # None where messages overlap with the backward pass
 
 
 class Standing(NamedTuple):

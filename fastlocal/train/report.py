@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UsageError if the file holds none."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} does not hold a JSON object")

@@ -147,7 +147,7 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
     if "summary.json" not in present:
         return None
     summary = report.read_json(folder / "summary.json")
-    if not report.is_summary(summary):
+    if not (report.is_summary(summary) and summary.keys() >= set(Display.SHOWN)):
         raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
     return summary | {"folder": str(folder)}  # which may have been moved
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from fastlocal.train.display import print_whole
 from fastlocal.train.pool import Place, State
 
 
@@ -77,7 +78,7 @@ class StudyDisplay:
             table.add_row(
                 Text(place.name), place.state, f"{epochs}/{place.config.epochs}", *[Text(place.message)] * told
             )
-        self.console.print(table, highlight=False)
+        print_whole(self.console, table)
         self.counts()
         self.note(f"{sum(done):,} of {self.epochs:,} epochs are done")
 

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
+from fastlocal.train.display import print_whole
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.pool import Place, find, run_all
@@ -101,7 +102,7 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
     table = Table("searched", "values", box=None, pad_edge=False)
     for name, choice in asked.space.items():
         table.add_row(name, Text(_values(choice)))
-    console.print(table, highlight=False)
+    print_whole(console, table)
     count = min(asked.trials, len(grid(asked))) if asked.sampler == "grid" else asked.trials
     base = _placed(config_from(asked.base), data_dir, device, None)
     notes = [f"{asked.sampler}: {made} of {count} trials are made, of {base.epochs:,} epochs each"]
@@ -245,7 +246,7 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
     for trial in ended[:10]:
         values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.params.values())
         table.add_row(str(trial.number), f"{trial.value:.2f}", *(Text(value) for value in values))
-    console.print(table, highlight=False)
+    print_whole(console, table)
     counts = f"{len(ended)} trials ended, {diverged} diverged" + (f", {len(left_out)} left out" if left_out else "")
     console.print(f"{counts}; kept in {root}", highlight=False, markup=False)
     best = ended[0]
