@@ -278,7 +278,7 @@ class Workers:
 
     @torch.no_grad()
     def mean(self) -> nn.Module:
-        """A new model that holds the mean of all workers as they stand now.
+        """A new model that holds the mean of all workers as they stand now, each counted alike.
 
         Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
         such as sparse ones or those of several shapes, is worker 0's.

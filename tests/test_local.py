@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from fastlocal import LAMB, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal import LAMB, QSR, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
 
 
 def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
@@ -784,6 +784,59 @@ def test_momentum_with_dampening_begins_anew_after_a_reset(fused):
         optimizer.step()
     # A round: buffers 1 and 0.9 · 1 + 0.5 · 1.
     torch.testing.assert_close(team[0].weight, start - 2 * 0.1 * (1 + 1.4), rtol=1e-12, atol=1e-12)
+
+
+def test_an_interval_counts_steps_and_not_the_batches_that_one_accumulates():
+    optimizer, team = make(LocalSGD, interval=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        for _ in range(3):
+            for model in team:
+                model(torch.randn(8, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        assert optimizer.stats.rounds == (step + 1) // 2
+    assert optimizer.stats.local_steps == 4
+
+
+def test_a_policy_is_told_the_highest_rate_of_the_groups():
+    team = Workers(nn.Linear(2, 1), 2)
+    each = [[p for p in team.parameters() if p.dim() == dim] for dim in (1, 2)]
+    inner = torch.optim.SGD([{"params": each[0], "lr": 0.1}, {"params": each[1], "lr": 0.5}], lr=0.3)
+    optimizer = LocalSGD(inner, team, QSR(1, alpha=1.0))
+    for rate, interval in ((0.5, 4), (0.05, 100)):  # (1 / 0.5)², (1 / 0.1)²
+        inner.param_groups[1]["lr"] = rate
+        for parameter in team.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.sync()
+        assert optimizer.stats.interval == interval
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+def test_a_compiled_step_is_the_step():
+    results = []
+    for compiled in (False, True):
+        optimizer, team = make(SlowMo, interval=2)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number in range(5):
+            generator = torch.Generator().manual_seed(number)
+            optimizer.zero_grad()
+            for model in team:
+                model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+            step()
+        results.append((parameters_of(team), optimizer.stats.rounds))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1] == 2
+
+
+def test_a_workers_own_tensor_is_saved_with_all_rows_and_its_mean_alone():
+    team = Workers(nn.Linear(100, 10), 8)
+    sizes = []
+    for saved in (team[0].weight, team.mean().weight):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        sizes.append(file.tell())
+    assert sizes[0] > 8 * 4 * 1010 > 2 * sizes[1]
 
 
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo])

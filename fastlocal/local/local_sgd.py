@@ -58,8 +58,9 @@ class LocalSGD(Checkpointed):
             progress. None sends the parameters as they are. Buffers, inner state and the gradients of the warm-up
             are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
-            the samples it sees; None weighs all alike. The attribute may be set between rounds. It is not part of
-            the state_dict: it belongs to this process's data, which another number of processes cuts otherwise.
+            the samples it sees; None weighs all alike. Buffers and inner state are not weighted. The attribute may be
+            set between rounds. It is not part of the state_dict: it belongs to this process's data, which another
+            number of processes cuts otherwise.
 
     Attributes:
         stats: what was counted so far, see Stats.

@@ -9,6 +9,8 @@ from fastlocal.policy.base import Stats, require_bounds
 class AdaComm:
     """⌈initial · √(F/F₀)⌉ for the training loss F: the interval shrinks as the loss does.
 
+    The paper's basic rule, without what it adds for a plateau and for a learning rate that falls.
+
     Args:
         initial: local steps while the first observed loss, F₀, is the last one.
         maximum: the interval never rises above it.
