@@ -8,7 +8,8 @@ an allocator that hands out other memory looks like. With --beside, another chec
 this one in the same process, so that a noisy neighbour hits both.
 
 "reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the dtype,
-size and layout of every gradient, and autograd's version counters. PyTorch has no call that reads them of a whole list.
+size and layout of every gradient, and autograd's version counters. PyTorch has no call that reads them of a whole
+list.
 Appends one JSON line to bench/results/optimizers_host.jsonl.
 """
 

@@ -29,10 +29,11 @@ def obstacle(buffer: Tensor) -> str | None:
 
 
 def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Tensor]]:
-    """Each buffer in every module, by name; with "keep" those that all have alike and could overwrite.
+    """Each buffer in every module, by name; with "keep" those that all have in one shape and could overwrite.
 
     Raises:
-        RuntimeError: a module lacks one, or has it in another shape; or it cannot be averaged or given to others.
+        RuntimeError: without "keep" a module lacks one, or has it in another shape, or it cannot be averaged or given to
+            others.
     """
     workers = [dict(module.named_buffers()) for module in modules]
     buffers: dict[str, list[Tensor]] = {}

@@ -73,12 +73,15 @@ class Rows:
         num_elements: likewise.
 
     Raises:
-        ValueError: there is nothing to train, a parameter is complex or uninitialised, or the modules differ.
+        ValueError: there is nothing to train, a parameter is complex or uninitialised, two share memory, or the modules
+            differ.
     """
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
         self.modules = list(modules)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
+        # Until training begins: the other workers' parameters, and how often they had been written to when made.
+        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = None
         for module in self.modules:
             require_initialised(module)
         self.parameters = [
@@ -99,12 +102,13 @@ class Rows:
                 view.copy_(comm.held_here(parameter))
                 if block.owner is None:
                     parameter.data = view
+        self._made = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
 
     def __len__(self) -> int:
         return len(self.modules)
 
     def begin(self, optimizer: torch.optim.Optimizer) -> set[str]:
-        """Names of the parameters that all workers begin with alike: not those that another optimizer has stepped."""
+        """Note that an optimizer steps its parameters; returns the names of all that no other one has stepped yet."""
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         own = {name for name, parameter in self.parameters[0].items() if parameter in stepped}
         begin = self.parameters[0].keys() - (self._begun - own)
@@ -112,13 +116,15 @@ class Rows:
         return begin
 
     @torch.no_grad()
-    def begin_alike(self, names: set[str]) -> None:
-        """Where these parameters differ between the workers, or frozen ones, give all worker 0's, and its buffers."""
-        first, *others = (
-            {n: p for n, p in module.named_parameters() if n in names or n not in self.parameters[0]}
-            for module in self.modules
-        )
-        if all(torch.equal(comm.held_here(p), comm.held_here(own[n])) for own in others for n, p in first.items()):
+    def begin_alike(self) -> None:
+        """Give all workers the first one's parameters and buffers if it alone was written to since they were made."""
+        made, self._made = self._made, None
+        first, *others = (dict(module.named_parameters()) for module in self.modules)
+        now = [[(p, p._version) for p in own.values()] for own in others]
+        if made is None or not _equal_pairs(made, now):
+            return
+        first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
+        if all(_same(comm.held_here(p), comm.held_here(own[name])) for own in others for name, p in first.items()):
             return
         for own in others:
             for name, parameter in first.items():
@@ -207,10 +213,11 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of views are no views: __setstate__ lays the rows out again, frozen meanwhile or not.
-        return {"modules": self.modules, "names": list(self.parameters[0])}
+        return {"modules": self.modules, "names": list(self.parameters[0]), "begun": sorted(self._begun)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
+        self._begun, self._made = set(state.get("begun", ())), None
 
 
 class Workers:
@@ -225,8 +232,9 @@ class Workers:
 
     Raises:
         TypeError: `model` is no module, or num_workers is not a whole number.
-        ValueError: num_workers is below 1, or the model has nothing to train or a parameter that is uninitialised or
-            has a hook that runs after its gradient was accumulated.
+        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised, shares
+            memory or has a hook that runs after its gradient was accumulated, a function around a part of itself, or
+            is scripted.
 
     Examples:
         >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)
@@ -319,6 +327,19 @@ class Workers:
             module.load_state_dict(state)
 
 
+def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Sequence[tuple[Tensor, int]]]) -> bool:
+    """Whether these are the same tensors, written to as often."""
+    pairs = [
+        pair for own in zip(made, now, strict=True) for pair in itertools.zip_longest(*own, fillvalue=(None, -1))
+    ]
+    return all(old is new and before == after for (old, before), (new, after) in pairs)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN being one."""
+    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:
     if first.keys() != other.keys():
         name = sorted(first.keys() ^ other.keys())[0]
@@ -334,32 +355,41 @@ def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter
 
 def _require_own_memory(parameters: dict[str, nn.Parameter]) -> None:
     """Raise ValueError where two parameters have elements in common, which rows of their own would part."""
-    plain = [(n, p) for n, p in parameters.items() if p.numel() and not comm.is_sharded(p)]
-    end, before = 0, None
-    for name, parameter in sorted(plain, key=lambda pair: pair[1].data_ptr()):
-        if before is not None and parameter.data_ptr() < end and _overlap(before[1], parameter):
+    storages: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel() and not parameter.is_meta and not comm.is_sharded(parameter):
+            storages.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    for names in storages.values():
+        if len(names) > 1 and (pair := _sharing({name: parameters[name] for name in names})) is not None:
             raise ValueError(
-                f"the parameters {before[0]!r} and {name!r} share memory, and would not in rows of their own: tie "
+                f"the parameters {pair[0]!r} and {pair[1]!r} share memory, and would not in rows of their own: tie "
                 "them by making them one nn.Parameter"
             )
-        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-        if (stop := parameter.data_ptr() + (last + 1) * parameter.element_size()) > end:
-            end, before = stop, (name, parameter)
 
 
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors, the second of which begins before the first one ends, have an element in common."""
-    if first.is_contiguous() or second.is_contiguous():
-        return True
-    return not _places(first).isdisjoint(_places(second))  # columns of one matrix, say
-
-
-def _places(tensor: Tensor) -> set[int]:
-    """The addresses of its elements."""
-    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
-    return set((tensor.data_ptr() + tensor.element_size() * offsets.flatten()).tolist())
+def _sharing(parameters: dict[str, nn.Parameter]) -> tuple[str, str] | None:
+    """Two parameters in one storage that have an element in common, if there are such."""
+    begin = {name: int(p.storage_offset()) * p.element_size() for name, p in parameters.items()}
+    in_order = sorted(parameters, key=begin.__getitem__)
+    ends = [begin[name] + parameters[name].nbytes for name in in_order]
+    if all(p.is_contiguous() for p in parameters.values()) and all(
+        end <= begin[after] for end, after in zip(ends, in_order[1:], strict=False)
+    ):
+        return None  # one behind the other, as in a flat buffer
+    # Columns of one matrix, say: mark who has which element.
+    unit = min(p.element_size() for p in parameters.values())
+    first = next(iter(parameters.values()))
+    owner = torch.zeros(first.untyped_storage().nbytes() // unit, dtype=torch.int32, device="cpu")
+    for number, name in enumerate(in_order, start=1):
+        parameter = parameters[name]
+        scale = parameter.element_size() // unit
+        strides = [stride * scale for stride in parameter.stride()]
+        for part in range(scale):
+            own = owner.as_strided(parameter.shape, strides, begin[name] // unit + part)
+            if taken := int(own.max()):
+                return in_order[taken - 1], name
+            own.fill_(number)
+    return None
 
 
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:

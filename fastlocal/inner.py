@@ -27,7 +27,12 @@ def is_averaged(parameter: Tensor, key: str, value: object) -> bool:
     """Whether this piece of a parameter's state is what a sync averages, such as a moment."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or key in _SCALARS:
         return False
-    return value.shape == parameter.shape or value.dim() > 0  # of rows and columns, as Adafactor's
+    if value.shape == parameter.shape:
+        return True
+    # Of rows and columns, as Adafactor's: one dimension is 1, or left out.
+    shape = list(parameter.shape)
+    factors = [[*shape[:i], *kept, *shape[i + 1 :]] for i in range(len(shape)) for kept in ([1], [])]
+    return len(shape) > 1 and list(value.shape) in factors
 
 
 @torch.no_grad()

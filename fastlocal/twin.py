@@ -1,10 +1,12 @@
 """Copies of a module: what `copy.deepcopy` refuses or leaves out."""
 
+import contextlib
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
+from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -49,7 +51,7 @@ def twin_of(module: nn.Module) -> nn.Module:
             )
         if copied is parameter:  # its module says that it is its own copy
             continue
-        if getattr(parameter, "grad_dtype", None) is not None:
+        if hasattr(parameter, "grad_dtype") and parameter.grad_dtype != copied.grad_dtype:
             copied.grad_dtype = parameter.grad_dtype
         for attribute, value in vars(parameter).items():
             setattr(copied, attribute, _copied(value, memo))
@@ -100,7 +102,7 @@ _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def _reaches_original(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
     """Whether functions lead from a value in the copy to what was copied and trains: a module or a parameter.
 
-    seen: by id, what has been looked at, and what may be reached.
+    seen: by id, what has been looked at, and what may be reached. All of it must stay alive: ids are used again.
     """
     if id(value) in seen:
         return False
@@ -108,7 +110,7 @@ def _reaches_original(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
     if isinstance(value, nn.Module):
         return memo.get(id(value), value) is not value and next(value.parameters(), None) is not None
     if isinstance(value, Tensor):
-        return memo.get(id(value), value) is not value and value.requires_grad
+        return memo.get(id(value), value) is not value and value.is_leaf and value.requires_grad
     return any(_reaches_original(each, memo, seen) for each in _held(value))
 
 
@@ -124,18 +126,17 @@ def _held(value: Any) -> Iterable[Any]:
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, FunctionType):
         defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-        return *filter(None, map(_content, value.__closure__ or ())), *defaults, *vars(value).values()
+        closed = chain.from_iterable(map(_content, value.__closure__ or ()))
+        return *closed, *defaults, *vars(value).values()
     if callable(value) and not isinstance(value, type):
         return vars(value).values() if hasattr(value, "__dict__") else ()
     return ()
 
 
-def _content(cell: CellType) -> tuple[Any, ...]:
+def _content(cell: CellType) -> Iterator[Any]:
     """What a closure's cell holds, if anything yet."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
+    with contextlib.suppress(ValueError):
+        yield cell.cell_contents
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

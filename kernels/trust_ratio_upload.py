@@ -12,7 +12,8 @@ class Staging:
     """Pinned memory that tables built in a capture are copied from.
 
     From pageable memory a copy waits for the device, and newer versions of torch refuse it in a capture. A capture
-    itself may ask for pinned memory from torch 2.11 on alone, so some is set aside before.
+    itself may ask for pinned memory from torch 2.11 on alone, so some is set aside before, for one step: further ones
+    in the same capture ask.
     """
 
     def __init__(self) -> None:

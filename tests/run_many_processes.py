@@ -569,7 +569,7 @@ def a_line_search_in_the_warmup_takes_the_same_step_on_every_rank(rank, new_grou
     plain = torch.optim.LBFGS(list(single.parameters()), **options)
     for _ in range(3):
         ours = spread.step(closure_of(model, spread, batches[rank : rank + 1]))
-        assert ours == pytest.approx(plain.step(closure_of(single, plain, batches)).item(), rel=1e-9)
+        assert ours.item() == pytest.approx(plain.step(closure_of(single, plain, batches)).item(), rel=1e-9)
     for parameter, exact in zip(model.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(parameter, exact, rtol=1e-8, atol=1e-8)
 
@@ -599,6 +599,8 @@ def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new
         torch.manual_seed(0)
         model = nn.Linear(4, 3, dtype=torch.float64)
         model.register_buffer("cache", torch.zeros(0))
+        for name in ("a", "b") if rank % 2 else ("b", "a"):
+            model.register_buffer(name, torch.tensor(ord(name)))
         team = Workers(model, k)
         inner = torch.optim.Adafactor(team.parameters(), lr=0.1)
         options = {"inner_state": "average", "buffers": "keep", "process_group": group, "timeout": 20.0}
@@ -615,6 +617,7 @@ def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new
             optimizer.step()
         mine = team[0 if k == 1 else rank]
         assert mine.cache.tolist() == [float(rank)] * (rank + 1)
+        assert (mine.a, mine.b) == (ord("a"), ord("b"))  # rank 2's are healed with its parameters
         assert optimizer.stats.excluded == 1
         finished.append((parameters_of(mine), optimizer.stats.bytes_on_wire))
     torch.testing.assert_close(finished[0][0], finished[1][0], rtol=1e-10, atol=1e-10)

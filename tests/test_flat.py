@@ -182,3 +182,30 @@ def test_the_mean_of_a_model_that_was_moved_out_of_its_rows_is_an_error_and_a_st
     team[1].double()
     with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row"):
         team.mean()
+
+
+def test_parameters_that_share_memory_are_refused_and_pieces_of_one_tensor_are_not():
+    embedding, output = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    output.weight.data = embedding.weight.data
+    with pytest.raises(ValueError, match=r"parameters '0\.weight' and '1\.weight' share memory"):
+        Workers(nn.Sequential(embedding, output), 1)
+    output.weight = embedding.weight  # tied as torch ties
+    Workers(nn.Sequential(embedding, output), 2)
+    whole = torch.arange(40.0).view(10, 4)
+
+    def team_of(*pieces):
+        return Workers(nn.ParameterList([nn.Parameter(piece) for piece in pieces]), 2)
+
+    for pieces in (
+        (whole[:, :2], whole[:, 2:]),
+        (whole[:, 1:3], whole[3, 3:]),
+        (whole[:5], whole[5:]),
+        (whole[::2], whole[1::2]),
+    ):
+        values = [piece.clone() for piece in pieces]
+        for value, parameter in zip(values, team_of(*pieces)[1], strict=True):
+            assert torch.equal(value, parameter)
+    for pieces in ((whole[:, 0:1], whole[:5, 1:3], whole[:5, 2:4]), (whole[:6], whole[5:]), (whole, whole.t())):
+        with pytest.raises(ValueError, match="share memory"):
+            team_of(*pieces)
+    Workers(nn.Linear(2, 2, device="meta"), 1)

@@ -711,6 +711,30 @@ def test_what_is_loaded_into_the_model_after_it_became_workers_is_where_all_begi
         assert all((value == 10).all() for value in model.state_dict().values())
 
 
+def test_what_other_workers_were_given_is_never_replaced_by_the_first_ones():
+    def stepped(team):
+        optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1)
+        for parameter in team.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return [parameters_of(model) for model in team]
+
+    team = Workers(nn.Linear(1, 1), 2)
+    states = [
+        {name: torch.full_like(value, number) for name, value in team[0].state_dict().items()} for number in (1, 3)
+    ]
+    team.load_state_dict({"workers": states})
+    assert [values.tolist() for values in stepped(team)] == [[2.0] * 2] * 2
+    # A copy in the middle of a round, and a second optimizer's first step there.
+    first, other = make(LocalSGD, workers=2, interval=4)
+    run(first, other, 2)
+    team, apart = copy.deepcopy(other), parameters_of(other[0]) - parameters_of(other[1])
+    assert apart.abs().max() > 0
+    exact = (parameters_of(team[0]) + parameters_of(team[1])) / 2
+    for values in stepped(team):
+        torch.testing.assert_close(values, exact)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_sync_in_inference_mode_leaves_nothing_that_a_later_one_cannot_write(several):
     optimizer, team = make(LocalSGD, interval=3, optimizer="adamw", inner_state="average", wire_dtype=torch.bfloat16)
@@ -751,6 +775,22 @@ def test_averaged_inner_state_has_the_factored_moments_too():
         torch.testing.assert_close(parameters_of([model][0]), parameters_of(twin), rtol=1e-12, atol=1e-12)
     # One worker's: of the weight 4 columns and 3 rows, of the bias 3 numbers, in float64 and twice a ring of two.
     assert optimizer.stats.bytes_on_wire == 2 * 8 * (4 * 3 + 3 + 4 + 3 + 3)
+
+
+def test_averaged_inner_state_leaves_alone_what_is_neither_like_its_parameter_nor_a_factor():
+    team = Workers(nn.Linear(5, 3, bias=False), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 1, inner_state="average")
+    shapes = {"like": (3, 5), "row": (3, 1), "column": (5,), "basis": (3, 3), "scales": (2,)}
+    for number, parameter in enumerate(team.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+        inner.state[parameter] = {name: torch.full(shape, 2.0 * number) for name, shape in shapes.items()}
+    optimizer.step()
+    held = inner.state[team[1].weight]
+    assert {name: value.unique().item() for name, value in held.items()} == {
+        "like": 1.0, "row": 1.0, "column": 1.0, "basis": 2.0, "scales": 2.0
+    }  # fmt: skip
+    assert optimizer.stats.bytes_on_wire == 4 * (15 + 15 + 3 + 5)
 
 
 def test_kept_buffers_may_have_a_shape_of_their_own_in_each_worker():

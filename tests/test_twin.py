@@ -241,6 +241,26 @@ def test_a_function_in_a_function_around_the_model_is_refused_too(wrapped):
         Workers(model, 2)
 
 
+@pytest.mark.parametrize("harmless", range(6))
+def test_a_function_around_the_model_is_found_behind_others(harmless):
+    model = nn.Sequential(nn.Linear(2, 2))
+    linear = model[0]
+    model.functions = [lambda x, k=k: x * k for k in range(harmless)]
+    model.more = [(lambda k, j: lambda x: x * k + j)(number, 1.5) for number in range(harmless)]
+    Workers(model, 2)
+    model.last = [*model.more, lambda x: linear(x)]
+    with pytest.raises(ValueError, match="'last' is a function around"):
+        Workers(model, 2)
+
+
+def test_hooks_that_keep_activations_may_be_shared_after_a_forward_pass_too():
+    model, kept = nn.Sequential(nn.Linear(2, 2)), {}
+    model.kept = kept
+    model[0].register_forward_hook(lambda module, inputs, output: kept.update(x=output))
+    model(torch.ones(1, 2))
+    Workers(model, 2)
+
+
 def test_a_hook_that_computes_with_another_part_of_the_model_is_refused():
     model = nn.ModuleDict({"base": nn.Linear(2, 2), "adapter": nn.Linear(2, 2)})
     adapter = model["adapter"]

@@ -252,3 +252,5 @@ class Checkpointed(Wrapper):
         self._rates.last = list(own["rates"])
         self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()
+        if self.stats.local_steps:
+            self.rows.begin(self.inner)

@@ -33,6 +33,8 @@ class LocalSGD(Checkpointed):
     Wraps an optimizer and is one: hooks, closures, LR schedulers, `state_dict` and `deepcopy` work as on any.
     `param_groups` and `state` are the inner optimizer's own.
 
+    What was loaded into worker 0 alone before the first step is where all workers of a process begin.
+
     In a process group each process has k rows, and the workers of all are averaged. Before the first step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
     buffers that cannot be sent, such as sparse ones. Rank 0's policy decides for all, on the losses that rank 0
@@ -140,6 +142,8 @@ class LocalSGD(Checkpointed):
             except ValueError:
                 self.param_groups.pop()
                 raise
+            if self._compared:
+                self.rows.begin(self.inner)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -154,7 +158,7 @@ class LocalSGD(Checkpointed):
             closure: evaluates the model and returns the loss, as torch.optim takes it.
 
         Returns:
-            What the closure returned; of a step of the warm-up the mean over the processes.
+            What the closure returned; of a step of the warm-up with L-BFGS the mean over the processes.
 
         Raises:
             DivergedError: a sync was due and no worker's parameters are finite.
@@ -233,8 +237,9 @@ class LocalSGD(Checkpointed):
             def averaged_closure() -> float:
                 loss = closure()
                 self._average_gradients()
-                # An optimizer that looks at it, such as L-BFGS, would take other steps elsewhere.
-                return self._team.mean_loss(loss, math.fsum(self._weights_or_ones()))
+                if isinstance(self.inner, torch.optim.LBFGS):  # it looks at it, and would take other steps elsewhere
+                    return self._team.mean_loss(loss, math.fsum(self._weights_or_ones()))
+                return loss
 
             loss = self.inner.step(averaged_closure)
         self.stats.rounds += 1

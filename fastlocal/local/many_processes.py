@@ -69,7 +69,8 @@ class ManyProcesses(OneProcess):
                 )
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first.
+        """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first,
+        except for what another optimizer over the same rows has stepped.
 
         Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already.
 
@@ -156,11 +157,10 @@ class ManyProcesses(OneProcess):
 
     def mean_loss(self, loss: Any, weight: float) -> Any:
         """Of all processes, each with a weight; it follows right after average_gradients."""
-        if loss is None:
-            return None
-        loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        weights, products = zip(*self.group.gather([weight, weight * loss]), strict=True)
-        return math.fsum(products) / math.fsum(weights)
+        own = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        weights, products = zip(*self.group.gather([weight, weight * own]), strict=True)
+        mean = math.fsum(products) / math.fsum(weights)
+        return loss.new_tensor(mean) if isinstance(loss, Tensor) else mean
 
     def close_round(self, closing: Round) -> Outcome:
         """Average everything that is to be averaged, and take the outer step.
@@ -212,7 +212,7 @@ class ManyProcesses(OneProcess):
         """Those that every worker of every process has alike, where each keeps its own."""
         own = {(n, tuple(b[0].shape), str(b[0].dtype)): b for n, b in self._collect_buffers().items()}
         everybody = [set(kinds) for kinds in self.group.gather_objects(list(own))]
-        return [twins for kind, twins in own.items() if all(kind in kinds for kinds in everybody)]
+        return [own[kind] for kind in sorted(own) if all(kind in kinds for kinds in everybody)]
 
     def finish(self, is_done: Callable[[], bool]) -> None:
         """Wait until the device has ended the messages of a sync, where the host does not.

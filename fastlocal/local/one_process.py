@@ -89,10 +89,9 @@ class OneProcess:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Nobody else to compare with; a fresh run's workers begin as the first one."""
-        names = self.rows.begin(self.inner)
+        """Nobody else to compare with; what was loaded into the first worker alone is where a fresh run begins."""
         if fresh:
-            self.rows.begin_alike(names)
+            self.rows.begin_alike()
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy says."""

@@ -173,6 +173,7 @@ class Config:
         _require(self.synthetic_images <= 10**7, "synthetic_images", self.synthetic_images, "at most 10 million")
         for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs", "checkpoint_seconds", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs"):
             _require(getattr(self, name) < 2**63, name, getattr(self, name), "below 2^63")
         for name in ("lr", "qsr_alpha", "consensus_target", "slow_lr"):
             value = getattr(self, name)
