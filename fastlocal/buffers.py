@@ -32,8 +32,8 @@ def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Ten
     """Each buffer in every module, by name; with "keep" those that all have in one shape and could overwrite.
 
     Raises:
-        RuntimeError: without "keep" a module lacks one, or has it in another shape, or it cannot be averaged or given to
-            others.
+        RuntimeError: without "keep" a module lacks one, has it in another shape, or it cannot be averaged or given
+            to others.
     """
     workers = [dict(module.named_buffers()) for module in modules]
     buffers: dict[str, list[Tensor]] = {}

@@ -73,8 +73,8 @@ class Rows:
         num_elements: likewise.
 
     Raises:
-        ValueError: there is nothing to train, a parameter is complex or uninitialised, two share memory, or the modules
-            differ.
+        ValueError: there is nothing to train, a parameter is complex or uninitialised, two share memory, or the
+            modules differ.
     """
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
@@ -232,9 +232,9 @@ class Workers:
 
     Raises:
         TypeError: `model` is no module, or num_workers is not a whole number.
-        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised, shares
-            memory or has a hook that runs after its gradient was accumulated, a function around a part of itself, or
-            is scripted.
+        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised,
+            shares memory or has a hook that runs after its gradient was accumulated, a function around a part of
+            itself, or is scripted.
 
     Examples:
         >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)

@@ -273,7 +273,7 @@ class Group:
         return self.process_group.allgather([list(map(lent, everybody))], [lent(own)], self._options("Allgather"))
 
     def _options(self, collective: str) -> Any:
-        """One that gloo ends when its time is over: a collective that is only no longer waited for holds up the exit."""
+        """Gloo ends it when its time is over: a collective that is only no longer waited for holds up the exit."""
         from torch.distributed import distributed_c10d
 
         options = getattr(distributed_c10d, f"{collective}Options")()
