@@ -371,10 +371,8 @@ def _sharing(parameters: dict[str, nn.Parameter]) -> tuple[str, str] | None:
     """Two parameters in one storage that have an element in common, if there are such."""
     begin = {name: int(p.storage_offset()) * p.element_size() for name, p in parameters.items()}
     in_order = sorted(parameters, key=begin.__getitem__)
-    ends = [begin[name] + parameters[name].nbytes for name in in_order]
-    if all(p.is_contiguous() for p in parameters.values()) and all(
-        end <= begin[after] for end, after in zip(ends, in_order[1:], strict=False)
-    ):
+    ends = [begin[name] + _extent(parameters[name]) for name in in_order]
+    if all(end <= begin[after] for end, after in zip(ends, in_order[1:], strict=False)):
         return None  # one behind the other, as in a flat buffer
     # Columns of one matrix, say: mark who has which element.
     unit = min(p.element_size() for p in parameters.values())
@@ -390,6 +388,12 @@ def _sharing(parameters: dict[str, nn.Parameter]) -> tuple[str, str] | None:
                 return in_order[taken - 1], name
             own.fill_(number)
     return None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to the end of its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _allocate(parameters: dict[str, nn.Parameter], num_workers: int) -> list[Block]:
