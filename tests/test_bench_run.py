@@ -128,7 +128,7 @@ print(in_bytes("VmHWM") - before, cases.bytes_needed({operation!r}, "resnet18", 
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     taken, said = map(int, done.stdout.split())
-    assert 0.4 * said < taken <= said
+    assert 0.3 * said < taken <= said
 
 
 def test_what_does_not_fit_into_the_memory_is_left_out_and_said(monkeypatch):
@@ -137,8 +137,8 @@ def test_what_does_not_fit_into_the_memory_is_left_out_and_said(monkeypatch):
     assert (
         run(Plan(operation="average", size="resnet18", quick=True, device="cpu"), lambda *_: None, said.append) == []
     )
-    # 2 rows, what an outer step adds, a copy's pair, and 5 temporaries, of 11.2 million numbers.
-    assert said[0] == "average, resnet18, 2 workers: left out, it needs 0.5 GB of memory, 0.1 GB are free"
+    # 2 rows, what an outer step adds, a copy's pair, and 8 temporaries, of 11.2 million numbers.
+    assert said[0] == "average, resnet18, 2 workers: left out, it needs 0.6 GB of memory, 0.1 GB are free"
 
 
 def test_where_a_peer_is_ahead_is_said_with_how_much():

@@ -76,9 +76,9 @@ def bytes_needed(operation: Operation, size: str, workers: int, sets: int) -> in
         contenders = {"lamb": 5 * 4, "lars": 5 * 3}[operation]  # weights, gradients and moments of each
         vectors = contenders + 2 + 3
     else:
-        # Rows, anchor and slow momentum; of a peer with one row x, its gradient, and momentum, anchor and slow.
-        own = workers + 2 if workers > 1 else 3 + 5
-        vectors = sets * (own + 2) + 2 * workers + 2
+        # Rows, anchor and slow momentum; of peers with one row also x, gradients, momentum, anchor, slow and copies.
+        own = workers + 2 if workers > 1 else 3 + 6
+        vectors = sets * (own + 2) + max(2 * workers + 2, 8)
     return 4 * vectors * num_parameters(SHAPES[size]())
 
 

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from fastlocal.bench.cases import Case, named
 from fastlocal.bench.run import Plan, Row, ahead, append, run
-from fastlocal.train.display import print_whole
 from fastlocal.train.errors import RunError
+from fastlocal.train.tables import print_whole
 
 
 def bench(plan: Plan, out: Path | None, console: Console) -> None:

@@ -5,27 +5,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
 from fastlocal.train.record import Record, Standing
+from fastlocal.train.tables import print_whole
 
 
 def megabytes(num_bytes: int) -> str:
     """Bytes as MB (10⁶), with a precision that stays readable from 0 to thousands."""
     return f"{num_bytes / 1e6:,.1f} MB"
-
-
-def print_whole(console: Console, table: Table) -> None:
-    """Print a table in which no word is ever cut: where its words need more than the console's width, so do lines."""
-    needed = console.measure(table, options=console.options.update(max_width=10_000))
-    padding = 2 * len(table.columns)  # rich leaves it out of the minimum
-    if needed.minimum + padding <= console.width:
-        console.print(table, highlight=False)
-        return
-    lines = console.render_lines(table, console.options.update(width=needed.maximum), new_lines=True)
-    console.print(Segments([segment for line in lines for segment in line]), end="", soft_wrap=True)
 
 
 class Display:

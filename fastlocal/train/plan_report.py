@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastlocal.train.display import print_whole
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plan import (
     TCP_SHARE,
@@ -19,6 +18,7 @@ from fastlocal.train.plan import (
     Within,
     estimate,
 )
+from fastlocal.train.tables import print_whole
 
 INTERVALS = (1, 4, 16, 64, 256, 1024)
 WORKERS = (8, 32, 100, 320, 1000, 3200, 10_000)

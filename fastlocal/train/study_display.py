@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fastlocal.train.display import print_whole
 from fastlocal.train.pool import Place, State
+from fastlocal.train.tables import print_whole
 
 
 class StudyDisplay:

@@ -19,7 +19,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
-from fastlocal.train.display import print_whole
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.pool import Place, find, run_all
@@ -27,6 +26,7 @@ from fastlocal.train.ready import require_ready, what_is_missing
 from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
 from fastlocal.train.study_display import StudyDisplay
+from fastlocal.train.tables import print_whole
 from fastlocal.train.values import config_from
 
 _LEFT_OUT = "left out"
