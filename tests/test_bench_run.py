@@ -107,23 +107,28 @@ def test_a_disk_that_fills_up_is_one_line_and_exit_code_1(command, capsys):
     assert capsys.readouterr().err.splitlines() == ["error: /dev/full cannot be written: No space left on device"]
 
 
-@pytest.mark.parametrize(("operation", "workers"), [("average", 2), ("average", 4), ("outer-step", 1), ("lars", 1)])
+@pytest.mark.parametrize(("operation", "workers"), [("average", 2), ("outer-step", 1), ("lars", 1)])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process holds")
 def test_a_case_takes_no_more_memory_than_it_is_said_to_need(operation, workers):
     script = f"""
 import torch
 torch.set_num_threads(1)
 from fastlocal.bench import cases
-from fastlocal.bench.measure import measure
+from fastlocal.bench.measure import _copies
 
 def in_bytes(what):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
     return 1024 * int(lines[what].removesuffix("kB"))
 
-tiny = cases.build({operation!r}, "tiny", {workers}, "cpu", 2)
-measure(tiny, "cpu")
+def run(size):
+    case = cases.build({operation!r}, size, {workers}, "cpu", 2)
+    copies = _copies(case, "cpu")
+    for call in [*copies, *(call for contender in case.contenders for call in contender.calls)]:
+        call()
+
+run("tiny")
 before = in_bytes("VmRSS")
-measure(cases.build({operation!r}, "resnet18", {workers}, "cpu", 2), "cpu")
+run("resnet18")
 print(in_bytes("VmHWM") - before, cases.bytes_needed({operation!r}, "resnet18", {workers}, 2))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -104,8 +104,8 @@ def build(operation: Operation, size: str, workers: int, device: str, sets: int,
 
 
 def _numbers(*shape: int, device: str) -> Tensor:
-    """Random, from a million: drawing gigabytes takes longer than averaging them."""
-    drawn = torch.randn(2**20, device=device)
+    """Random, from a million at most: drawing gigabytes takes longer than averaging them."""
+    drawn = torch.randn(min(2**20, math.prod(shape)), device=device)
     filled = torch.empty(math.prod(shape), device=device)
     for part in filled.split(drawn.numel()):
         part.copy_(drawn[: part.numel()])
