@@ -80,9 +80,6 @@ class Rows:
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
         self.modules = list(modules)
-        self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
-        # Until training begins: the other workers' parameters, and how often they had been written to when made.
-        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = None
         for module in self.modules:
             require_initialised(module)
         self.parameters = [
@@ -103,7 +100,11 @@ class Rows:
                 view.copy_(comm.held_here(parameter))
                 if block.owner is None:
                     parameter.data = view
-        self._made = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
+        self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
+        # Until training begins: the other workers' parameters, and how often they had been written to when made.
+        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = [
+            [(p, p._version) for p in module.parameters()] for module in self.modules[1:]
+        ]
 
     def __len__(self) -> int:
         return len(self.modules)

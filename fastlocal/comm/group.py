@@ -7,7 +7,7 @@ import ctypes
 import math
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -49,7 +49,7 @@ def ring_bytes(payload: int, workers: int) -> int:
     return 2 * (workers - 1) * payload // workers
 
 
-def find_group(process_group: Any, timeout: float, devices: Collection[torch.device]) -> "Group | None":
+def find_group(process_group: Any, timeout: float, devices: Sequence[torch.device]) -> "Group | None":
     """The group to train with: the one given, else the default one; None if it has one process only.
 
     Args:
@@ -83,7 +83,7 @@ def find_group(process_group: Any, timeout: float, devices: Collection[torch.dev
                 f"process_group must have a backend for parameters on {device.type}, and has {backends}: initialise "
                 "torch.distributed without naming one, or with 'cpu:gloo,cuda:nccl'"
             )
-    return Group(process_group, timeout, next(iter(devices)))
+    return Group(process_group, timeout, devices[0])
 
 
 class Group:
@@ -274,9 +274,7 @@ class Group:
 
     def _options(self, collective: str) -> Any:
         """Gloo ends it when its time is over: a collective that is only no longer waited for holds up the exit."""
-        from torch.distributed import distributed_c10d
-
-        options = getattr(distributed_c10d, f"{collective}Options")()
+        options = getattr(dist.distributed_c10d, f"{collective}Options")()
         options.timeout, options.asyncOp = timedelta(seconds=self.timeout), True
         return options
 

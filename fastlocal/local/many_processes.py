@@ -82,8 +82,7 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        keeps = self.choices.buffers == "keep"
-        by_name = {} if keeps else self._collect_buffers()
+        by_name = self._sent_buffers()
         names, buffers = list(by_name), list(by_name.values())
         frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
         names += frozen
@@ -104,7 +103,7 @@ class ManyProcesses(OneProcess):
                     self.group.broadcast_(part[0], source=0)
                     part.copy_(part[0].clone().expand_as(part))
                 self.rows.push()
-                buffers += self._buffers_of_all() if keeps else []
+                buffers += self._kept_buffers()
                 merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 
     def _rows_differ(self, everything: list[list[Tensor]]) -> bool:
@@ -169,8 +168,7 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
-        keeps = self.choices.buffers == "keep"
-        buffers = [] if keeps else list(self._collect_buffers().values())
+        buffers = list(self._sent_buffers().values())
         self.rows.pull()
         header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
         header = header._replace(
@@ -191,8 +189,8 @@ class ManyProcesses(OneProcess):
         self.rows.push()
         for outer, rates in zip(self.outers, closing.rates, strict=True):
             outer.commit(rates)
-        if keeps and not all(map(all, included)):  # who is left out takes over those of others
-            buffers = self._buffers_of_all()
+        if not all(map(all, included)):  # who is left out takes over those of others
+            buffers += self._kept_buffers()
         payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
         if self.choices.inner_state == "average":
             payload += average_state_across_(self.inner, self.rows, included, self.group)
@@ -202,14 +200,20 @@ class ManyProcesses(OneProcess):
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
-        buffers = [] if self.choices.buffers == "keep" else list(self._collect_buffers().values())
+        buffers = list(self._sent_buffers().values())
         elements = sum(own[0].numel() for own in buffers)
         headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
 
-    def _buffers_of_all(self) -> list[list[Tensor]]:
-        """Those that every worker of every process has alike, where each keeps its own."""
+    def _sent_buffers(self) -> dict[str, list[Tensor]]:
+        """Those of each worker of this process that every sync sends, by name."""
+        return {} if self.choices.buffers == "keep" else self._collect_buffers()
+
+    def _kept_buffers(self) -> list[list[Tensor]]:
+        """Where workers keep their own: those that all have in one shape, in one order in every process."""
+        if self.choices.buffers != "keep":
+            return []
         own = {(n, tuple(b[0].shape), str(b[0].dtype)): b for n, b in self._collect_buffers().items()}
         everybody = [set(kinds) for kinds in self.group.gather_objects(list(own))]
         return [own[kind] for kind in sorted(own) if all(kind in kinds for kinds in everybody)]

@@ -138,16 +138,23 @@ def _take_over(
             for key, value in rest[name].items():
                 inner.state[parameter][key] = _placed(value, before.get(key), parameter)
         for (name, key, dtype, shape), mean in averaged.items():
-            value = torch.zeros_like(parameters[name], dtype=dtype)
-            if shape != comm.held_here(value).shape:
-                value = torch.zeros(shape, dtype=dtype, device=value.device)
+            parameter = parameters[name]
+            if _is_like(parameter, shape):
+                value = torch.zeros_like(parameter, dtype=dtype)
+            else:
+                value = torch.zeros(shape, dtype=dtype, device=parameter.device)
             comm.held_here(value).copy_(mean)
-            inner.state[parameters[name]][key] = value
+            inner.state[parameter][key] = value
+
+
+def _is_like(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor in the state is shaped like its parameter, and so cut as that is."""
+    return shape == comm.held_here(parameter).shape
 
 
 def _num_elements(parameter: Tensor, shape: tuple[int, ...]) -> int:
     """Of a tensor in the state; of one that is cut like its parameter, all pieces together."""
-    return parameter.numel() if shape == comm.held_here(parameter).shape else math.prod(shape)
+    return parameter.numel() if _is_like(parameter, shape) else math.prod(shape)
 
 
 def _placed(value: Any, before: Any, parameter: Tensor) -> Any:

@@ -1,5 +1,7 @@
 """From a Config to the objects it names: device, workers, optimizer, policy."""
 
+import re
+
 import torch
 
 from fastlocal import LAMB, LARS, DiLoCo, LocalSGD, SlowMo, Workers, comm
@@ -52,10 +54,8 @@ def require_device(name: str) -> None:
     Raises:
         UsageError: it is none of auto, cpu and cuda, or PyTorch finds no such GPU.
     """
-    kind, colon, index = name.partition(":")
-    if name != "auto" and (
-        kind not in ("cpu", "cuda") or (colon and not index.isdecimal()) or (kind == "cpu" and colon)
-    ):
+    kind, _, index = name.partition(":")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:1 ..., got {name}")
     found = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= found:
