@@ -1,9 +1,9 @@
 """Communication-efficient, large-batch training for PyTorch."""
 
-from fastlocal.flat import Workers
 from fastlocal.local import DiLoCo, DisagreementError, DivergedError, LocalSGD, LostRankError, SlowMo
 from fastlocal.optim import LAMB, LARS
 from fastlocal.policy import QSR, AdaComm, ConsensusDistance, FixedInterval, PostLocal, Stats, ValidationLoss
+from fastlocal.workers import Workers
 
 __all__ = [
     "LAMB",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import comm
-from fastlocal.buffers import collect, merged
+from fastlocal.buffers import collect
 from fastlocal.memory import require_own_memory
-from fastlocal.twin import copy_of, require_initialised, twin_of
+from fastlocal.twin import require_initialised
 
 ALIGNMENT = 16
 """Elements: every parameter starts at a multiple of it, so that kernels and libraries load 16 bytes at a time."""
@@ -220,113 +220,6 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
         self._begun, self._made = set(state.get("begun", ())), None
-
-
-class Workers:
-    """K copies of a model in one process, their parameters the rows of one flat buffer.
-
-    Worker 0 is `model` itself, so after a sync `model` holds the averaged parameters. The others have copies of its
-    parameters' attributes and gradient hooks too.
-
-    Args:
-        model: the module to copy, already on its device and in its dtype and memory format.
-        num_workers: K, at least 1.
-
-    Raises:
-        TypeError: `model` is no module, or num_workers is not a whole number.
-        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised,
-            shares memory or has a hook that runs after its gradient was accumulated, a function around a part of
-            itself, or is scripted.
-
-    Examples:
-        >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)
-        >>> with torch.no_grad():
-        ...     for value, worker in enumerate(workers):
-        ...         _ = worker.weight.fill_(value)
-        >>> workers.mean().weight.tolist()
-        [[1.0, 1.0]]
-    """
-
-    def __init__(self, model: nn.Module, num_workers: int) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if not isinstance(num_workers, int) or isinstance(num_workers, bool):
-            raise TypeError(f"num_workers must be an int, got {num_workers!r}")
-        if num_workers < 1:
-            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
-        require_initialised(model)
-        self.rows = Rows([model, *(twin_of(model) for _ in range(num_workers - 1))])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.rows.modules)
-
-    def __getitem__(self, worker: int) -> nn.Module:
-        return self.rows.modules[worker]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All workers' parameters, worker by worker, as an optimizer takes them."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All workers' parameters; the name starts with the worker's number: "0.conv.weight"."""
-        for worker, module in enumerate(self):
-            for name, parameter in module.named_parameters():
-                yield f"{worker}.{name}", parameter
-
-    def train(self, mode: bool = True) -> "Workers":
-        """Put every worker into training mode, as nn.Module.train."""
-        for module in self:
-            module.train(mode)
-        return self
-
-    def eval(self) -> "Workers":
-        """Put every worker into evaluation mode, as nn.Module.eval."""
-        return self.train(False)
-
-    @torch.no_grad()
-    def mean(self) -> nn.Module:
-        """A new model that holds the mean of all workers as they stand now, each counted alike.
-
-        Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
-        such as sparse ones or those of several shapes, is worker 0's.
-
-        Raises:
-            RuntimeError: a parameter no longer lies in its row.
-        """
-        self.rows.check()
-        model = copy_of(self[0])
-        averaged = dict(model.named_parameters())
-        for block in self.rows.blocks:
-            means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
-            for slot in block.slots:
-                averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
-        for name, buffers in collect(self.rows.modules, "keep").items():
-            model.get_buffer(name).copy_(merged(buffers, "average"))
-        return model
-
-    def state_dict(self) -> dict[str, Any]:
-        """Every worker's module state, in order."""
-        return {"workers": [module.state_dict() for module in self]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict() returned, into the same storage.
-
-        Raises:
-            ValueError: it is of something else, or holds another number of workers.
-            RuntimeError: a module's state does not fit, as nn.Module.load_state_dict says.
-        """
-        if "workers" not in state_dict:
-            raise ValueError(
-                f"the state is not one of Workers, which has the key 'workers': got {list(state_dict)[:3]}"
-            )
-        states = state_dict["workers"]
-        if len(states) != len(self):
-            raise ValueError(f"the state has {len(states)} workers, there are {len(self)}")
-        for module, state in zip(self, states, strict=True):
-            module.load_state_dict(state)
 
 
 def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Sequence[tuple[Tensor, int]]]) -> bool:

@@ -1,30 +1,16 @@
 """Flat rows: values, strides and storage of parameters, and what is refused."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from fastlocal import LocalSGD, Workers
-from fastlocal.flat import ALIGNMENT, Rows
+from fastlocal.flat import ALIGNMENT
 
 
 def make_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5, 3), nn.Linear(3, 1, bias=False))
-
-
-def test_values_and_forward_are_those_of_the_model():
-    model = make_model()
-    x = torch.randn(2, 3, 3, 3)
-    expected, before = model(x), [p.detach().clone() for p in model.parameters()]
-    team = Workers(model, 3)
-    assert team[0] is model
-    for worker in team:
-        assert torch.equal(worker(x), expected)
-        for parameter, old in zip(worker.parameters(), before, strict=True):
-            assert torch.equal(parameter, old)
 
 
 def test_parameters_are_aligned_views_of_one_row_a_worker():
@@ -101,87 +87,6 @@ def test_parameters_without_elements_are_accepted():
     optimizer.step()
     assert [worker.one.item() for worker in team] == [1.0, 1.0]
     assert team[1].empty.shape == (0, 3)
-
-
-def test_mean_is_a_model_of_its_own_with_averaged_parameters_and_buffers():
-    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 2)
-    with torch.no_grad():
-        for worker, value in zip(team, (1.0, 4.0), strict=True):
-            for parameter in worker.parameters():
-                parameter.fill_(value)
-            worker[1].running_var.fill_(value)
-            worker[1].num_batches_tracked.fill_(int(value))
-    mean = team.mean()
-    assert all((p == 2.5).all() for p in mean.parameters())
-    assert mean[1].running_var.tolist() == [2.5, 2.5]
-    assert mean[1].num_batches_tracked.item() == 4
-    with torch.no_grad():
-        mean[0].weight.fill_(9.0)
-    assert team[0][0].weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-
-
-def test_a_copy_has_rows_of_its_own():
-    team = Workers(make_model(), 2)
-    twin = copy.deepcopy(team)
-    with torch.no_grad():
-        twin.rows.blocks[0].rows.fill_(5.0)
-    assert all((p == 5).all() for p in twin.parameters())
-    assert not any((p == 5).any() for p in team.parameters())
-
-
-def test_state_dict_loads_into_the_same_storage():
-    team, other = Workers(make_model(), 2), Workers(make_model(), 2)
-    with torch.no_grad():
-        team.rows.blocks[0].rows.normal_()
-    pointers = [p.data_ptr() for p in other.parameters()]
-    other.load_state_dict(team.state_dict())
-    assert [p.data_ptr() for p in other.parameters()] == pointers
-    for ours, theirs in zip(other.parameters(), team.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="the state has 2 workers, there are 3"):
-        Workers(make_model(), 3).load_state_dict(team.state_dict())
-
-
-def test_training_mode_and_names_reach_every_worker():
-    team = Workers(nn.Sequential(nn.Linear(2, 2)), 2)
-    assert [name for name, _ in team.eval().named_parameters()] == [
-        "0.0.weight",
-        "0.0.bias",
-        "1.0.weight",
-        "1.0.bias",
-    ]
-    assert not any(worker.training for worker in team)
-    assert all(worker.training for worker in team.train())
-
-
-def test_models_that_cannot_be_averaged_are_refused_by_name():
-    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
-        Workers(make_model(), 0)
-    with pytest.raises(TypeError, match="num_workers must be an int, got 2.5"):
-        Workers(make_model(), 2.5)
-    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
-        Workers([make_model()], 2)
-    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
-        Workers(nn.ReLU(), 2)
-    with pytest.raises(ValueError, match="parameter 'weight' is complex"):
-        Workers(nn.Linear(2, 2, dtype=torch.complex64), 2)
-    with pytest.raises(ValueError, match="parameter 'weight' is uninitialised"):
-        Workers(nn.LazyLinear(2), 1)
-    with pytest.raises(ValueError, match=r"parameter 'weight' is \(2, 3\) .* in worker 1, but \(2, 2\)"):
-        Rows([nn.Linear(2, 2), nn.Linear(3, 2)])
-    with pytest.raises(ValueError, match="'bias' is in one only"):
-        Rows([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
-
-
-def test_the_mean_of_a_model_that_was_moved_out_of_its_rows_is_an_error_and_a_state_of_a_module_too():
-    team = Workers(nn.Linear(2, 1), 2)
-    with pytest.raises(
-        ValueError, match=r"not one of Workers, which has the key 'workers': got \['weight', 'bias'\]"
-    ):
-        team.load_state_dict(team[0].state_dict())
-    team[1].double()
-    with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row"):
-        team.mean()
 
 
 def test_parameters_that_share_memory_are_refused_and_pieces_of_one_tensor_are_not():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlocal.flat import Workers
 from fastlocal.policy import FixedInterval, Policy, require_interval
+from fastlocal.workers import Workers
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

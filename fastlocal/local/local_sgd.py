@@ -15,7 +15,7 @@ from torch import nn
 
 from fastlocal import comm
 from fastlocal.buffers import Buffers
-from fastlocal.flat import Block, Rows, Workers
+from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
 from fastlocal.local import arguments
 from fastlocal.local.checkpoint import Checkpointed
@@ -25,6 +25,7 @@ from fastlocal.local.scaling import Scaling
 from fastlocal.ops.implementation import Implementation, check_implementation
 from fastlocal.outer import AnchoredAverage, Average, SlowMomentum
 from fastlocal.policy import Policy, Stats, require_interval
+from fastlocal.workers import Workers
 
 
 class LocalSGD(Checkpointed):

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from fastlocal.buffers import Buffers
-from fastlocal.flat import Block, Workers
+from fastlocal.flat import Block
 from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_slow_lr, checked_slow_momentum
 from fastlocal.local.local_sgd import LocalSGD
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, Form, SlowMomentum
 from fastlocal.policy import Policy
+from fastlocal.workers import Workers
 
 
 class SlowMo(LocalSGD):

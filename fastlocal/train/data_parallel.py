@@ -10,9 +10,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlocal.comm import Group, ring_bytes
-from fastlocal.flat import Workers
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.policy import Stats
+from fastlocal.workers import Workers
 
 
 class DataParallel:

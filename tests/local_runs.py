@@ -1,0 +1,49 @@
+"""A small team of convolutional workers, and what the tests of the wrappers do with it."""
+
+import torch
+from torch import nn
+
+from fastlocal import FixedInterval, SlowMo, Workers
+
+
+def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).to(
+        memory_format=torch.channels_last
+    )
+    team = Workers(model, workers)
+    if optimizer == "sgd":
+        inner = torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
+    else:
+        inner = torch.optim.AdamW(team.parameters(), lr=0.01)
+    return kind(inner, team, interval, **options), team
+
+
+def run(optimizer, team, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        for model in team:
+            model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def measured(interval):
+    policy = FixedInterval(interval)
+    policy.reads_drift = True
+    return policy
+
+
+def parameters_of(team):
+    return torch.cat([p.detach().flatten() for p in team.parameters()])
+
+
+def poison(model, value=torch.nan):
+    with torch.no_grad():
+        next(model.parameters())[1, 2, 0, 1] = value
+
+
+def step_with(optimizer, team):
+    for model in team:
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()

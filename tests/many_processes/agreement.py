@@ -1,0 +1,114 @@
+"""What every rank must be told of the others: settings, steps, rates, the interval."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo
+from fastlocal.local import DisagreementError
+from fastlocal.policy import OriginalValidationLoss
+from tests.many_processes.team import ROUNDED, WORLD, assert_equal_everywhere, build, parameters_of, run
+
+
+def settings_that_differ_are_named_on_every_rank(rank, new_group):
+    group = new_group()
+    optimizer, team = build(SlowMo, 1, 5 if rank == 1 else 4, group=group, slow_lr=0.5 if rank == 3 else 1.0)
+    with pytest.raises(DisagreementError) as error:
+        run(optimizer, team, 1)
+    assert "rank 1 has FixedInterval.interval 5, rank 0 has 4" in str(error.value)
+    assert "rank 3 has slow_lr 0.5, rank 0 has 1.0" in str(error.value)
+    model = nn.Sequential(nn.Linear(3, 2 + (rank == 2)))
+    optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, process_group=group)
+    with pytest.raises(
+        DisagreementError, match=r"rank 2 has the tensor 0.weight \(3, 3\) .*, rank 0 0.weight \(2, 3\)"
+    ):
+        optimizer.step()
+
+
+def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group())
+    run(optimizer, team, 2 if rank == 2 else 3)
+    with pytest.raises(DisagreementError) as error:
+        optimizer.sync()
+    assert "rank 2 is at local step 2, rank 0 at 3;" in str(error.value)
+    optimizer, team = build(SlowMo, 1, 100, group=new_group())
+    run(optimizer, team, 1)
+    optimizer.param_groups[0]["lr"] = 0.05 * (1 + rank)
+    run(optimizer, team, 1)
+    with pytest.raises(DisagreementError, match="rank 1 is at sum of learning rates"):
+        optimizer.sync()
+
+
+def a_slow_rate_that_one_rank_alone_sets_is_an_error_on_every_rank(rank, new_group):
+    group = new_group()
+    for kind, name in ((SlowMo, "slow_lr"), (DiLoCo, "slow_momentum")):
+        optimizer, team = build(kind, 1, 2, group)
+        run(optimizer, team, 2, worker=rank)
+        setattr(optimizer, name, 0.25)  # in all alike
+        run(optimizer, team, 2, first=2, worker=rank)
+        assert_equal_everywhere(parameters_of(team[0]), group)
+        if rank == 1:
+            setattr(optimizer, name, 0.125)
+        with pytest.raises(DisagreementError, match=f"rank 1 is at {name} 0.125, rank 0 at 0.25"):
+            run(optimizer, team, 2, first=4, worker=rank)
+
+
+def layers_that_ranks_freeze_differently_are_an_error_of_slow_momentum_alone(rank, new_group):
+    group = new_group()
+    for kind in (LocalSGD, DiLoCo):
+        optimizer, team = build(kind, 1, 2, group)
+        run(optimizer, team, 2, worker=rank)
+        frozen = team[0][0] if rank == 1 else team[0][4]
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(False)
+        if kind is LocalSGD:
+            run(optimizer, team, 2, first=2, worker=rank)
+            assert_equal_everywhere(parameters_of(team[0]), group)
+            continue
+        with pytest.raises(
+            DisagreementError, match=r"rank 1 is at frozen parameters with checksum \d+, rank 0 at with"
+        ):
+            run(optimizer, team, 2, first=2, worker=rank)
+
+
+def rank_0_alone_decides_the_interval(rank, new_group):
+    group = new_group()
+    optimizer, team = build(LocalSGD, 1, OriginalValidationLoss(4, total_epochs=100), group=group)
+    intervals = []
+    for epoch in range(6):
+        run(optimizer, team, 4, first=4 * epoch, worker=rank)
+        optimizer.sync()
+        optimizer.observe(val_loss=1.0 - 0.001 * epoch if rank == 0 else 5.0 + rank * epoch)
+        if rank == 2:
+            optimizer.observe(val_loss=torch.nan)  # of a worker that will be healed, say
+        intervals.append(optimizer.stats.interval)
+    assert intervals == [4, 4, 8, 16, 32, 64]
+    run(optimizer, team, 1, first=99, worker=rank)
+    assert optimizer.stats.val_loss == 0.995
+    state = optimizer.state_dict()["fastlocal"]
+    said = [({}, 0)] * WORLD
+    dist.all_gather_object(said, (state["policy"], state["stats"]["observations"]), group=group)
+    assert said[0] == said[rank] == ({"name": "OriginalValidationLoss", "state": said[0][0]["state"]}, 6)
+
+
+def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):
+    def make(k, group):
+        return build(LocalSGD, k, ConsensusDistance(0.01, initial=4), group=group)
+
+    optimizer, team = make(1, new_group())
+    run(optimizer, team, 4, worker=rank)
+    single, workers = make(4, None)
+    run(single, workers, 4)
+    assert optimizer.stats.drift == pytest.approx(single.stats.drift, rel=1e-5)
+    torch.testing.assert_close(parameters_of(team[0]), parameters_of(workers[0]), **ROUNDED)
+    run(optimizer, team, 1, first=9, worker=rank)
+    run(single, workers, 1, first=9)
+    assert optimizer.stats.interval == single.stats.interval != 4
+    # Whoever asks for it on the way has it, and with it all.
+    optimizer, team = build(LocalSGD, 1, 2, group=new_group())
+    run(optimizer, team, 2, worker=rank)
+    if rank == 1:
+        optimizer.policy.reads_drift = True
+    run(optimizer, team, 2, first=2, worker=rank)
+    assert optimizer.stats.drift > 0

@@ -1,0 +1,163 @@
+"""Workers that are not finite, and ranks that stall or die; after the last ones ranks are missing."""
+
+import copy
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlocal import DiLoCo, LocalSGD, SlowMo
+from fastlocal.comm import LostRankError, find_group
+from fastlocal.local import DivergedError
+from tests.many_processes.team import (
+    ROUNDED,
+    assert_equal_everywhere,
+    build,
+    network,
+    parameters_of,
+    poison,
+    run,
+    stats_of,
+    tensors_of,
+)
+
+SURVIVORS = []
+
+
+def a_worker_that_is_not_finite_is_left_out_and_healed(rank, new_group):
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    quartet = new_group()
+    for kind, inner_state, optimizer in (
+        (LocalSGD, "keep", "sgd"),
+        (SlowMo, "average", "adamw"),
+        (DiLoCo, "average", "sgd"),
+    ):
+        for k, group in ((1, quartet), (2, pairs[rank // 2])):
+            outcomes = []
+            for rows, own_group in ((k, group), (4, None)):
+                wrapped, team = build(kind, rows, 100, own_group, inner_state=inner_state, optimizer=optimizer)
+                first = rows * dist.get_rank(own_group) if own_group else 0
+                run(wrapped, team, 3, worker=first)
+                for worker, model in enumerate(team, start=first):
+                    if worker in (0, 3):
+                        poison(model)
+                wrapped.sync()
+                assert wrapped.stats.excluded == 2
+                run(wrapped, team, 3, first=3, worker=first)
+                wrapped.sync()
+                assert wrapped.stats.excluded == 2
+                outcomes.append((tensors_of(team[0]), stats_of(wrapped)))
+            for ours, theirs in zip(outcomes[0][0], outcomes[1][0], strict=True):
+                torch.testing.assert_close(ours, theirs, **ROUNDED)
+            assert outcomes[0][1] == outcomes[1][1]
+
+
+def without_a_finite_worker_every_rank_raises(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group())
+    run(optimizer, team, 2)
+    poison(team[0])
+    with pytest.raises(DivergedError, match="after 2 local steps no worker's parameters are finite"):
+        optimizer.sync()
+
+
+def a_step_that_gradscaler_skips_on_one_rank_counts_there_too(rank, new_group):
+    for fused in (False, True):
+        for warmup in (0, 2):
+            group = new_group()
+            model = network()
+            inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+            optimizer = SlowMo(inner, model, 4, process_group=group, timeout=20.0, warmup_steps=warmup)
+            twin = copy.deepcopy(model)
+            plain = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            for step in range(4 + warmup):
+                optimizer.zero_grad()
+                plain.zero_grad()
+                generator = torch.Generator().manual_seed(step)
+                x = torch.randn(8, 3, 6, 6, generator=generator)
+                scaler.scale(model(x).square().mean()).backward()
+                twin(x).square().mean().backward()
+                skipped = step == 1
+                if skipped and rank == 2:
+                    model[4].bias.grad.fill_(torch.inf)
+                before = parameters_of(model)
+                scaler.step(optimizer)
+                scaler.update()
+                if not skipped or (rank != 2 and not warmup):
+                    plain.step()
+                if optimizer.stats.local_steps < 4 + warmup:
+                    torch.testing.assert_close(parameters_of(model), parameters_of(twin), **ROUNDED)
+                    assert torch.equal(before, parameters_of(model)) == (skipped and (rank == 2 or warmup > 0))
+            assert optimizer.stats.local_steps == 4 + warmup
+            assert optimizer.stats.rounds == 1 + warmup
+            assert not hasattr(inner, "found_inf")
+            assert scaler.get_scale() == (2.0**9 if rank == 2 else 2.0**10)
+            assert_equal_everywhere(parameters_of(model), group)
+
+
+def work_that_a_device_never_ends_is_an_error_after_the_timeout(rank, new_group):
+    process_group = new_group()
+    group = find_group(process_group, 1.0, [torch.device("cpu")])
+    group.arrive("close a round", 7)
+    done = iter([False, False, True])
+    group.finish(lambda: next(done))
+    assert next(done, "all asked") == "all asked"
+    everybody_came = "close a round at local step 7: all ranks had arrived, and the transfer did not end"
+    with pytest.raises(LostRankError, match=rf"waited 1\.\d s to {everybody_came}"):
+        group.finish(lambda: False)
+    with pytest.raises(ValueError, match=r"must have a backend for parameters on meta, and has cpu:gloo"):
+        find_group(process_group, 1.0, [torch.device("cpu"), torch.device("meta")])
+
+
+def a_rank_that_stalls_is_named_by_the_others(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 3, group=new_group())
+    optimizer._group.timeout = 2.0
+    run(optimizer, team, 3)
+    if rank == 3:  # an exception in the data loader, say: this one never comes
+        run(optimizer, team, 1)
+        dist.barrier()
+        return
+    run(optimizer, team, 2)
+    with pytest.raises(LostRankError) as error:
+        run(optimizer, team, 1)
+    dist.barrier()
+    said = str(error.value)
+    assert f"rank {rank} waited 2." in said
+    assert "to close a round at local step 6" in said
+    assert "rank 3 has not arrived (last seen at local step 3)" in said
+    assert all(f"rank {other} has" not in said for other in range(3))
+
+
+def a_rank_that_dies_between_header_and_transfer_is_named_by_the_others(rank, new_group):
+    group = new_group()
+    SURVIVORS.append(new_group([0, 1, 2]))
+    optimizer, team = build(LocalSGD, 1, 2, group=group, model=nn.Linear(1000, 1000))
+    layer = team[0]
+    for step in range(4):
+        layer.zero_grad()
+        layer(torch.ones(1, 1000)).sum().backward()
+        if step == 3 and rank == 3:
+            optimizer._group.reduce_ = lambda tensor, operation: os.kill(os.getpid(), signal.SIGKILL)
+        if step < 3:
+            optimizer.step()
+    # Rank 1 is no neighbour of rank 3's in a ring: here, where nobody leaves, its time must run out.
+    optimizer._group.timeout = 5.0
+    with pytest.raises(LostRankError) as error:
+        optimizer.step()
+    assert "to close a round at local step 4: rank 3 arrived and fell silent. A process" in str(error.value)
+
+
+def a_rank_that_is_killed_is_named_by_the_others(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 2, group=SURVIVORS[0])
+    run(optimizer, team, 2)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(LostRankError, match=r"rank 2 has not arrived \(last seen at local step 2\)") as error:
+        run(optimizer, team, 3)
+    assert time.monotonic() - started < 15
+    assert all(f"rank {other} has" not in str(error.value) for other in (0, 1))

@@ -1,0 +1,142 @@
+"""Buffers, inner state and checkpoints among processes."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastlocal import LocalSGD, SlowMo, Workers
+from tests.many_processes.team import (
+    ALONE,
+    KINDS,
+    WORLD,
+    assert_equal_everywhere,
+    build,
+    parameters_of,
+    poison,
+    run,
+    stats_of,
+    tensors_of,
+)
+
+
+def buffers_are_kept_or_broadcast_as_chosen(rank, new_group):
+    group = new_group()
+    for choice in ("broadcast", "keep"):
+        optimizer, team = build(LocalSGD, 1, 100, group=group, buffers=choice)
+        run(optimizer, team, 1, worker=rank)
+        team[0][1].running_mean.fill_(torch.nan if rank == 0 else rank)
+        team[0][1].num_batches_tracked.fill_(7 + rank)
+        if rank == 1 and choice == "keep":
+            poison(team[0])
+        optimizer.sync()
+        mean = team[0][1].running_mean[0].item()
+        if choice == "broadcast":
+            assert mean == 1.0  # rank 0's was not finite
+            assert team[0][1].num_batches_tracked.item() == 7
+        elif rank == 1:
+            assert mean == 2.0  # left out, and rank 2 is the first of the others whose buffer is finite
+            assert team[0][1].num_batches_tracked.item() == 7
+        else:
+            assert math.isnan(mean) if rank == 0 else mean == rank
+
+
+def an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped(rank, new_group):
+    results = []
+    for group, k in ((new_group(), 1), (ALONE[0], WORLD)):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(3, 2, dtype=torch.float64), k)
+        wrapped = []
+        for dim in (1, 2):
+            inner = torch.optim.SGD([p for p in team.parameters() if p.dim() == dim], lr=0.1)
+            wrapped.append(LocalSGD(inner, team, 3, process_group=group, timeout=20.0))
+        for _ in range(3):
+            for number, model in enumerate(team, start=rank if k == 1 else 0):
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, number)
+            for optimizer in wrapped:
+                optimizer.step()
+        results.append(parameters_of(team[0]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new_group):
+    finished = []
+    for group, k in ((new_group(), 1), (ALONE[0], WORLD)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3, dtype=torch.float64)
+        model.register_buffer("cache", torch.zeros(0))
+        for name in ("a", "b") if rank % 2 else ("b", "a"):
+            model.register_buffer(name, torch.tensor(ord(name)))
+        team = Workers(model, k)
+        inner = torch.optim.Adafactor(team.parameters(), lr=0.1)
+        options = {"inner_state": "average", "buffers": "keep", "process_group": group, "timeout": 20.0}
+        optimizer = LocalSGD(inner, team, 2, **options)
+        for step in range(6):
+            for number, worker in enumerate(team, start=rank if k == 1 else 0):
+                worker.cache = torch.full((number + 1,), float(number))
+                worker.zero_grad()
+                generator = torch.Generator().manual_seed(10 * step + number)
+                x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+                worker(x).square().sum().backward()
+                if (step, number) == (3, 2):
+                    worker.weight.data[0, 0] = torch.nan
+            optimizer.step()
+        mine = team[0 if k == 1 else rank]
+        assert mine.cache.tolist() == [float(rank)] * (rank + 1)
+        assert (mine.a, mine.b) == (ord("a"), ord("b"))  # rank 2's are healed with its parameters
+        assert optimizer.stats.excluded == 1
+        finished.append((parameters_of(mine), optimizer.stats.bytes_on_wire))
+    torch.testing.assert_close(finished[0][0], finished[1][0], rtol=1e-10, atol=1e-10)
+    assert finished[0][1] == finished[1][1]
+
+
+def resume_is_bit_exact_in_the_middle_of_a_round(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        straight, team = build(kind, 1, 4, group, optimizer="adamw")
+        run(straight, team, 11, worker=rank)
+        first, first_team = build(kind, 1, 4, group, optimizer="adamw")
+        run(first, first_team, 6, worker=rank)
+        file = io.BytesIO()
+        torch.save({"model": first_team.state_dict(), "optimizer": first.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        second, second_team = build(kind, 1, 4, group, optimizer="adamw", seed=5 + rank)
+        second_team.load_state_dict(saved["model"])
+        second.load_state_dict(saved["optimizer"])
+        run(second, second_team, 5, first=6, worker=rank)
+        for ours, theirs in zip(tensors_of(second_team[0]), tensors_of(team[0]), strict=True):
+            assert torch.equal(ours, theirs)
+        assert stats_of(second) == stats_of(straight)
+
+
+def a_state_goes_on_in_another_number_of_processes_at_a_rounds_end(rank, new_group):
+    first, team = build(SlowMo, 1, 4, new_group())
+    run(first, team, 8, worker=rank)
+    state, model = copy.deepcopy(first.state_dict()), copy.deepcopy(team.state_dict())
+    run(first, team, 1, first=8, worker=rank)
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    second, pair = build(SlowMo, 1, 4, pairs[rank // 2], seed=3)
+    pair.load_state_dict(model)
+    second.load_state_dict(state)
+    anchor = second.state_dict()["fastlocal"]["outer"][0]["anchor"]
+    assert torch.equal(anchor, state["fastlocal"]["outer"][0]["anchor"])
+    run(second, pair, 4, first=8, worker=rank % 2)
+    assert second.stats.rounds == 3
+    assert_equal_everywhere(parameters_of(pair[0]), pairs[rank // 2])
+    with pytest.raises(ValueError, match="of the number of workers 4 in the middle of a round, this optimizer has 2"):
+        second.load_state_dict(first.state_dict())
+
+
+def copies_talk_to_the_copies_in_the_other_processes(rank, new_group):
+    group = new_group()
+    optimizer, team = build(SlowMo, 1, 3, group)
+    run(optimizer, team, 4, worker=rank)
+    twin = copy.deepcopy(optimizer)
+    run(optimizer, team, 4, first=4, worker=rank)
+    run(twin, twin.rows.modules, 4, first=4, worker=rank)
+    assert torch.equal(parameters_of(team[0]), parameters_of(twin.rows.modules[0]))

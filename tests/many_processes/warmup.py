@@ -1,0 +1,100 @@
+"""The gradients of the first steps are averaged among processes."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlocal import LocalSGD, SlowMo, Workers
+from tests.many_processes.team import (
+    ROUNDED,
+    WORLD,
+    against_one_process,
+    assert_equal_everywhere,
+    build,
+    parameters_of,
+    run,
+)
+
+
+def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
+    group = new_group()
+    for kind, wire_dtype in ((SlowMo, None), (LocalSGD, torch.bfloat16), (SlowMo, torch.bfloat16)):
+        optimizer, team = build(kind, 1, 2, group=group, warmup_steps=2, wire_dtype=wire_dtype)
+        run(optimizer, team, 2, worker=rank)
+        with torch.no_grad():
+            for parameter in team.parameters():  # as CPUs that round otherwise leave them
+                parameter.mul_(1 + 1e-3 * rank)
+        run(optimizer, team, 4, first=2, worker=rank)
+        assert_equal_everywhere(parameters_of(team[0]), group)
+
+
+def warmup_averages_gradients_that_only_some_ranks_have(rank, new_group):
+    model = nn.ParameterList([torch.zeros(2), torch.zeros(3), torch.zeros(4, dtype=torch.float64)])
+    model[1].data.fill_(5.0)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+    optimizer = LocalSGD(inner, model, 5, process_group=new_group(), warmup_steps=1)
+    if rank == 1:
+        model[0].grad = torch.tensor([4.0, 8.0])
+    if rank > 1:
+        model[2].grad = torch.full((4,), 2.0 * rank, dtype=torch.float64)
+    optimizer.step()
+    assert model[0].tolist() == [-1.0, -2.0]
+    assert model[1].tolist() == [5.0] * 3  # nobody had a gradient: no weight decay either
+    assert model[2].tolist() == [-2.5] * 4
+
+
+def warmup_equals_the_one_process_run(rank, new_group):
+    group = new_group()
+    against_one_process(SlowMo, rank, group, 1, ROUNDED, warmup_steps=4)
+    pairs = [new_group([0, 1]), new_group([2, 3])]
+    against_one_process(LocalSGD, rank, pairs[rank // 2], 2, ROUNDED, warmup_steps=6)
+    against_one_process(LocalSGD, rank, pairs[rank // 2], 2, ROUNDED, warmup_steps=100)  # sync() merges buffers
+
+
+def weights_weigh_the_gradients_of_the_warmup(rank, new_group):
+    quartet, pairs = new_group(), [new_group([0, 1]), new_group([2, 3])]
+    gradients = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    exact = -torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) @ gradients.double() / 10
+    for k, group in ((1, quartet), (2, pairs[rank // 2])):
+        first = k * dist.get_rank(group)
+        team = Workers(nn.ParameterList([torch.zeros(5), torch.zeros(3, dtype=torch.bfloat16)]), k)
+        weights = [1.0 + first + row for row in range(k)]
+        inner = torch.optim.SGD(team.parameters(), lr=1.0)
+        optimizer = LocalSGD(inner, team, 5, process_group=group, warmup_steps=1, weights=weights)
+        for worker, model in enumerate(team, start=first):
+            model[0].grad = gradients[worker].clone()
+            model[1].grad = torch.full((3,), 5.0, dtype=torch.bfloat16) if worker == 2 else None
+        optimizer.step()
+        for model in team:
+            torch.testing.assert_close(model[0].detach().double(), exact, rtol=3e-7, atol=3e-7)
+            assert model[1].tolist() == [-1.5] * 3
+
+
+def a_line_search_in_the_warmup_takes_the_same_step_on_every_rank(rank, new_group):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    single = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(1 + 3 * n) * torch.randn(8, 3, generator=generator, dtype=torch.float64) for n in range(WORLD)]
+
+    def closure_of(module, optimizer, own):
+        def closure():
+            optimizer.zero_grad()
+            loss = sum((module(x) - x[:, :2].sin()).square().mean() for x in own) / len(own)
+            loss.backward()
+            return loss
+
+        return closure
+
+    options = {"max_iter": 5, "line_search_fn": "strong_wolfe"}
+    inner = torch.optim.LBFGS(list(model.parameters()), **options)
+    spread = LocalSGD(inner, model, 2, process_group=new_group(), timeout=20.0, warmup_steps=3)
+    plain = torch.optim.LBFGS(list(single.parameters()), **options)
+    for _ in range(3):
+        ours = spread.step(closure_of(model, spread, batches[rank : rank + 1]))
+        assert ours.item() == pytest.approx(plain.step(closure_of(single, plain, batches)).item(), rel=1e-9)
+    for parameter, exact in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(parameter, exact, rtol=1e-8, atol=1e-8)

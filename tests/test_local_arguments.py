@@ -1,0 +1,123 @@
+"""Arguments, and options of the inner optimizer, that a wrapper refuses, and groups that come later."""
+
+import pytest
+import torch
+from local_runs import make, parameters_of, run, step_with
+from torch import nn
+
+from fastlocal import LAMB, DiLoCo, LocalSGD, SlowMo, Workers
+
+
+def test_a_group_added_later_is_trained_and_one_of_foreign_parameters_is_refused():
+    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 2)
+    optimizer = LocalSGD(torch.optim.SGD([p for m in team for p in m[0].parameters()], lr=0.1), team, 2)
+    optimizer.add_param_group({"params": [p for m in team for p in m[1].parameters()], "lr": 0.5})
+    before = team[1][1].weight.detach().clone()
+    for _ in range(2):
+        for model in team:
+            model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, team[1][1].weight)
+    with pytest.raises(ValueError, match=r"a parameter of shape \(4,\) that is no trainable parameter of model"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4))]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_wrong_arguments_are_named_with_value_and_rule():
+    team = Workers(nn.Linear(2, 2), 2)
+
+    def sgd():
+        return torch.optim.SGD(team.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        LocalSGD(sgd(), team, 0)
+    with pytest.raises(TypeError, match="interval must be an int, got 2.5"):
+        LocalSGD(sgd(), team, 2.5)
+    with pytest.raises(ValueError, match="inner_state must be one of keep, reset, average, got 'drop'"):
+        LocalSGD(sgd(), team, 2, inner_state="drop")
+    with pytest.raises(ValueError, match="buffers must be one of average, keep, broadcast, got 'sum'"):
+        LocalSGD(sgd(), team, 2, buffers="sum")
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        LocalSGD(sgd(), team, 2, warmup_steps=-1)
+    with pytest.raises(ValueError, match="slow_lr must be positive and finite, got 0"):
+        SlowMo(sgd(), team, 2, slow_lr=0)
+    with pytest.raises(ValueError, match=r"slow_momentum must be in \[0, 1\), got 1.0"):
+        DiLoCo(sgd(), team, 2, slow_momentum=1.0)
+    with pytest.raises(TypeError, match="inner must be a torch.optim optimizer that is not wrapped yet"):
+        LocalSGD(LocalSGD(sgd(), team, 2), team, 2)
+    with pytest.raises(ValueError, match="that is no trainable parameter of model"):
+        LocalSGD(torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1), team, 2)
+    with pytest.raises(ValueError, match=r"'weight' is not in inner for worker 1, .* over workers.parameters\(\)"):
+        LocalSGD(torch.optim.SGD(team[0].parameters(), lr=0.1), team, 2)
+    apart = [{"params": team[0].parameters()}, {"params": team[1].parameters()}]
+    with pytest.raises(ValueError, match=r"in the groups \[0, 1\] for the workers 0 to 1"):
+        LocalSGD(torch.optim.SGD(apart, lr=0.1), team, 2)
+    with pytest.raises(TypeError, match="warmup_steps must be an int, got 1.5"):
+        LocalSGD(sgd(), team, 2, warmup_steps=1.5)
+    half = type("Half", (), {"next_interval": lambda self, stats: 2})()
+    with pytest.raises(TypeError, match="interval is a Half that lacks state_dict and load_state_dict"):
+        LocalSGD(sgd(), team, half)
+
+
+def test_an_optimizer_that_clips_by_the_norm_of_all_its_gradients_is_refused_for_several_workers():
+    one, two = Workers(nn.Linear(2, 2), 1), Workers(nn.Linear(2, 2), 2)
+    LocalSGD(LAMB(one.parameters(), max_grad_norm=1.0), one, 2)
+    with pytest.raises(
+        ValueError, match=r"max_grad_norm=1.0 would bound the norm of all workers' gradients together"
+    ):
+        LocalSGD(LAMB(two.parameters(), max_grad_norm=1.0), two, 2)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_master_weights_which_no_sync_averages_are_refused(kind):
+    team = Workers(nn.Linear(4, 2, dtype=torch.bfloat16), 2)
+    inner = LAMB(team.parameters(), lr=0.1, master_weights=True)
+    with pytest.raises(
+        ValueError, match=r"master_weights=True keeps float32 weights of parameters in torch\.bfloat16"
+    ):
+        kind(inner, team, 4)
+    team = Workers(nn.Linear(4, 2), 2)  # float32 parameters are their own masters
+    optimizer = kind(LAMB(team.parameters(), lr=0.1, master_weights=True), team, 1)
+    for parameter in team.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.stats.rounds == 1
+
+
+def test_a_group_added_to_the_inner_optimizer_is_checked_and_has_its_rate():
+    def split(through_wrapper):
+        torch.manual_seed(0)
+        team = Workers(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), 2)
+        inner = torch.optim.SGD([p for worker in team for p in worker[0].parameters()], lr=0.1)
+        optimizer = SlowMo(inner, team, 2)
+        added = {"params": [p for worker in team for p in worker[1].parameters()], "lr": 0.02}
+        (optimizer if through_wrapper else inner).add_param_group(added)
+        for step in range(6):
+            for group, factor in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
+                group["lr"] *= factor
+            optimizer.zero_grad()
+            for worker in team:
+                worker(torch.ones(2, 3) * (step + 1)).square().mean().backward()
+            optimizer.step()
+        return parameters_of(team)
+
+    assert torch.equal(split(True), split(False))
+    optimizer, team = make(LocalSGD, interval=2)
+    optimizer.inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="is no trainable parameter of model"):
+        run(optimizer, team, 1)
+
+
+def test_options_that_would_be_wrong_are_found_in_groups_that_were_edited():
+    team = Workers(nn.Linear(2, 1), 2)
+    optimizer = LocalSGD(LAMB(team.parameters(), lr=0.1), team, 1)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm=1.0 would bound the norm of all workers' gradients"):
+        step_with(optimizer, team)
+
+    class WithoutRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    with pytest.raises(ValueError, match="inner's param group 0 has no 'lr'"):
+        LocalSGD(WithoutRate(team.parameters()), team, 1)

@@ -1,0 +1,288 @@
+"""What is saved, loaded, copied and pickled goes on as if nothing had been."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from local_runs import make, parameters_of, run, step_with
+from torch import nn
+from torch.nn.utils import prune
+
+from fastlocal import DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+
+
+def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states_leave_it():
+    optimizer, team = make(interval=4)
+    optimizer.slow_lr, optimizer.slow_momentum, optimizer.policy = 0.3, 0.2, 2
+    run(optimizer, team, 3)
+    saved = copy.deepcopy({"workers": team.state_dict(), "optimizer": optimizer.state_dict()})
+    again, others = make(interval=4)
+    others.load_state_dict(saved["workers"])
+    again.load_state_dict(saved["optimizer"])
+    run(optimizer, team, 6, first=3)
+    run(again, others, 6, first=3)
+    assert torch.equal(parameters_of(team), parameters_of(others))
+    assert again.stats.rounds == optimizer.stats.rounds == 4
+
+    old = copy.deepcopy(saved["optimizer"])
+    del old["fastlocal"]["slow_lr"], old["fastlocal"]["slow_momentum"], old["fastlocal"]["resting"]
+    old["fastlocal"]["policy"]["state"] = {}
+    fresh, _ = make(interval=5, slow_lr=0.9)
+    fresh.load_state_dict(old)
+    assert (fresh.slow_lr, fresh.slow_momentum, fresh.policy.interval) == (0.9, 0.5, 5)
+    old["fastlocal"]["slow_lr"] = -1.0
+    with pytest.raises(ValueError, match="slow_lr must be positive and finite, got -1.0"):
+        fresh.load_state_dict(old)
+    assert fresh.slow_lr == 0.9
+
+
+def test_a_state_without_our_entry_says_who_drops_it():
+    optimizer, _ = make()
+    with pytest.raises(ValueError, match="get_optimizer_state_dict of torch.distributed.checkpoint does"):
+        optimizer.load_state_dict(optimizer.inner.state_dict())
+
+
+def test_a_model_that_is_pruned_or_wrapped_again_is_told_so():
+    optimizer, team = make(interval=1)
+    prune.l1_unstructured(team[1][4], "weight", amount=0.5)
+    with pytest.raises(RuntimeError, match=r"'4.weight' of worker 1 is gone: prune or parametrise the model before"):
+        run(optimizer, team, 1)
+    model = nn.Linear(3, 2)
+    first = SlowMo(torch.optim.SGD([model.weight], lr=0.1), model, 1)
+    SlowMo(torch.optim.SGD([model.bias], lr=0.1), model, 1)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="several optimizers of one model take the same Workers"):
+        first.step()
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("steps", [0, 2, 3, 7, 8])
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_resume_is_bit_exact_at_every_phase_of_a_round(kind, steps, optimizer_name):
+    straight, straight_team = make(kind, optimizer=optimizer_name)
+    run(straight, straight_team, 12)
+
+    first, first_team = make(kind, optimizer=optimizer_name)
+    run(first, first_team, steps)
+    file = io.BytesIO()
+    torch.save({"workers": first_team.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    second, second_team = make(kind, optimizer=optimizer_name, seed=5)
+    second_team.load_state_dict(saved["workers"])
+    second.load_state_dict(saved["optimizer"])
+    run(second, second_team, 12 - steps, first=steps)
+    assert torch.equal(parameters_of(second_team), parameters_of(straight_team))
+    ours, theirs = vars(second.stats), vars(straight.stats)
+    ours["seconds_in_sync"] = theirs["seconds_in_sync"]
+    assert ours == theirs
+
+
+def test_loading_does_not_change_the_callers_dict_and_keeps_schedulers_alive():
+    optimizer, team = make()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    run(optimizer, team, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert saved.keys() == kept.keys()
+    assert saved["fastlocal"].keys() == kept["fastlocal"].keys()
+    assert saved["fastlocal"]["stats"] == kept["fastlocal"]["stats"]
+    scheduler.step()
+    assert optimizer.inner.param_groups[0]["lr"] == 0.025
+    assert optimizer.param_groups is optimizer.inner.param_groups
+
+
+def test_loading_the_inner_optimizer_directly_does_not_split_the_groups():
+    optimizer, _ = make()
+    optimizer.inner.load_state_dict(optimizer.inner.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.125
+    assert optimizer.inner.param_groups[0]["lr"] == 0.125
+
+
+def test_a_state_of_something_else_is_refused_by_name():
+    optimizer, _ = make(SlowMo)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="of the method 'SlowMo', this optimizer has 'DiLoCo'"):
+        make(DiLoCo)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="of the number of workers 3, this optimizer has 2"):
+        make(SlowMo, workers=2)[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="of the policy 'FixedInterval', this optimizer has 'ValidationLoss'"):
+        make(SlowMo, interval=ValidationLoss(16, total_epochs=2))[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="has no entry 'fastlocal'"):
+        optimizer.load_state_dict(optimizer.inner.state_dict())
+    other = Workers(nn.Linear(3, 3), 3)
+    with pytest.raises(ValueError, match="the state is of another model"):
+        SlowMo(torch.optim.SGD(other.parameters(), lr=0.1), other, 4).load_state_dict(state)
+
+
+def test_a_policy_that_cannot_take_a_state_back_keeps_its_own_and_the_error_says_why():
+    class Picky(FixedInterval):
+        limit = 5
+
+        def state_dict(self):
+            return {"limit": self.limit}
+
+        def load_state_dict(self, state_dict):
+            self.limit = state_dict["limit"]
+            if self.limit > 10:
+                raise ValueError("limit must be at most 10")
+
+    optimizer, team = make(interval=Picky(4))
+    run(optimizer, team, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["fastlocal"]["policy"]["state"]["limit"] = 11
+    with pytest.raises(ValueError, match=r"does not fit the policy .*limit must be at most 10"):
+        optimizer.load_state_dict(state)
+    assert optimizer.policy.limit == 5
+    assert optimizer.steps_in_round == 2
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_like_the_original_and_apart_from_it(kind, duplicate):
+    optimizer, team = make(kind)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    run(optimizer, team, 6)
+    scheduler.step()
+    twin = duplicate(optimizer)
+    run(optimizer, team, 6, first=6)
+    run(twin, twin.rows.modules, 6, first=6)
+    mine = torch.cat([p.detach().flatten() for model in twin.rows.modules for p in model.parameters()])
+    assert torch.equal(mine, parameters_of(team))
+    assert twin.rows.modules[0] is not team[0]
+
+
+def test_a_workers_own_tensor_is_saved_with_all_rows_and_its_mean_alone():
+    team = Workers(nn.Linear(100, 10), 8)
+    sizes = []
+    for saved in (team[0].weight, team.mean().weight):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        sizes.append(file.tell())
+    assert sizes[0] > 8 * 4 * 1010 > 2 * sizes[1]
+
+
+def test_a_state_of_before_the_first_observed_loss_can_be_loaded_after_it():
+    team = Workers(nn.Linear(2, 1), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, ValidationLoss(4, total_epochs=10))
+    early = copy.deepcopy(optimizer.state_dict())
+    optimizer.observe(val_loss=1.0, train_loss=2.0)
+    optimizer.load_state_dict(early)
+    assert (optimizer.stats.val_loss, optimizer.stats.train_loss, optimizer.stats.observations) == (None, None, 0)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_a_copy_made_after_a_layer_was_frozen_has_the_same_rows_and_takes_the_state(kind):
+    team = Workers(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), 2)
+    optimizer = kind(torch.optim.SGD(team.parameters(), lr=0.1), team, 2)
+
+    def step():
+        for worker in team:
+            worker(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    step()
+    for worker in team:
+        worker[0].requires_grad_(False)
+    step()
+    twin = copy.deepcopy(optimizer)
+    assert twin.rows.blocks[0].rows.shape == optimizer.rows.blocks[0].rows.shape
+    twin.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_with_a_bfloat16_wire_a_run_that_is_resumed_or_copied_in_a_round_ends_the_same(kind):
+    whole, team = make(kind, interval=3, wire_dtype=torch.bfloat16)
+    run(whole, team, 10)
+    first, halves = make(kind, interval=3, wire_dtype=torch.bfloat16)
+    run(first, halves, 5)
+    saved = copy.deepcopy((halves.state_dict(), first.state_dict()))
+    copied, twins = copy.deepcopy((first, halves))
+    assert copied.wire_dtype == torch.bfloat16
+    run(copied, twins, 5, first=5)
+    assert torch.equal(parameters_of(twins), parameters_of(team))
+    second, again = make(kind, interval=3, wire_dtype=torch.bfloat16)
+    again.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    run(second, again, 5, first=5)
+    assert torch.equal(parameters_of(again), parameters_of(team))
+
+
+def test_a_state_without_an_anchor_does_not_fit_a_bfloat16_wire():
+    plain, _ = make(LocalSGD)
+    sending, _ = make(LocalSGD, wire_dtype=torch.bfloat16)
+    for optimizer, other in ((plain, sending), (sending, plain)):
+        with pytest.raises(ValueError, match="state_dict was saved with another wire_dtype"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+def test_slow_rate_and_momentum_may_be_set_and_a_copy_goes_on_alike():
+    optimizer, team = make(SlowMo, interval=2)
+    expected, other = make(SlowMo, interval=2, slow_lr=0.5, slow_momentum=0.25)
+    optimizer.slow_lr, optimizer.slow_momentum = 0.5, np.float32(0.25)
+    run(optimizer, team, 4)
+    run(expected, other, 4)
+    assert torch.equal(parameters_of(team), parameters_of(other))
+    copied = copy.deepcopy(optimizer)
+    assert (copied.slow_lr, copied.slow_momentum) == (0.5, 0.25)
+    for name, value, error in (
+        ("slow_lr", 0.0, ValueError), ("slow_lr", math.inf, ValueError), ("slow_lr", True, TypeError),
+        ("slow_momentum", 1.0, ValueError), ("slow_momentum", "0.5", TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"{name} must be"):
+            setattr(optimizer, name, value)
+        with pytest.raises(error, match=f"{name} must be"):
+            make(SlowMo, **{name: value})
+    assert (optimizer.slow_lr, optimizer.slow_momentum) == (0.5, 0.25)
+
+
+def test_a_state_that_the_inner_optimizer_cannot_take_leaves_everything_as_it_was():
+    def build(inner_class, **options):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(2, 1), 2)
+        return LocalSGD(inner_class(team.parameters(), lr=0.1, **options), team, 1), team
+
+    saved, other = build(torch.optim.SGD)
+    step_with(saved, other)
+    optimizer, team = build(torch.optim.AdamW)
+    expected, beside = build(torch.optim.AdamW)
+    for _ in range(2):
+        step_with(optimizer, team)
+        step_with(expected, beside)
+
+        def refuse(_inner, _state):
+            raise RuntimeError("not this one")
+
+        hook = optimizer.inner.register_load_state_dict_pre_hook(refuse)
+        with pytest.raises(ValueError, match="does not fit the policy or the inner optimizer: RuntimeError"):
+            optimizer.load_state_dict(expected.state_dict())
+        hook.remove()
+    with pytest.raises(ValueError, match="its param_groups have dampening, momentum, nesterov, but not .*betas"):
+        optimizer.load_state_dict(saved.state_dict())
+    step_with(optimizer, team)
+    step_with(expected, beside)
+    assert torch.equal(parameters_of(team), parameters_of(beside))
+
+
+def test_a_group_saved_before_there_was_an_option_takes_the_present_one():
+    class Younger(torch.optim.SGD):
+        def __init__(self, params, lr, extra=1.0):
+            super().__init__(params, lr)
+            self.defaults["extra"] = extra
+            for group in self.param_groups:
+                group["extra"] = extra
+
+    team = Workers(nn.Linear(2, 1), 2)
+    older = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.3), team, 1)
+    torch.optim.lr_scheduler.ConstantLR(older, 0.5)
+    younger = LocalSGD(Younger(team.parameters(), 0.1, extra=2.0), team, 1)
+    younger.load_state_dict(older.state_dict())
+    assert younger.param_groups[0]["extra"] == 2.0
+    assert younger.param_groups[0]["lr"] == pytest.approx(0.15)

@@ -1,0 +1,65 @@
+"""Workers that are not finite: left out of the mean whole, then healed."""
+
+import pytest
+import torch
+from local_runs import make, parameters_of, poison, run
+from torch import nn
+
+from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_worker_with_one_bad_value_is_left_out_whole_and_healed(kind, bad):
+    optimizer, team = make(kind, workers=3, interval=100)
+    run(optimizer, team, 4)
+    good = [torch.cat([p.detach().flatten() for p in model.parameters()]).double() for model in (team[0], team[2])]
+    poison(team[1], bad)
+    optimizer.sync()
+    assert optimizer.stats.excluded == 1
+    assert parameters_of(team).isfinite().all()
+    if kind is LocalSGD:
+        healed = torch.cat([p.detach().flatten() for p in team[1].parameters()]).double()
+        torch.testing.assert_close(healed, (good[0] + good[1]) / 2, rtol=1e-6, atol=1e-7)
+    # Its momentum starts anew; the others keep theirs.
+    assert next(team[1].parameters()) not in optimizer.state
+    assert optimizer.state[next(team[0].parameters())]["momentum_buffer"].any()
+    run(optimizer, team, 4, first=9)
+    assert parameters_of(team).isfinite().all()
+
+
+def test_without_a_finite_worker_sync_raises_and_writes_nothing():
+    optimizer, team = make(workers=2, interval=100)
+    run(optimizer, team, 2)
+    for model in team:
+        poison(model)
+    before = parameters_of(team)
+    with pytest.raises(RuntimeError, match="after 2 local steps no worker's parameters are finite"):
+        optimizer.sync()
+    assert torch.equal(parameters_of(team).nan_to_num(7), before.nan_to_num(7))
+
+
+def test_state_that_is_not_finite_is_not_averaged_into_the_others():
+    # Adam's second moment of such a gradient is infinite, its parameters are not: they stand still for ever.
+    team = Workers(nn.Linear(3, 1, bias=False), 4)
+    optimizer = LocalSGD(torch.optim.Adam(team.parameters(), lr=0.1), team, 2, inner_state="average")
+    before: list[torch.Tensor] = []
+    for step in range(8):
+        for worker, parameter in enumerate(team.parameters()):
+            parameter.grad = torch.full_like(parameter, 1e25 if (step, worker) == (1, 2) else 1.0)
+        before = [parameter.detach().clone() for parameter in team.parameters()]
+        optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert not any(torch.equal(old, new) for old, new in zip(before, team.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("weights", [[1.0, 1e50], [1e-50, 1.0]])
+def test_a_worker_counts_whatever_the_weight_of_one_that_is_left_out(weights, wire_dtype):
+    optimizer, team = make(LocalSGD, workers=2, interval=100, weights=weights, wire_dtype=wire_dtype)
+    run(optimizer, team, 2)
+    kept = parameters_of(team[0])
+    poison(team[1])
+    optimizer.sync()
+    torch.testing.assert_close(parameters_of(team[1]), kept, rtol=0, atol=5e-3 if wire_dtype else 0)
+    assert optimizer.stats.excluded == 1

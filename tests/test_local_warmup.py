@@ -1,0 +1,94 @@
+"""warmup_steps: gradients are averaged before workers step alone."""
+
+import copy
+
+import pytest
+import torch
+from local_runs import parameters_of
+from torch import nn
+
+from fastlocal import LocalSGD, Workers
+
+
+def test_warmup_averages_gradients_that_only_some_workers_have():
+    team = Workers(nn.Linear(2, 1, bias=False), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 5, warmup_steps=1)
+    before = team[0].weight.detach().clone()
+    team[0].weight.grad = torch.tensor([[2.0, 4.0]])
+    optimizer.step()
+    for model in team:
+        torch.testing.assert_close(model.weight.detach(), before - torch.tensor([[1.0, 2.0]]))
+
+
+def test_warmup_refuses_sparse_gradients_and_takes_no_step():
+    team = Workers(nn.Embedding(4, 2, sparse=True), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 5, warmup_steps=1)
+    before = parameters_of(team)
+    for model in team:
+        model(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients cannot be averaged: use dense ones, or warmup_steps=0"):
+        optimizer.step()
+    assert torch.equal(parameters_of(team), before)
+    assert optimizer.stats.local_steps == 0
+
+
+def test_weights_weigh_the_gradients_of_the_warmup():
+    team = Workers(nn.ParameterList([torch.zeros(5), torch.zeros(2), torch.zeros(3, dtype=torch.bfloat16)]), 3)
+    inner = torch.optim.SGD(team.parameters(), lr=1.0)
+    optimizer = LocalSGD(inner, team, 5, warmup_steps=3, weights=[1.0, 2e38, 1e38])
+    gradients = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    for model, gradient, low in zip(team, gradients, (256.0, 1.0, 1.0), strict=True):
+        model[0].grad = gradient.clone()
+        model[2].grad = torch.full((3,), low, dtype=torch.bfloat16)
+    team[1][1].grad = torch.tensor([3.0, 6.0])  # the others count as zero, with their weights
+    optimizer.step()
+    exact = (torch.tensor([1.0, 2e38, 1e38], dtype=torch.float64) @ gradients.double()) / (1.0 + 3e38)
+    for model in team:
+        torch.testing.assert_close(-model[0].detach().double(), exact, rtol=3e-7, atol=3e-7)
+        assert model[1].tolist() == [-2.0, -4.0]
+        model[2].data.zero_()
+    optimizer.zero_grad()
+    for model, low in zip(team, (256.0, 1.0, 1.0), strict=True):
+        model[2].grad = torch.full((3,), low, dtype=torch.bfloat16)
+    optimizer.weights = None
+    optimizer.step()
+    assert team[0][2].tolist() == [-86.0] * 3  # 258 / 3; in bfloat16 256 + 1 is 256
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice a step, as line searches do."""
+
+    def step(self, closure=None):
+        assert closure is not None
+        closure()
+        return super().step(closure)
+
+
+def test_warmup_takes_a_closure_that_is_evaluated_more_than_once():
+    torch.manual_seed(0)
+    team = Workers(nn.Linear(2, 1), 2)
+    single = copy.deepcopy(team[0])
+    x = torch.randn(8, 2)
+    wrapped = LocalSGD(Twice(team.parameters(), lr=0.1), team, 1, warmup_steps=5)
+    plain = Twice(single.parameters(), lr=0.1)
+
+    def closure_of(modules, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = sum((module(x) - x.sum(1, keepdim=True)).square().mean() for module in modules) / len(modules)
+            (loss * len(modules)).backward()
+            return loss
+
+        return closure
+
+    wrapped.step(closure_of(team, wrapped))
+    plain.step(closure_of([single], plain))
+    assert wrapped.stats.bytes_on_wire > wrapped.stats.bytes_synchronous  # several evaluations, each averaged
+    assert torch.equal(team[0].weight, team[1].weight)
+    torch.testing.assert_close(team[0].weight, single.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_one_lbfgs_for_several_workers_is_refused():
+    team = Workers(nn.Linear(2, 1), 2)
+    with pytest.raises(ValueError, match="LBFGS takes one step for all workers' parameters together"):
+        LocalSGD(torch.optim.LBFGS(list(team.parameters())), team, 1)
