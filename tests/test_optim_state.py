@@ -1,0 +1,383 @@
+"""The state of LARS and LAMB: copies, checkpoints, and those of other libraries."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, set_grads, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from fastlocal import LAMB, LARS
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def copies(opt):
+    buffer = io.BytesIO()
+    torch.save(opt, buffer)
+    buffer.seek(0)
+    return [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), torch.load(buffer, weights_only=False)]
+
+
+@EVERY_FORM
+def test_deepcopy_pickle_and_save_keep_every_option_and_the_state(optimizer, options):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, maximize=True, **options)
+    train(opt, params, [1, 2])
+    duplicates = copies(opt)
+    train(opt, params, [3])
+    for duplicate in duplicates:
+        own = duplicate.param_groups[0]["params"]
+        train(duplicate, own, [3])
+        assert_equal(own, params)
+
+
+@EVERY_FORM
+def test_a_resumed_run_is_the_run_that_was_never_stopped(optimizer, options):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, **options)
+    train(opt, params, [1, 2])
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed = clone(params)
+    again = optimizer(resumed, lr=7.0)
+    again.load_state_dict(saved)
+    train(opt, params, [3, 4])
+    train(again, resumed, [3, 4])
+    assert_equal(params, resumed)
+
+
+@BOTH
+def test_loading_neither_changes_nor_shares_the_state_dict(optimizer):
+    params = make_params()
+    opt = optimizer(params, lr=0.1)
+    train(opt, params, [1])
+    saved = opt.state_dict()
+    before = copy.deepcopy(saved)
+    again = clone(params)
+    other = optimizer(again)
+    other.load_state_dict(saved)
+    train(other, again, [2, 3])
+    assert saved["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert_equal(saved["state"][key].values(), state.values())
+
+
+@BOTH
+def test_a_state_dict_can_be_loaded_before_the_first_step_and_with_older_groups(optimizer):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, adapt="all")
+    saved = optimizer(clone(params), lr=0.1).state_dict()
+    for group in saved["param_groups"]:
+        del group["adapt"], group["maximize"]
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["adapt"] == "all"
+    assert opt.param_groups[0]["maximize"] is False
+
+
+@BOTH
+def test_a_state_of_the_wrong_shape_is_refused(optimizer):
+    params = [nn.Parameter(torch.randn(4, 5))]
+    opt = optimizer(params)
+    train(opt, params, [1])
+    with pytest.raises(ValueError, match=r"must have its parameter's shape \(5, 4\), got \(4, 5\)"):
+        optimizer([nn.Parameter(torch.randn(5, 4))]).load_state_dict(opt.state_dict())
+
+
+def test_a_state_whose_steps_are_others_is_refused():
+    params = make_params()
+    theirs = torch.optim.AdamW(params, amsgrad=True)
+    with pytest.raises(
+        ValueError, match="made with amsgrad=True, which LAMB does not have: its steps would be others"
+    ):
+        LAMB(params).load_state_dict(theirs.state_dict())
+    saved = LAMB(params).state_dict()
+    saved["param_groups"][0]["caution"] = True
+    with pytest.raises(ValueError, match="made with caution=True, which LAMB does not have"):
+        LAMB(params).load_state_dict(saved)
+
+
+def test_moments_without_a_count_of_steps_are_refused_by_lamb():
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    saved = opt.state_dict()
+    for state in saved["state"].values():
+        del state["step"]
+    with pytest.raises(ValueError, match="moments but no 'step'"):
+        LAMB(params).load_state_dict(saved)
+
+
+@BOTH
+def test_a_checkpoint_of_kernels_goes_on_where_there_are_none_and_another_class_does_not_choose_the_path(optimizer):
+    params = make_params(torch.float64)  # which no kernel takes
+    there, here = optimizer(params, fused=True), optimizer(params)
+    here.load_state_dict(there.state_dict())
+    assert here.param_groups[0]["fused"] is None
+    theirs = (torch.optim.AdamW if optimizer is LAMB else torch.optim.SGD)(params, lr=0.5, foreach=True)
+    there.load_state_dict(theirs.state_dict())
+    assert there.param_groups[0]["lr"] == 0.5
+    assert (there.param_groups[0]["foreach"], there.param_groups[0]["fused"]) == (None, True)
+    here.load_state_dict(optimizer(params, foreach=False).state_dict())  # one's own path is part of the same bits
+    assert here.param_groups[0]["foreach"] is False
+
+
+@BOTH
+def test_parameters_that_became_float64_are_not_stepped_in_float32(optimizer):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.01)
+    train(opt, params, [1])
+    for p in params:
+        p.data = p.data.double()
+    set_grads(params, 2)
+    with pytest.raises(TypeError, match="must be float64, as their parameters are, got torch.float32"):
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    moments = [v for state in opt.state.values() for name, v in state.items() if name != "step"]
+    assert {m.dtype for m in moments} == {torch.float64}
+
+
+def test_a_buffer_that_a_checkpoint_has_as_none_begins_with_the_whole_gradient_under_dampening():
+    params = [nn.Parameter(torch.ones(3))]
+    theirs = torch.optim.SGD(params, momentum=0.9)
+    params[0].grad = torch.full((3,), 2.0)
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["state"][0]["momentum_buffer"] = None
+    opt = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.0)
+    opt.load_state_dict(saved)
+    opt.param_groups[0].update(dampening=0.5, nesterov=False)
+    opt.step()
+    assert opt.state[params[0]]["momentum_buffer"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("other", "optimizer", "said"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            LAMB,
+            "momentum_buffer, LAMB goes on from exp_avg and exp_avg_sq",
+        ),
+        (torch.optim.AdamW, LARS, "exp_avg and exp_avg_sq, LARS goes on from momentum_buffer"),
+        (torch.optim.Adamax, LAMB, "exp_avg and exp_inf, LAMB goes on from exp_avg and exp_avg_sq"),
+        (
+            lambda params: torch.optim.RMSprop(params, momentum=0.9),
+            LARS,
+            "square_avg and momentum_buffer, LARS goes on from momentum_buffer",
+        ),
+    ],
+)
+def test_a_state_of_other_moments_is_refused_and_changes_nothing(other, optimizer, said):
+    params = make_params()
+    given = other(params)
+    train(given, params, [1])
+    opt = optimizer(clone(params), lr=0.5)
+    with pytest.raises(ValueError, match=f"state_dict has {said}"):
+        opt.load_state_dict(given.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert not opt.state
+
+
+@BOTH
+def test_state_takes_the_strides_of_the_parameter_it_is_loaded_for(optimizer):
+    weight = nn.Parameter(torch.randn(4, 6, 3, 5))
+    opt = optimizer([weight])
+    train(opt, [weight], [1])
+    last = nn.Parameter(weight.detach().clone(memory_format=torch.channels_last))
+    other = optimizer([last])
+    other.load_state_dict(opt.state_dict())
+    for name, value in other.state[last].items():
+        torch.testing.assert_close(value, opt.state[weight][name], rtol=0, atol=0)
+        assert name == "step" or value.stride() == last.stride()
+
+
+def test_lars_goes_on_from_a_torch_sgd_checkpoint():
+    params = make_params()
+    same = clone(params)
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+    train(sgd, params, [1, 2])
+    for p, s in zip(params, same, strict=True):
+        s.data.copy_(p.data)
+    opt = LARS(same)  # without decay nothing is adapted: plain SGD
+    opt.load_state_dict(sgd.state_dict())
+    assert opt.param_groups[0]["dampening"] == 0.5
+    train(sgd, params, [3, 4])
+    train(opt, same, [3, 4])
+    for a, b in zip(params, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_lamb_goes_on_from_a_torch_adamw_checkpoint():
+    params = make_params()
+    same = clone(params)
+    adamw = torch.optim.AdamW(params, lr=0.1, weight_decay=0.0, eps=1e-3)
+    train(adamw, params, [1, 2])
+    for p, s in zip(params, same, strict=True):
+        s.data.copy_(p.data)
+    opt = LAMB(same)  # without decay nothing is adapted: plain Adam
+    opt.load_state_dict(adamw.state_dict())
+    train(adamw, params, [3, 4])
+    train(opt, same, [3, 4])
+    for a, b in zip(params, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [2, torch.tensor(2.0)])
+def test_lamb_reads_the_step_that_apex_and_timm_keep_in_the_group(step):
+    params = make_params()
+    same = clone(params)
+    opt = LAMB(params, lr=0.1, adapt="all", decay="decoupled", trust_clip=(0.0, 1.0))
+    train(opt, params, [1, 2])
+    theirs = opt.state_dict()
+    theirs = {
+        "state": {k: {n: v for n, v in s.items() if n != "step"} for k, s in theirs["state"].items()},
+        "param_groups": [
+            {
+                "lr": 0.1,
+                "bias_correction": 1,
+                "betas": (0.9, 0.999),
+                "eps": 1e-6,
+                "weight_decay": 0.01,
+                "grad_averaging": True,
+                "max_grad_norm": None,
+                "trust_clip": True,
+                "always_adapt": True,
+                "decoupled_decay": True,
+                "step": step,
+                "params": list(range(len(params))),
+            }
+        ],
+    }
+    for p, s in zip(params, same, strict=True):
+        s.data.copy_(p.data)
+    again = LAMB(same)
+    again.load_state_dict(theirs)
+    assert "step" not in again.param_groups[0]
+    train(opt, params, [3])
+    train(again, same, [3])
+    assert_equal(params, same)
+
+
+def test_lars_reads_the_names_that_timm_gives_its_options():
+    params = make_params()
+    opt = LARS(params)
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        del group["trust_coefficient"], group["adapt"]
+        group |= {"trust_coeff": 0.02, "always_adapt": True}
+    opt.load_state_dict(saved)
+    assert (opt.param_groups[0]["trust_coefficient"], opt.param_groups[0]["adapt"]) == (0.02, "all")
+
+
+@BOTH
+def test_distributed_checkpointing_saves_and_restores_by_name_and_moves_no_weight(optimizer):
+    model, again = nn.Linear(4, 3), nn.Linear(4, 3)
+    again.load_state_dict(model.state_dict())
+    opt, fresh = optimizer(model.parameters(), lr=0.1), optimizer(again.parameters(), lr=0.1)
+    before = clone(model.parameters())
+    initial = get_optimizer_state_dict(model, opt)  # takes a step with lr = 0 to have state to describe
+    assert_equal(model.parameters(), before)
+    train(opt, list(model.parameters()), [1, 2])
+    again.load_state_dict(model.state_dict())
+    saved = get_optimizer_state_dict(model, opt)
+    assert set(initial["state"]) == set(saved["state"]) == {"weight", "bias"}
+    set_optimizer_state_dict(again, fresh, saved)
+    train(opt, list(model.parameters()), [3])
+    train(fresh, list(again.parameters()), [3])
+    assert_equal(again.parameters(), model.parameters())
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_keep_float32_state_through_a_reload(optimizer, options, dtype):
+    params = make_params(dtype)
+    same = clone(params)
+    exact = [nn.Parameter(p.detach().double()) for p in params]
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, **options)
+    exact_opt = optimizer(exact, lr=0.1, weight_decay=0.1, **options)
+    for seed in (1, 2, 3):
+        grads = set_grads(params, seed)
+        for p, e, g in zip(params, exact, grads, strict=True):
+            e.data.copy_(p.data)  # one step at a time, so that only a step's own rounding counts
+            e.grad = g.double()
+        opt.step()
+        exact_opt.step()
+        for p, e in zip(params, exact, strict=True):
+            torch.testing.assert_close(p.double(), e, rtol=2.0 * torch.finfo(dtype).eps, atol=1e-5)
+    for state in opt.state.values():
+        assert all(v.dtype == torch.float32 for v in state.values())
+    reloaded = optimizer(same, **options)
+    reloaded.load_state_dict(opt.state_dict())
+    for p, s in zip(params, same, strict=True):
+        s.data.copy_(p.data)
+    train(opt, params, [4])
+    train(reloaded, same, [4])
+    assert_equal(params, same)
+
+
+@BOTH
+def test_checkpoints_load_with_and_without_names_of_parameters(optimizer):
+    params = make_params()
+    named = optimizer([(f"layer{i}", p) for i, p in enumerate(params)], lr=0.1, weight_decay=0.1)
+    train(named, params, [1, 2])
+    saved = named.state_dict()
+    assert saved["param_groups"][0]["param_names"] == [f"layer{i}" for i in range(len(params))]
+    unnamed_params, again_params = clone(params), clone(params)
+    unnamed = optimizer(unnamed_params, lr=0.1, weight_decay=0.1)
+    unnamed.load_state_dict(saved)
+    again = optimizer([(f"layer{i}", p) for i, p in enumerate(again_params)], lr=0.1, weight_decay=0.1)
+    again.load_state_dict(optimizer_without_names(saved))
+    for opt, own in ((named, params), (unnamed, unnamed_params), (again, again_params)):
+        train(opt, own, [3])
+    assert_equal(unnamed_params, params)
+    assert_equal(again_params, params)
+    assert again.param_groups[0]["param_names"] == saved["param_groups"][0]["param_names"]
+
+
+def optimizer_without_names(saved):
+    groups = [{k: v for k, v in group.items() if k != "param_names"} for group in saved["param_groups"]]
+    return {**saved, "param_groups": groups}
+
+
+@EVERY_FORM
+def test_state_that_was_dropped_right_after_a_step_is_gone(optimizer, options):
+    dropped, fresh = (nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    first, second = (optimizer([p], lr=0.1, weight_decay=0.1, **options) for p in (dropped, fresh))
+    for forget in (first.state.clear, lambda: first.state.pop(dropped, None)):
+        dropped.grad = torch.tensor([1.0, 2.0])
+        first.step()
+        forget()
+        with torch.no_grad():
+            dropped.copy_(torch.tensor([3.0, 4.0]))
+            fresh.copy_(torch.tensor([3.0, 4.0]))
+        second.state.clear()
+        second.__setstate__(second.__getstate__())  # knows nothing from before
+        dropped.grad, fresh.grad = (torch.tensor([-2.0, 1.0]) for _ in range(2))
+        first.step()
+        second.step()
+        assert torch.equal(dropped, fresh)
+        assert len(first.state) == len(second.state)
+        first.state.clear()
+
+
+@BOTH
+def test_state_that_an_optimizer_around_this_one_keeps_beside_it_comes_back(optimizer):
+    params = make_params()
+    opt = optimizer(params, weight_decay=0.01)
+    train(opt, params, [1])
+    for p in params:
+        opt.state[p]["slow_weights"] = p.detach().clone()
+    again = optimizer(clone(params), weight_decay=0.01)
+    again.load_state_dict(opt.state_dict())
+    kept = [state["slow_weights"] for state in again.state.values()]
+    assert_equal(kept, params)
