@@ -293,7 +293,9 @@ def test_a_compiled_step_is_the_step():
                 model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
             step()
         results.append((parameters_of(team), optimizer.stats.rounds))
-    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(
+        results[0][0], results[1][0], rtol=1e-6, atol=1e-6
+    )  # not every release gives the same bits
     assert results[0][1] == results[1][1] == 2
 
 

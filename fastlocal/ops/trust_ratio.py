@@ -34,8 +34,8 @@ class _Part:
 def _split(
     impl: Implementation, tensors: Sequence[Tensor], masters: Sequence[Tensor | None] | None, tables: dict | None
 ) -> list[tuple[_Part, Sequence[int]]]:
-    mastered = repeat(False) if masters is None else [m is not None for m in masters]
-    kinds = [(t.device, t.dtype, has) for t, has in zip(tensors, mastered, strict=masters is not None)]
+    mastered = [False] * len(tensors) if masters is None else [m is not None for m in masters]
+    kinds = [(t.device, t.dtype, has) for t, has in zip(tensors, mastered, strict=True)]
     choices = {kind: _Part(choose(impl, *kind[:2]), kind[0], kind[2]) for kind in dict.fromkeys(kinds)}
     parts = list(dict.fromkeys(choices.values()))
     if tables is not None:
