@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastlocal import comm
+
 
 def require_initialised(module: nn.Module) -> None:
     """Raise ValueError for a lazy module that has not seen its first input: it cannot be copied."""
@@ -67,9 +69,24 @@ def twin_of(module: nn.Module) -> nn.Module:
 def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     """A deep copy as copy_of makes it, and by id what has been copied."""
     memo = _memo(module)
-    copied = copy.deepcopy(module, memo)
+    try:
+        copied = copy.deepcopy(module, memo)
+    except TypeError as error:
+        raise TypeError(f"{_name_uncopied(module)} cannot be copied, as each worker's model is: {error}") from error
     _require_own_functions(module, copied, memo)
     return copied, memo
+
+
+def _name_uncopied(module: nn.Module) -> str:
+    """The attribute that deepcopy refuses."""
+    memo = _memo(module)
+    for name, submodule in module.named_modules():
+        for attribute, value in vars(submodule).items():
+            try:
+                copy.deepcopy({} if attribute == "_modules" else value, dict(memo))
+            except TypeError:
+                return f"the model's attribute {f'{name}.{attribute}' if name else attribute!r}"
+    return f"the model, {type(module).__name__},"
 
 
 def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
@@ -147,10 +164,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _memo(module: nn.Module) -> dict[int, Any]:
-    """What a deep copy finds copied already: results, without their graph."""
+    """What a deep copy finds copied already: results, without their graph; process groups, which are shared."""
     attributes = [vars(submodule) for submodule in module.modules()]
     attributes += [vars(parameter) for parameter in module.parameters()]
-    return {id(tensor): tensor.detach().clone() for tensor in _results(attributes, set())}
+    groups = [value for own in attributes for value in own.values() if comm.is_process_group(value)]
+    results = {id(tensor): tensor.detach().clone() for tensor in _results(attributes, set())}
+    return results | {id(group): group for group in groups}
 
 
 def _results(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ class Workers:
         num_workers: K, at least 1.
 
     Raises:
-        TypeError: `model` is no module, or num_workers is not a whole number.
+        TypeError: `model` is no module or has an attribute that cannot be copied, or num_workers is no whole number.
         ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised,
             shares memory or has a hook that runs after its gradient was accumulated, a function around a part of
             itself, or is scripted.

@@ -21,7 +21,7 @@ ARROWS = {
     "flat": {"buffers", "comm", "memory", "twin"},
     "workers": {"buffers", "flat", "twin"},
     "memory": {"comm"},
-    "twin": set(),
+    "twin": {"comm"},
     "inner": set(),
     "outer": {"ops"},
     "optim": {"ops", "optim", "comm"},

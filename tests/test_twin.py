@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastlocal import LocalSGD, Workers
@@ -137,6 +138,19 @@ def test_attributes_that_deepcopy_refuses_are_copied_without_their_graph_or_shar
     assert torch.equal(twin.weight.fast, model.weight.fast)
     assert twin.weight.lock is model.weight.lock
     assert twin.cycle["itself"] is twin.cycle
+
+
+def test_a_process_group_is_shared_with_the_copies_and_the_mean():
+    group = dist.ProcessGroup(0, 1)
+    team = Workers(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2, process_group=group)), 2)
+    assert team[1][1].process_group is team.mean()[1].process_group is group
+
+
+def test_an_attribute_that_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[1].lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"the model's attribute '1\.lock' cannot be copied, .*: cannot pickle"):
+        Workers(model, 2)
 
 
 def test_a_module_that_is_its_own_copy_keeps_its_hooks_as_they_are():

@@ -44,6 +44,11 @@ def several_processes_run() -> bool:
     return is_initialized() and dist.get_world_size() > 1
 
 
+def is_process_group(value: Any) -> bool:
+    """Whether this is a process group of torch.distributed."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
 def ring_bytes(payload: int, workers: int) -> int:
     """Bytes that one worker sends in a ring all-reduce of `payload` bytes."""
     return 2 * (workers - 1) * payload // workers
