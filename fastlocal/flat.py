@@ -8,7 +8,7 @@ This module moves no bytes between processes and does no arithmetic on parameter
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,10 @@ class Rows:
 
     @torch.no_grad()
     def begin_alike(self) -> None:
-        """Give all workers the first one's parameters and buffers if it alone was written to since they were made."""
+        """Give all workers the first one's parameters and buffers if it alone was written to since they were made.
+
+        Gradients that the others have were computed elsewhere: they become zero.
+        """
         made, self._made = self._made, None
         first, *others = (dict(module.named_parameters()) for module in self.modules)
         now = [[(p, p._version) for p in own.values()] for own in others]
@@ -128,9 +131,13 @@ class Rows:
         first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
         if all(_same(comm.held_here(p), comm.held_here(own[name])) for own in others for name, p in first.items()):
             return
+        second = {name: comm.held_here(others[0][name]) for name in first}
+        if not all(_same(value, comm.held_here(own[name])) for own in others[1:] for name, value in second.items()):
+            return  # written to through .data, which no version counts
         for own in others:
             for name, parameter in first.items():
                 own[name].copy_(parameter)
+            drop_gradients(own.values())
         for first_buffer, *buffers in collect(self.modules, "keep").values():
             for buffer in buffers:
                 buffer.copy_(first_buffer)
@@ -220,6 +227,13 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
         self._begun, self._made = set(state.get("begun", ())), None
+
+
+def drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Make the gradients zero that there are; an optimizer may count on being given some."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
 
 
 def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Sequence[tuple[Tensor, int]]]) -> bool:

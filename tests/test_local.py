@@ -104,6 +104,57 @@ def test_a_layer_that_is_frozen_when_a_round_ends_keeps_what_it_learned_in_it(ki
     assert states[1][1].abs().max() > 0
 
 
+def quadratic(team, step):
+    """Every worker's gradient at a step."""
+    for worker, model in enumerate(team):
+        generator = torch.Generator().manual_seed(100 * step + worker)
+        x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+        (model(x) - x[:, :2]).square().mean().backward()
+
+
+@pytest.mark.parametrize("kind", [SlowMo, DiLoCo])
+def test_a_layer_that_is_frozen_after_its_gradient_moves_in_the_step_as_torch_moves_it(kind):
+    # As two networks, one behind the other, take turns: the second's losses come before the first's step.
+    outcomes = []
+    for freezes in (False, True):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(4, 2, dtype=torch.float64), 2)
+        optimizer = kind(torch.optim.SGD(team.parameters(), lr=0.1), team, 2)
+        for step in range(8):
+            optimizer.zero_grad()
+            quadratic(team, step)
+            for model in team:
+                model.requires_grad_(not freezes)
+            optimizer.step()
+            for model in team:
+                model.requires_grad_(True)
+        outcomes.append(parameters_of(team))
+    assert torch.equal(*outcomes)
+
+
+def test_a_step_that_failed_and_is_taken_again_counts_its_rate_once():
+    outcomes = []
+    for failures in (0, 3):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(4, 2, dtype=torch.float64), 2)
+        optimizer = SlowMo(torch.optim.SGD(team.parameters(), lr=0.1), team, 4)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+
+        def fail():
+            raise MemoryError
+
+        for step in range(12):
+            for _ in range(failures):
+                with pytest.raises(MemoryError):
+                    optimizer.step(fail)
+            optimizer.zero_grad()
+            quadratic(team, step)
+            optimizer.step()
+            schedule.step()
+        outcomes.append(parameters_of(team))
+    assert torch.equal(*outcomes)
+
+
 def test_a_round_ends_after_interval_steps_and_all_workers_are_equal_then():
     optimizer, team = make(interval=3)
     for step in range(1, 8):
@@ -229,6 +280,28 @@ def test_what_is_loaded_into_the_model_after_it_became_workers_is_where_all_begi
     optimizer.step()
     for model in team:
         assert all((value == 10).all() for value in model.state_dict().values())
+
+
+def test_gradients_of_workers_that_begin_elsewhere_are_none_of_where_they_begin():
+    torch.manual_seed(0)
+    team = Workers(nn.Linear(4, 2, dtype=torch.float64), 3)
+    team[0].load_state_dict({name: torch.zeros_like(value) for name, value in team[0].state_dict().items()})
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.3), team, 1)
+    for model in team:
+        model(torch.ones(1, 4, dtype=torch.float64)).square().sum().backward()  # 0 is the minimum
+    optimizer.step()
+    assert all((parameters_of(model) == 0).all() for model in team)
+
+
+def test_workers_written_to_past_autograd_keep_what_they_were_given():
+    team = Workers(nn.Linear(1, 1), 3)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1)
+    for worker, model in enumerate(team):
+        for parameter in model.parameters():
+            parameter.data.fill_(worker)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (parameters_of(team) == 1).all()
 
 
 def test_what_other_workers_were_given_is_never_replaced_by_the_first_ones():

@@ -125,6 +125,14 @@ def test_a_sync_after_warmup_steps_merges_the_buffers():
         for worker in team:
             assert worker.running_mean.tolist() == pytest.approx([0.2, 0.2])
         assert optimizer.stats.bytes_on_wire == sent + 4 * 4 + 8  # two float32 vectors and a count, 2 · 1/2 times
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    optimizer.sync()  # they are merged already
+    assert optimizer.stats.bytes_on_wire == sent + 4 * 4 + 8
+    del state["fastlocal"]["buffers_apart"]  # which older states lack
+    optimizer.load_state_dict(state)
+    optimizer.sync()
+    assert optimizer.stats.bytes_on_wire == sent + 2 * (4 * 4 + 8)
 
 
 def with_buffer(buffer, workers=2, **options):

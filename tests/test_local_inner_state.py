@@ -166,3 +166,14 @@ def test_momentum_with_dampening_begins_anew_after_a_reset(fused):
         optimizer.step()
     # A round: buffers 1 and 0.9 · 1 + 0.5 · 1.
     torch.testing.assert_close(team[0].weight, start - 2 * 0.1 * (1 + 1.4), rtol=1e-12, atol=1e-12)
+
+
+def test_sparse_state_that_cannot_be_averaged_is_named_before_anything_is_written():
+    team = Workers(nn.Embedding(5, 3, sparse=True), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.1, momentum=0.9)
+    optimizer = LocalSGD(inner, team, 1, inner_state="average")
+    for worker, model in enumerate(team):
+        model(torch.tensor([1, 2 + worker])).sum().backward()
+    with pytest.raises(ValueError, match="momentum_buffer of parameter 'weight' is sparse"):
+        optimizer.step()
+    assert not torch.equal(parameters_of(team[0]), parameters_of(team[1]))

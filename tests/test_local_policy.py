@@ -91,6 +91,7 @@ def test_the_policy_may_be_set_to_an_interval_and_other_choices_not_at_all():
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         optimizer.policy = 0
     choices = {"inner_state": "reset", "buffers": "keep", "impl": "reference", "wire_dtype": None, "timeout": 3.0}
+    choices |= {"warmup_steps": 9, "inner": optimizer.inner, "rows": team.rows}
     for name, value in choices.items():
         with pytest.raises(AttributeError, match=f"{name} was chosen when the optimizer was built"):
             setattr(optimizer, name, value)

@@ -1,11 +1,14 @@
 """Policies: replayed traces with hand-computed intervals."""
 
+import io
 import itertools
 import json
 import math
 import random
 
+import numpy as np
 import pytest
+import torch
 
 from fastlocal import QSR, AdaComm, ConsensusDistance, FixedInterval, PostLocal, Stats, ValidationLoss
 from fastlocal.policy import OriginalValidationLoss, Policy
@@ -260,3 +263,21 @@ def test_settings_of_a_policy_without_a_memory_come_back(policy):
     assert other.state_dict() == settings
     with pytest.raises((TypeError, ValueError)):
         other.load_state_dict(dict.fromkeys(settings, -1))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        QSR(2, np.float64(0.1), start_step=np.int64(3)),
+        ValidationLoss(16, total_epochs=np.int64(10), smoothing=np.float64(0.5)),
+        ConsensusDistance(np.float64(0.5)),
+        PostLocal(np.int64(10), 4),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_settings_that_are_numpys_numbers_can_be_loaded_from_a_checkpoint(policy):
+    policy.next_interval(Stats(val_loss=1.0, observations=1, lr=0.1))
+    file = io.BytesIO()
+    torch.save((policy.state_dict(), dict(vars(policy))), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)[0] == policy.state_dict()

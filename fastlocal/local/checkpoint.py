@@ -21,7 +21,10 @@ from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
-_FIXED = ("inner_state", "buffers", "impl", "wire_dtype", "process_group", "timeout", "interval")
+_FIXED = (
+    *("inner", "rows", "inner_state", "buffers", "warmup_steps", "impl", "wire_dtype", "process_group", "timeout"),
+    "interval",
+)
 """Arguments that the parts of a wrapper have copies of, or have gone into."""
 
 
@@ -153,7 +156,7 @@ class Checkpointed(Wrapper):
             )
         own = state_dict["fastlocal"]
         if isinstance(own, dict):
-            own = {**self._younger_entries(), **own}
+            own = {**self._younger_entries(own), **own}
         self._check_saved(own)
         policy_before = self.policy.state_dict()
         inner_before = self.inner.state, self.inner.param_groups
@@ -197,13 +200,16 @@ class Checkpointed(Wrapper):
             "stats": asdict(self.stats),
             "steps_in_round": self.steps_in_round,
             "anchored": self._anchored,
+            "buffers_apart": self._buffers_apart,
             "rates": [float(rate) for rate in self._rates.last],
             "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
 
-    def _younger_entries(self) -> dict[str, Any]:
-        """What old entries lack, as it stands."""
-        return {"resting": []}
+    def _younger_entries(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What old entries lack, as it stands or as it must have been."""
+        stats = own.get("stats")
+        steps = stats.get("local_steps") if isinstance(stats, dict) else None
+        return {"resting": [], "buffers_apart": isinstance(steps, int) and 0 < steps <= self.warmup_steps}
 
     def _names(self) -> list[str]:
         return list(self.rows.parameters[0])
@@ -248,7 +254,7 @@ class Checkpointed(Wrapper):
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
         self._round_is_open = self.steps_in_round > 0
-        self._buffers_apart = 0 < self.stats.local_steps <= self.warmup_steps
+        self._buffers_apart = own["buffers_apart"]
         self._rates.last = list(own["rates"])
         self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()

@@ -169,11 +169,13 @@ class LocalSGD(Checkpointed):
         warming_up = self.stats.local_steps < self.warmup_steps
         if not self._round_is_open:
             self._begin_round(warming_up)
-        self._rates.note(self.steps_in_round)
+        self._rates.look(self.steps_in_round)
         if warming_up:
             loss = self._step_together(closure)
+            self._rates.note(0)
         else:
             loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
+            self._rates.note(self.steps_in_round)
             self.steps_in_round += 1
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
@@ -286,20 +288,20 @@ class LocalSGD(Checkpointed):
         rates = self._rates.of_blocks()
         closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
         outcome = self._team.close_round(closing)
+        self.stats.round_steps, self.steps_in_round = self.steps_in_round, 0
+        self._round_is_open = self._buffers_apart = False
+        self.stats.rounds += 1
         self.stats.drift = outcome.drift
         self.stats.excluded += outcome.excluded
         self.stats.bytes_on_wire += self._ring(outcome.payload)
-        self.stats.rounds += 1
-        self.stats.round_steps = self.steps_in_round
-        self.steps_in_round = 0
-        self._round_is_open = self._buffers_apart = False
         clock.stop()
         self._team.finish(clock.is_done)
         self.stats.seconds_in_sync += clock.seconds()
 
     def observe(self, *, val_loss: float | None = None, train_loss: float | None = None) -> None:
-        """Tell the policy a loss, once an epoch; it counts from the next round on.
+        """Tell the policy a loss, once an epoch and after sync(); it counts from the next round on.
 
+        The policy is asked when a round begins: of losses observed within one round it sees the last alone.
         In several processes only what rank 0 observes counts; the others' observations are replaced by it.
 
         Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlocal import comm
 from fastlocal.comm import Group
-from fastlocal.flat import Block, Rows
+from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
 from fastlocal.local.shared_buffers import merge_across_
@@ -72,7 +72,8 @@ class ManyProcesses(OneProcess):
         """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first,
         except for what another optimizer over the same rows has stepped.
 
-        Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already.
+        Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already. Gradients
+        of rows that were replaced, which were computed elsewhere, become zero.
 
         Raises:
             DisagreementError: on every process, if one was set up differently.
@@ -99,10 +100,15 @@ class ManyProcesses(OneProcess):
                 if slot.name in begin
             ]
             if self._rows_differ([[*part] for part in parts] + buffers[len(buffers) - len(frozen) :]):
+                replaced = [False] * len(self.rows)
                 for part in parts:
+                    before = part.clone()
                     self.group.broadcast_(part[0], source=0)
                     part.copy_(part[0].clone().expand_as(part))
+                    replaced = [r or not torch.equal(a, b) for r, a, b in zip(replaced, before, part, strict=True)]
                 self.rows.push()
+                for parameters, other in zip(self.rows.parameters, replaced, strict=True):
+                    drop_gradients(parameters.values() if other else ())
                 buffers += self._kept_buffers()
                 merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 

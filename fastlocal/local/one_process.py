@@ -190,8 +190,13 @@ class OneProcess:
             finite *= finite_rows(block.rows, impl=self.choices.impl).to(device)
         if self.choices.inner_state == "average":  # what is not finite there would be given to everybody
             for row, parameters in enumerate(self.rows.parameters):
-                for parameter in parameters.values():
-                    for value in self.inner.state.get(parameter, {}).values():
+                for name, parameter in parameters.items():
+                    for key, value in self.inner.state.get(parameter, {}).items():
+                        if isinstance(value, Tensor) and value.layout != torch.strided:
+                            raise ValueError(
+                                f"{key} of parameter {name!r} is sparse, which inner_state='average' cannot average: "
+                                "choose 'keep' or 'reset'"
+                            )
                         if isinstance(value, Tensor) and value.is_floating_point():
                             finite[row] *= comm.held_here(value).isfinite().all().to(device)
         for owner in self.rows.owners():

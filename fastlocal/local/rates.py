@@ -19,8 +19,8 @@ class Rates:
 
     Attributes:
         last: the mean so far, one a group; of the last step alone during warm-up.
-        resting: names of the parameters that no step of the round has moved: they are in no group, or frozen in
-            every worker.
+        resting: names of the parameters that no step of the round has moved: they are in no group, or frozen and
+            without a gradient in every worker.
 
     Raises:
         ValueError: a parameter is in no row, or in different groups for different workers; a group clips the
@@ -31,6 +31,8 @@ class Rates:
         self._rows, self._optimizer = rows, optimizer
         self.last: list[Any] = []
         self.resting: set[str] = set()
+        self._now: list[Any] = []  # of the step under way
+        self._moved: set[str] = set()  # by it
         self.find_groups()
 
     def find_groups(self) -> None:
@@ -80,23 +82,31 @@ class Rates:
                     "parameters under torch.autocast"
                 )
 
-    def note(self, steps_in_round: int) -> None:
-        """Take in the rates of the step that follows so many others of its round.
+    def look(self, steps_in_round: int) -> None:
+        """Remember the rates of the step that begins, the one after so many others of its round.
 
-        The last step's alone would make slow momentum explode where a rate that fell to almost nothing rises again.
+        Raises:
+            ValueError: see the class; groups are looked at where a round begins or one was added.
         """
         if len(self._optimizer.param_groups) != self._num_groups:  # added to the optimizer, not to its wrapper
             self.find_groups()
         elif steps_in_round == 0:
             self._require_options()
-        rested = self._rows.parameters[0] if steps_in_round == 0 else self.resting
-        self.resting = {name for name in rested if not self._moves(name)}
-        now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
+        self._now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
+        self._moved = self._moving()
+
+    def note(self, steps_in_round: int) -> None:
+        """Take in the step that look() was called before, once it was taken: one that failed may be tried again.
+
+        The last rate alone would make slow momentum explode where a rate that fell to almost nothing rises again.
+        """
+        rested = self._rows.parameters[0].keys() if steps_in_round == 0 else self.resting
+        self.resting = rested - self._moved - self._moving()  # a closure brings gradients, hooks may take them away
         if steps_in_round == 0:
-            self.last = now
+            self.last = self._now
             return
-        before = self.last + now[len(self.last) :]  # a group added on the way
-        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
+        before = self.last + self._now[len(self.last) :]  # a group added on the way
+        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, self._now, strict=True)]
 
     def of_blocks(self) -> list[list[float | None]]:
         """The round's rate of each parameter in each block; None if it rests."""
@@ -109,9 +119,14 @@ class Rates:
         group = self._group_of.get(self._rows.parameters[0][name])
         return None if group is None or name in self.resting else values[group]
 
-    def _moves(self, name: str) -> bool:
-        in_a_group = self._rows.parameters[0][name] in self._group_of
-        return in_a_group and any(parameters[name].requires_grad for parameters in self._rows.parameters)
+    def _moving(self) -> set[str]:
+        """Names of what a step now moves: torch.optim steps by the gradient, whether frozen meanwhile or not."""
+        return {
+            name
+            for name, parameter in self._rows.parameters[0].items()
+            if parameter in self._group_of
+            and any(own[name].requires_grad or own[name].grad is not None for own in self._rows.parameters)
+        }
 
 
 def _copied(rate: float | Tensor) -> float | Tensor:

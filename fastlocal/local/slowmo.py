@@ -114,8 +114,8 @@ class SlowMo(LocalSGD):
     def _saved(self) -> dict[str, Any]:
         return super()._saved() | self._slow_settings()
 
-    def _younger_entries(self) -> dict[str, Any]:
-        return super()._younger_entries() | self._slow_settings()
+    def _younger_entries(self, own: dict[str, Any]) -> dict[str, Any]:
+        return super()._younger_entries(own) | self._slow_settings()
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         super()._check_saved(own)

@@ -31,7 +31,7 @@ class ConsensusDistance:
     def __init__(self, target: float, *, initial: int = 16, minimum: int = 1, maximum: int = 1024) -> None:
         if not (target > 0 and math.isfinite(target)):
             raise ValueError(f"target must be positive and finite, got {target}")
-        self.target = target
+        self.target = float(target)
         self.minimum, self.maximum = require_bounds(minimum, maximum)
         self.interval = require_within("initial", initial, minimum, maximum)
         self.rounds = 0

@@ -51,7 +51,7 @@ class PostLocal(Stateless):
     def __init__(self, start_step: int, interval: int) -> None:
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
-        self.start_step = start_step
+        self.start_step = int(start_step)
         self.interval = require_interval("interval", interval)
 
     def next_interval(self, stats: Stats) -> int:

@@ -32,7 +32,8 @@ class QSR(Stateless):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
-        self.alpha, self.start_step = alpha, start_step
+        # NumPy's numbers are none that torch.load(weights_only=True) takes back.
+        self.alpha, self.start_step = float(alpha), int(start_step)
 
     def next_interval(self, stats: Stats) -> int:
         """From the learning rate at the beginning of the round."""

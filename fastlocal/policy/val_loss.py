@@ -25,7 +25,7 @@ class _FromValidationLoss:
     def __init__(self, initial: int, *, total_epochs: int, minimum: int, maximum: int) -> None:
         if not total_epochs >= 1:
             raise ValueError(f"total_epochs must be at least 1, got {total_epochs}")
-        self.total_epochs = total_epochs
+        self.total_epochs = int(total_epochs)
         self.minimum, self.maximum = require_bounds(minimum, maximum)
         self.interval = require_within("initial", initial, minimum, maximum)
         self.observations = 0
@@ -98,7 +98,7 @@ class ValidationLoss(_FromValidationLoss):
         super().__init__(initial, total_epochs=total_epochs, minimum=minimum, maximum=maximum)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        self.smoothing = smoothing
+        self.smoothing = float(smoothing)
         self.patience = require_interval("patience", patience)
         self.stalls_needed = patience
         self.stalls = self.rises = 0  # in a row

@@ -145,6 +145,12 @@ def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
     optimizer.step()
     assert torch.equal(parameters_of(team[0]), parameters_of(network(0)))
     assert team[0][1].running_mean.tolist() == [1.0] * 4
+    optimizer, team = build(LocalSGD, 1, 100, group=new_group(), model=network(rank))
+    backward(team[0], 0, 0)  # the gradient is of where this rank began, and not of where all begin
+    gradient = torch.cat([p.grad.flatten() for p in team.parameters()]) * (rank == 0)
+    optimizer.step()
+    moved = parameters_of(network(0)) - 0.05 * gradient
+    torch.testing.assert_close(parameters_of(team[0]), moved, **ROUNDED)
 
 
 class Motley(nn.Module):
