@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import struct
@@ -215,6 +216,25 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
         *("interval.png", "train-loss.png", "val-loss.png"),
     ]
     assert {base64.b64decode(image) for image in images} == {(root / "report" / name).read_bytes() for name in files}
+
+
+def test_the_originals_figures_stay_beside_a_run_that_another_study_has_too(tmp_path):
+    for name, original in (("a", ""), ("b", "[[original]]\ntest_accuracy = 49.0\n")):
+        text = "[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nname = 'x'\nworkers = 2\n" + original
+        for place in begun(tmp_path / name, text).values():
+            finish(place, 50.0)
+    (group,) = collect(tmp_path).groups
+    assert group.original == {"test_accuracy": 49.0}
+
+
+@pytest.mark.parametrize("name", ["a$\\frac$b", "_pilot", os.fsdecode(b"run-\xff")])
+def test_folders_may_have_any_name(tmp_path, name):
+    text = "[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nworkers = 2\n"
+    (place,) = begun(tmp_path / "study", text).values()
+    finish(place, 50.0)
+    place.folder.rename(tmp_path / name)
+    shutil.rmtree(tmp_path / "study")
+    assert "50.00" in page.write(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refuse
     other = text.replace("epochs = 1", "epochs = 2").replace("[0.01]", "[0.02]")
     assert main(["search", str(written(tmp_path, other)), "--out", str(root)]) == 2
     assert "holds a search with another base, space" in " ".join(capsys.readouterr().err.split())
+    renamed = tmp_path / "other.toml"
+    renamed.write_text(text)
+    for more in ([], ["--dry-run"]):
+        assert main(["search", str(renamed), "--out", str(root), *more]) == 2
+        assert "holds the search find, not other: choose another --out" in " ".join(capsys.readouterr().err.split())
     clash = BASE + "policy = 'val-loss'\nmin_interval = 1\n[space]\nmin_interval = [2, 3]\n"
     assert main(["search", str(written(tmp_path, "sampler = 'grid'\n" + clash)), "--out", str(tmp_path / "g")]) == 2
     assert "--interval must lie between --min-interval 3" in " ".join(capsys.readouterr().err.split())
@@ -154,6 +159,12 @@ def test_a_wrong_search_is_one_line_that_names_the_file(tmp_path, text, message)
     with pytest.raises(UsageError, match=message) as error:
         load(written(tmp_path, text))
     assert "find.toml" in str(error.value)
+
+
+def test_values_of_a_grid_that_would_share_a_folder_are_refused(tmp_path):
+    text = "sampler = 'grid'\n" + BASE + "[space]\nlr = [0.1, 0.1000000003]\n"
+    with pytest.raises(UsageError, match="have the same folder: give values that differ sooner"):
+        load(written(tmp_path, text))
 
 
 def test_a_seed_may_be_as_large_as_a_date(tmp_path):

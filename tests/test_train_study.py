@@ -119,6 +119,34 @@ def test_threads_are_shared_out_of_the_processors_that_may_be_used(monkeypatch):
     assert cli._shared_threads(None, 1, None) is None
 
 
+def test_threads_that_a_file_asks_for_are_not_shared_out(tmp_path):
+    read = study.load(written(tmp_path, "[grid]\nlr = [0.1]\n[base]\nthreads = 2"))
+    for asked, share, threads in ((None, 1, 2), (3, 1, 3)):
+        (place,) = cells.places(
+            read, tmp_path, data_dir=None, threads=asked, default_threads=share, device=None, retry=False
+        )
+        assert place.config.threads == threads
+
+
+def test_a_study_may_be_started_in_a_folder_with_modules_of_any_name(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    few = (
+        "[base]\nsynthetic_images = 60\nbatch_size = 16\nworkers = 1\nmethod = 'sync'\nepochs = 1\n[grid]\nlr = [0.1]"
+    )
+    assert main(["study", str(written(tmp_path, few)), "--out", "out", "--threads", "1"]) == 0
+
+
+def test_only_the_cells_that_are_asked_for_are_looked_at(tmp_path, capsys):
+    few = "[base]\nsynthetic_images = 60\n[[cells]]\nname = 'a'\nlr = 0.1\n[[cells]]\nname = 'b'\nlr = 0.2"
+    (tmp_path / "a-s0").mkdir()
+    (tmp_path / "a-s0" / "config.json").write_text('{"method": "sync"}')
+    command = ["study", str(written(tmp_path, few)), "--out", str(tmp_path), "--dry-run", "--only"]
+    assert main([*command, "b*"]) == 0
+    assert main([*command, "a*"]) == 2
+    assert "a-s0 holds another run" in " ".join(capsys.readouterr().err.split())
+
+
 def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
     text = """
     seeds = [0, 3]
@@ -181,6 +209,10 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
         ("grids = 3", "there is no key grids; the keys are base, cells"),
         ("[grid]\nlr = [0.1]\n[[original]]\nwhere = {lr = 0.2}\ntest_accuracy = 1", "original 1: no cell is"),
         ("[grid]\nlr = [0.1]\n[[original]]\naccuracy = 1", "original 1: accuracy = 1: it may hold"),
+        (
+            "seeds = [0, 1]\n[grid]\nlr = [0.1]\n[[original]]\nwhere = {seed = 1}\ntest_accuracy = 1",
+            "original 1: where: seed has no place here",
+        ),
         ("name = '..'\n[grid]\nlr = [0.1]", "name must be a string that can be a folder's name, got '..'"),
         (
             "[[cells]]\nname = ['a', 'b']",

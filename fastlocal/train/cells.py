@@ -1,5 +1,6 @@
 """A study's folder: which cell is kept where, how far each is, and what the study asked for."""
 
+import fnmatch
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,36 @@ STUDY = "study.json"
 
 
 def places(
-    study: Study, root: Path, *, data_dir: Path | None, threads: int | None, device: str | None, retry: bool
+    study: Study,
+    root: Path,
+    *,
+    only: str = "*",
+    data_dir: Path | None,
+    threads: int | None,
+    default_threads: int | None = None,
+    device: str | None,
+    retry: bool,
 ) -> list[Place]:
-    """Where every cell stands. Writes nothing.
+    """Where the cells stand whose name fits `only`. Writes nothing.
 
     Raises:
-        UsageError: a folder holds another run.
+        UsageError: no cell has such a name, or a folder holds another run.
     """
     found = []
     for cell in study.cells:
+        if not fnmatch.fnmatchcase(cell.name, only):
+            continue
         config = replace(
             cell.config,
             out=root / cell.name,
             resume=True,
             data_dir=data_dir or cell.config.data_dir,
-            threads=threads or cell.config.threads,
+            threads=threads or cell.config.threads or default_threads,
             device=device or cell.config.device,
         )
         found.append(find(config, retry=retry))
+    if not found:
+        raise UsageError(f"--only {only} is none of {', '.join(cell.name for cell in study.cells)}")
     return found
 
 

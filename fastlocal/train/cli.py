@@ -1,7 +1,6 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
 import errno
-import fnmatch
 import io
 import os
 import sys
@@ -94,23 +93,29 @@ def study(
     device
         Instead of the file's.
     threads
-        CPU threads of each cell. Default with --parallel above 1: the processors that may be used, divided by it.
+        CPU threads of each cell. Default: the file's; else with --parallel above 1 the processors that may be used,
+        divided by it.
     retry
         Run cells that diverged again, from the beginning.
     dry_run
         Show the cells and where they stand, and stop.
     """
-    threads = _shared_threads(threads, parallel, epochs)
+    share = _shared_threads(threads, parallel, epochs)
     read = studies.load(file, epochs=epochs)
     folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
     root = out or Path("runs") / "study" / folder
 
     def chosen_cells() -> list[pool.Place]:
-        places = cells.places(read, root, data_dir=data_dir, threads=threads, device=device, retry=retry)
-        chosen = [place for place in places if fnmatch.fnmatchcase(place.name, only)]
-        if not chosen:
-            raise UsageError(f"--only {only} is none of {', '.join(place.name for place in places)}")
-        return chosen
+        return cells.places(
+            read,
+            root,
+            only=only,
+            data_dir=data_dir,
+            threads=threads,
+            default_threads=share,
+            device=device,
+            retry=retry,
+        )
 
     chosen = chosen_cells()  # a wrong request leaves no folder behind
     epochs_of_all = sum(place.config.epochs for place in chosen)
@@ -138,7 +143,10 @@ def study(
 
 
 def _shared_threads(threads: int | None, parallel: int, epochs: int | None) -> int | None:
-    """Check what study and search have in common; returns the threads of each process, None for PyTorch's choice."""
+    """Check what study and search have in common; returns the threads of a process for which none are asked for.
+
+    None leaves them to PyTorch.
+    """
     if comm.launched_processes() > 1:
         raise UsageError("a study or a search starts its own processes: run it without torchrun, and use --parallel")
     for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
@@ -192,11 +200,12 @@ def search(
     device
         Instead of the file's.
     threads
-        CPU threads of each trial. Default with --parallel above 1: the processors that may be used, divided by it.
+        CPU threads of each trial. Default: the file's; else with --parallel above 1 the processors that may be used,
+        divided by it.
     dry_run
         Show what is searched and how many trials are made, and stop.
     """
-    threads = _shared_threads(threads, parallel, epochs)
+    share = _shared_threads(threads, parallel, epochs)
     try:
         from fastlocal.train import search as searches
         from fastlocal.train import trials as trying
@@ -208,7 +217,16 @@ def search(
     if dry_run:
         trying.plan(read, root, Console(), data_dir=data_dir, device=device)
         return
-    trying.search(read, root, Console(), data_dir=data_dir, device=device, threads=threads, parallel=parallel)
+    trying.search(
+        read,
+        root,
+        Console(),
+        data_dir=data_dir,
+        device=device,
+        threads=threads,
+        default_threads=share,
+        parallel=parallel,
+    )
 
 
 @app.command

@@ -101,7 +101,7 @@ def collect(root: Path) -> Collection:
     runs, unfinished = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
-        name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
+        name = _readable(folder.relative_to(root) if folder != root else folder.resolve().name)
         if (folder / "summary.json").exists():
             runs.append(_run(name, folder))
         elif (config := _config(path)) is None:
@@ -129,7 +129,12 @@ def collect(root: Path) -> Collection:
 def _never_begun(folder: Path, root: Path) -> Unfinished:
     broke = last_error(log_of(folder))
     state, message = ("missing", "never started") if broke is None else ("broken", broke)
-    return Unfinished(str(folder.relative_to(root)), state, message)
+    return Unfinished(_readable(folder.relative_to(root)), state, message)
+
+
+def _readable(path: Path | str) -> str:
+    """A folder's name as a page can show it: bytes that are no UTF-8 replaced."""
+    return str(path).encode(errors="replace").decode()
 
 
 def _run(name: str, folder: Path) -> Run:
@@ -168,6 +173,8 @@ def _study(path: Path) -> dict[str, Any]:
     needed = {"name", "group", "original", "config"}
     if not isinstance(cells, list) or not all(isinstance(cell, dict) and needed <= cell.keys() for cell in cells):
         raise UsageError(f"{path} is no study's: it lists no cells")
+    if not {"name", "title", "epochs"} <= study.keys():
+        raise UsageError(f"{path} is no study's: it must have name, title and epochs")
     return study
 
 
@@ -188,7 +195,10 @@ def _with_budget(cell: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:
 
 def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
     """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
-    cells = {_key(cell["config"]): cell for cell in reversed(asked)}
+    cells: dict[str, dict[str, Any]] = {}
+    for cell in asked:  # of those that are one run, the first that has the original's figures
+        if not cells.setdefault(key := _key(cell["config"]), cell)["original"] and cell["original"]:
+            cells[key] = cell
     order = {key: position for position, key in enumerate(dict.fromkeys(_key(cell["config"]) for cell in asked))}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:

@@ -50,6 +50,11 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     return plots
 
 
+def _label(name: str) -> str:
+    """A name in a legend, which takes dollars for mathematics and leaves out what begins with an underscore."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+
+
 def _figure(labels: Collection[str]) -> tuple[Figure, Axes]:
     """A figure with room for its legend below the axes."""
     with matplotlib.rc_context({"font.size": 12}):
@@ -91,7 +96,7 @@ def _pareto(groups: Sequence[Group]) -> bytes:
             yerr=accuracy.std or 0.0,
             markersize=9,
             linestyle="none",
-            label=group.name,
+            label=_label(group.name),
             **_style(index),
         )
     sent = [spread.mean / 1e6 for group in groups if (spread := group.spread("bytes_on_wire"))]
@@ -176,7 +181,7 @@ def _against(x: str, families: dict[str, list[Group]]) -> bytes:
             [group.config[x] for group in members],
             [spread.mean for spread in spreads if spread],
             yerr=[spread.std or 0.0 for spread in spreads if spread],
-            label=name,
+            label=_label(name),
             capsize=3,
             linestyle="-" if len({group.config[x] for group in members}) == len(members) else "none",
             **_style(index),
@@ -206,7 +211,7 @@ def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[
                 marker="." if len(xs) < _FEW_POINTS and points is not _intervals else None,
                 markersize=8,
                 drawstyle="steps-post" if points is _intervals else "default",
-                label=None if number else group.name,
+                label=None if number else _label(group.name),
             )
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

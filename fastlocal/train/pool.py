@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from fastlocal.train.job import FAILED, last_error, log_of
 
 State = Literal["new", "started", "running", "finished", "diverged", "broken"]
 _POLL_SECONDS = 0.1
+_PACKAGES = str(Path(__file__).parents[2])
+"""Where fastlocal was imported from, a checkout or an installation."""
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Place:
         try:
             with (self.folder / "records.jsonl").open("rb") as file:
                 return sum(1 for _ in file)
-        except FileNotFoundError:
+        except OSError:  # not begun, or its folder cannot be read, which find() says
             return 0
 
 
@@ -113,14 +116,17 @@ def _start(place: Place) -> Place:
     if (place.folder / FAILED).exists():  # a diverged run tried again: from the beginning
         for name in ("checkpoint.pt", "records.jsonl", FAILED):
             (place.folder / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
+    # Not the current folder's modules: only what this process itself was imported from.
+    command = [sys.executable, "-P", "-m", "fastlocal.train.job", json.dumps(place.config.as_dict())]
+    path = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     try:
         log = place.log.open("ab", buffering=0)
         log.write(b"process started\n")  # an error above it is of an earlier one
     except OSError as error:
         raise RunError(f"{place.log} cannot be written: {error.strerror}") from None
     with log:
-        place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        place.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
     place.state, place.message = "running", ""
     return place
 

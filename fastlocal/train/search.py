@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from fastlocal.train.config import NOT_PART_OF_A_RUN
 from fastlocal.train.errors import UsageError
-from fastlocal.train.study import base_table, plain_name, read_toml, table
+from fastlocal.train.study import base_table, folder_name, plain_name, read_toml, table
 from fastlocal.train.values import config_from, field_value
 
 _KEYS = {"name", "sampler", "objective", "trials", "seed", "base", "space"}
@@ -75,8 +75,11 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | 
         base["epochs"] = epochs
     config_from(base)
     asked = Search(plain_name("name", content.get("name", stem)), sampler, objective, count, seed, base, space)
+    names: dict[str, dict[str, Any]] = {}
     for params in grid(asked) if sampler == "grid" else ():
         config_from(base | params)
+        if (other := names.setdefault(folder_name(params), params)) != params:
+            raise UsageError(f"[space]: {params} and {other} have the same folder: give values that differ sooner")
     return asked
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastlocal.train.config import Config
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.values import NOT_IN_A_FILE, config_from, field_value
 
@@ -238,6 +238,9 @@ def _reported(cells: list[Cell], entry: dict[str, Any]) -> list[Cell]:
             raise UsageError(f"{key} must be a number from 0 to {FIGURES[key]}, got {value!r}")
     if not figures:
         raise UsageError(f"it has no figure: give one of {', '.join(FIGURES)}")
+    for key in where:
+        if key == "seed" or key in NOT_PART_OF_A_RUN:
+            raise UsageError(f"where: {key} has no place here: the figures are of a setting, whatever its {key}")
     wanted = {key: field_value(key, value) for key, value in where.items()}
     found = [cell for cell in cells if wanted.items() <= (vars(cell.config) | cell.config.resolved()).items()]
     if not found:

@@ -40,6 +40,7 @@ def search(
     *,
     data_dir: Path | None,
     threads: int | None,
+    default_threads: int | None = None,
     device: str | None = None,
     parallel: int = 1,
 ) -> Config:
@@ -52,7 +53,8 @@ def search(
         root: the search's folder: trials.db, and a folder for each trial.
         console: where to show it.
         data_dir: instead of the file's.
-        threads: CPU threads of each trial.
+        threads: CPU threads of each trial, instead of the file's.
+        default_threads: where neither says.
         device: instead of the file's.
         parallel: trials at a time. With one, a search that was stopped makes the trials it would have made; with
             more, which ones TPE proposes depends on which came to an end first.
@@ -63,9 +65,10 @@ def search(
         RunError: a trial broke, none ended well, or a file cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    base = _placed(config_from(asked.base), data_dir, device, threads)
+    base = _placed(config_from(asked.base), data_dir, device, threads, default_threads)
     require_ready([base])  # a wrong request leaves no folder behind
     with hold(root), _usable(root):
+        _require_only(asked, root)
         study = optuna.create_study(
             storage=_storage(root),
             study_name=asked.name,
@@ -95,7 +98,7 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
     """
     made = 0
     with _usable(root):
-        if (root / "trials.db").exists() and asked.name in optuna.get_all_study_names(_storage(root)):
+        if _require_only(asked, root):
             study = optuna.load_study(storage=_storage(root), study_name=asked.name)
             _require_same(study, asked, root)
             made = len(_tried(study))
@@ -112,13 +115,19 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _placed(config: Config, data_dir: Path | None, device: str | None, threads: int | None) -> Config:
+def _placed(
+    config: Config,
+    data_dir: Path | None,
+    device: str | None,
+    threads: int | None,
+    default_threads: int | None = None,
+) -> Config:
     """The same run, where the command line wants it to be made."""
     return replace(
         config,
         data_dir=data_dir or config.data_dir,
         device=device or config.device,
-        threads=threads or config.threads,
+        threads=threads or config.threads or default_threads,
     )
 
 
@@ -141,8 +150,8 @@ def _usable(root: Path) -> Iterator[None]:
     except (SQLAlchemyError, StorageInternalError) as error:
         reason = str(error.__cause__ or error).splitlines()[0] if str(error) else repr(error)
         raise RunError(
-            f"{root / 'trials.db'} cannot be used: {reason}; if it is damaged, delete it: runs that have ended are "
-            "taken up again"
+            f"{root / 'trials.db'} cannot be used: {reason}; if another program uses it, wait for that; if it is "
+            "damaged, delete it: runs that have ended are taken up again"
         ) from error
 
 
@@ -178,6 +187,10 @@ class _Trials:
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
             if name in self._open:  # TPE may propose what it waits for
+                if self._open[name][0].params != trial.params:
+                    raise RunError(
+                        f"trial {trial.number}, {trial.params}, would have the folder {name} of another one"
+                    )
                 self._open[name].append(trial)
                 continue
             self._open[name] = [trial]
@@ -203,6 +216,15 @@ class _Trials:
 
     def _note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _require_only(asked: Search, root: Path) -> bool:
+    """Whether the folder holds this search already; UsageError if it holds another one."""
+    names = optuna.get_all_study_names(_storage(root)) if (root / "trials.db").exists() else []
+    for name in names:
+        if name != asked.name:
+            raise UsageError(f"{root} holds the search {name}, not {asked.name}: choose another --out")
+    return bool(names)
 
 
 def _require_same(study: optuna.Study, asked: Search, root: Path) -> None:
