@@ -1,5 +1,6 @@
 """Which learning rate each parameter had in the round under way: what the outer step needs to know."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Rates:
         self.last: list[Any] = []
         self.resting: set[str] = set()
         self._now: list[Any] = []  # of the step under way
-        self._moved: set[str] = set()  # by it
+        self._unmoved: set[str] = set()  # what rests, before it
         self.find_groups()
 
     def find_groups(self) -> None:
@@ -93,15 +94,14 @@ class Rates:
         elif steps_in_round == 0:
             self._require_options()
         self._now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
-        self._moved = self._moving()
+        self._unmoved = self._at_rest(self.resting if steps_in_round else self._rows.parameters[0])
 
     def note(self, steps_in_round: int) -> None:
         """Take in the step that look() was called before, once it was taken: one that failed may be tried again.
 
         The last rate alone would make slow momentum explode where a rate that fell to almost nothing rises again.
         """
-        rested = self._rows.parameters[0].keys() if steps_in_round == 0 else self.resting
-        self.resting = rested - self._moved - self._moving()  # a closure brings gradients, hooks may take them away
+        self.resting = self._at_rest(self._unmoved)  # a closure brings gradients, hooks may take them away
         if steps_in_round == 0:
             self.last = self._now
             return
@@ -119,13 +119,13 @@ class Rates:
         group = self._group_of.get(self._rows.parameters[0][name])
         return None if group is None or name in self.resting else values[group]
 
-    def _moving(self) -> set[str]:
-        """Names of what a step now moves: torch.optim steps by the gradient, whether frozen meanwhile or not."""
+    def _at_rest(self, names: Iterable[str]) -> set[str]:
+        """Those that a step now leaves: torch.optim steps by the gradient, whether the parameter is frozen or not."""
         return {
             name
-            for name, parameter in self._rows.parameters[0].items()
-            if parameter in self._group_of
-            and any(own[name].requires_grad or own[name].grad is not None for own in self._rows.parameters)
+            for name in names
+            if self._rows.parameters[0][name] not in self._group_of
+            or not any(own[name].requires_grad or own[name].grad is not None for own in self._rows.parameters)
         }
 
 
