@@ -145,6 +145,8 @@ def test_only_the_cells_that_are_asked_for_are_looked_at(tmp_path, capsys):
     assert main([*command, "b*"]) == 0
     assert main([*command, "a*"]) == 2
     assert "a-s0 holds another run" in " ".join(capsys.readouterr().err.split())
+    assert main(["study", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "mine.toml"), "--dry-run"]) == 2
+    assert "mine.toml cannot be used: it is a file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):

@@ -51,7 +51,7 @@ class Place:
         try:
             with (self.folder / "records.jsonl").open("rb") as file:
                 return sum(1 for _ in file)
-        except OSError:  # not begun, or its folder cannot be read, which find() says
+        except FileNotFoundError:
             return 0
 
 
@@ -66,6 +66,8 @@ def find(config: Config, *, retry: bool = False) -> Place:
         UsageError: the folder holds another run, or cannot be read.
     """
     folder = config.folder
+    if folder.parent.is_file():
+        raise UsageError(f"{folder.parent} cannot be used: it is a file")
     try:
         present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
