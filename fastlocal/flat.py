@@ -129,11 +129,10 @@ class Rows:
         if made is None or not _equal_pairs(made, now):
             return
         first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
-        if all(_same(comm.held_here(p), comm.held_here(own[name])) for own in others for name, p in first.items()):
+        if _alike([first, *others], first):
             return
-        second = {name: comm.held_here(others[0][name]) for name in first}
-        if not all(_same(value, comm.held_here(own[name])) for own in others[1:] for name, value in second.items()):
-            return  # written to through .data, which no version counts
+        if not _alike(others, first):  # written to through .data, which no version counts
+            return
         for own in others:
             for name, parameter in first.items():
                 own[name].copy_(parameter)
@@ -242,6 +241,12 @@ def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Seq
         pair for own in zip(made, now, strict=True) for pair in itertools.zip_longest(*own, fillvalue=(None, -1))
     ]
     return all(old is new and before == after for (old, before), (new, after) in pairs)
+
+
+def _alike(workers: Sequence[dict[str, nn.Parameter]], names: Iterable[str]) -> bool:
+    """Whether all workers hold the same numbers in these parameters."""
+    first, *others = workers
+    return all(_same(comm.held_here(first[name]), comm.held_here(own[name])) for name in names for own in others)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -82,8 +82,10 @@ def _name_uncopied(module: nn.Module) -> str:
     memo = _memo(module)
     for name, submodule in module.named_modules():
         for attribute, value in vars(submodule).items():
+            if attribute == "_modules":  # they come by themselves
+                continue
             try:
-                copy.deepcopy({} if attribute == "_modules" else value, dict(memo))
+                copy.deepcopy(value, dict(memo))
             except TypeError:
                 return f"the model's attribute {f'{name}.{attribute}' if name else attribute!r}"
     return f"the model, {type(module).__name__},"

@@ -6,17 +6,21 @@ from torch import nn
 from fastlocal import FixedInterval, SlowMo, Workers
 
 
-def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
+def network(seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).to(
-        memory_format=torch.channels_last
-    )
-    team = Workers(model, workers)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def inner_of(team, optimizer):
     if optimizer == "sgd":
-        inner = torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
-    else:
-        inner = torch.optim.AdamW(team.parameters(), lr=0.01)
-    return kind(inner, team, interval, **options), team
+        return torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(team.parameters(), lr=0.01)
+
+
+def make(kind=SlowMo, workers=3, interval=4, optimizer="sgd", seed=0, **options):
+    team = Workers(network(seed), workers)
+    return kind(inner_of(team, optimizer), team, interval, **options), team
 
 
 def run(optimizer, team, steps, first=0):

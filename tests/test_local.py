@@ -14,6 +14,14 @@ from torch import nn
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
 
 
+def quadratic(team, step):
+    """Every worker's gradient at a step."""
+    for worker, model in enumerate(team):
+        generator = torch.Generator().manual_seed(100 * step + worker)
+        x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+        (model(x) - x[:, :2]).square().mean().backward()
+
+
 def regression(kind, split, workers=2, interval=4):
     """A linear model under one optimizer, or under one for each parameter; and a function that takes a step."""
     torch.manual_seed(0)
@@ -27,10 +35,7 @@ def regression(kind, split, workers=2, interval=4):
     def step(number):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        for worker, model in enumerate(team):
-            generator = torch.Generator().manual_seed(100 * number + worker)
-            x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
-            (model(x) - x[:, :2]).square().mean().backward()
+        quadratic(team, number)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -102,14 +107,6 @@ def test_a_layer_that_is_frozen_when_a_round_ends_keeps_what_it_learned_in_it(ki
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
     assert states[1][1].abs().max() > 0
-
-
-def quadratic(team, step):
-    """Every worker's gradient at a step."""
-    for worker, model in enumerate(team):
-        generator = torch.Generator().manual_seed(100 * step + worker)
-        x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
-        (model(x) - x[:, :2]).square().mean().backward()
 
 
 @pytest.mark.parametrize("kind", [SlowMo, DiLoCo])

@@ -169,13 +169,13 @@ class LocalSGD(Checkpointed):
         warming_up = self.stats.local_steps < self.warmup_steps
         if not self._round_is_open:
             self._begin_round(warming_up)
-        self._rates.look(self.steps_in_round)
+        seen = self._rates.look(self.steps_in_round)
         if warming_up:
             loss = self._step_together(closure)
-            self._rates.note(0)
+            self._rates.note(0, *seen)
         else:
             loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
-            self._rates.note(self.steps_in_round)
+            self._rates.note(self.steps_in_round, *seen)
             self.steps_in_round += 1
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)

@@ -4,6 +4,7 @@ Messages of a round: a header when it begins (and the policy's state if it has c
 then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged.
 """
 
+import itertools
 import math
 import pickle
 import zlib
@@ -107,8 +108,8 @@ class ManyProcesses(OneProcess):
                     part.copy_(part[0].clone().expand_as(part))
                     replaced = [r or not torch.equal(a, b) for r, a, b in zip(replaced, before, part, strict=True)]
                 self.rows.push()
-                for parameters, other in zip(self.rows.parameters, replaced, strict=True):
-                    drop_gradients(parameters.values() if other else ())
+                for parameters in itertools.compress(self.rows.parameters, replaced):
+                    drop_gradients(parameters.values())
                 buffers += self._kept_buffers()
                 merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 

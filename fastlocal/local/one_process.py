@@ -192,12 +192,14 @@ class OneProcess:
             for row, parameters in enumerate(self.rows.parameters):
                 for name, parameter in parameters.items():
                     for key, value in self.inner.state.get(parameter, {}).items():
-                        if isinstance(value, Tensor) and value.layout != torch.strided:
+                        if not isinstance(value, Tensor):
+                            continue
+                        if value.layout != torch.strided:
                             raise ValueError(
                                 f"{key} of parameter {name!r} is sparse, which inner_state='average' cannot average: "
                                 "choose 'keep' or 'reset'"
                             )
-                        if isinstance(value, Tensor) and value.is_floating_point():
+                        if value.is_floating_point():
                             finite[row] *= comm.held_here(value).isfinite().all().to(device)
         for owner in self.rows.owners():
             comm.take_least_on_mesh_(finite, owner)

@@ -32,8 +32,6 @@ class Rates:
         self._rows, self._optimizer = rows, optimizer
         self.last: list[Any] = []
         self.resting: set[str] = set()
-        self._now: list[Any] = []  # of the step under way
-        self._unmoved: set[str] = set()  # what rests, before it
         self.find_groups()
 
     def find_groups(self) -> None:
@@ -83,8 +81,8 @@ class Rates:
                     "parameters under torch.autocast"
                 )
 
-    def look(self, steps_in_round: int) -> None:
-        """Remember the rates of the step that begins, the one after so many others of its round.
+    def look(self, steps_in_round: int) -> tuple[list[Any], set[str]]:
+        """The rates of the step that begins, the one after so many others of its round, and what has rested so far.
 
         Raises:
             ValueError: see the class; groups are looked at where a round begins or one was added.
@@ -93,20 +91,20 @@ class Rates:
             self.find_groups()
         elif steps_in_round == 0:
             self._require_options()
-        self._now = [_copied(group["lr"]) for group in self._optimizer.param_groups]
-        self._unmoved = self._at_rest(self.resting if steps_in_round else self._rows.parameters[0])
+        rested = self._at_rest(self.resting if steps_in_round else self._rows.parameters[0])
+        return [_copied(group["lr"]) for group in self._optimizer.param_groups], rested
 
-    def note(self, steps_in_round: int) -> None:
-        """Take in the step that look() was called before, once it was taken: one that failed may be tried again.
+    def note(self, steps_in_round: int, now: list[Any], rested: set[str]) -> None:
+        """Take in what look() saw before a step, once it was taken: one that failed may be tried again.
 
         The last rate alone would make slow momentum explode where a rate that fell to almost nothing rises again.
         """
-        self.resting = self._at_rest(self._unmoved)  # a closure brings gradients, hooks may take them away
+        self.resting = self._at_rest(rested)  # a closure brings gradients, hooks may take them away
         if steps_in_round == 0:
-            self.last = self._now
+            self.last = now
             return
-        before = self.last + self._now[len(self.last) :]  # a group added on the way
-        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, self._now, strict=True)]
+        before = self.last + now[len(self.last) :]  # a group added on the way
+        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
 
     def of_blocks(self) -> list[list[float | None]]:
         """The round's rate of each parameter in each block; None if it rests."""

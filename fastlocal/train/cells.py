@@ -7,7 +7,7 @@ from typing import Any
 
 from fastlocal.train import report
 from fastlocal.train.errors import RunError, UsageError
-from fastlocal.train.pool import Place, find
+from fastlocal.train.pool import Place, find, placed
 from fastlocal.train.study import Study
 
 STUDY = "study.json"
@@ -34,15 +34,8 @@ def places(
     for cell in study.cells:
         if not fnmatch.fnmatchcase(cell.name, only):
             continue
-        config = replace(
-            cell.config,
-            out=root / cell.name,
-            resume=True,
-            data_dir=data_dir or cell.config.data_dir,
-            threads=threads or cell.config.threads or default_threads,
-            device=device or cell.config.device,
-        )
-        found.append(find(config, retry=retry))
+        config = placed(cell.config, data_dir, device, threads, default_threads)
+        found.append(find(replace(config, out=root / cell.name, resume=True), retry=retry))
     if not found:
         raise UsageError(f"--only {only} is none of {', '.join(cell.name for cell in study.cells)}")
     return found

@@ -197,9 +197,10 @@ def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
     """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
     cells: dict[str, dict[str, Any]] = {}
     for cell in asked:  # of those that are one run, the first that has the original's figures
-        if not cells.setdefault(key := _key(cell["config"]), cell)["original"] and cell["original"]:
+        key = _key(cell["config"])
+        if key not in cells or (cell["original"] and not cells[key]["original"]):
             cells[key] = cell
-    order = {key: position for position, key in enumerate(dict.fromkeys(_key(cell["config"]) for cell in asked))}
+    order = {key: position for position, key in enumerate(cells)}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:
         key = _key(run.config)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +53,18 @@ class Place:
                 return sum(1 for _ in file)
         except FileNotFoundError:
             return 0
+
+
+def placed(
+    config: Config, data_dir: Path | None, device: str | None, threads: int | None, default_threads: int | None = None
+) -> Config:
+    """The same run, where the command line wants it to be made; `default_threads` where neither says how many."""
+    return replace(
+        config,
+        data_dir=data_dir or config.data_dir,
+        device=device or config.device,
+        threads=threads or config.threads or default_threads,
+    )
 
 
 def find(config: Config, *, retry: bool = False) -> Place:

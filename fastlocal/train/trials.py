@@ -21,7 +21,7 @@ from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
-from fastlocal.train.pool import Place, find, run_all
+from fastlocal.train.pool import Place, find, placed, run_all
 from fastlocal.train.ready import require_ready, what_is_missing
 from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
@@ -65,7 +65,7 @@ def search(
         RunError: a trial broke, none ended well, or a file cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    base = _placed(config_from(asked.base), data_dir, device, threads, default_threads)
+    base = placed(config_from(asked.base), data_dir, device, threads, default_threads)
     require_ready([base])  # a wrong request leaves no folder behind
     with hold(root), _usable(root):
         _require_only(asked, root)
@@ -107,28 +107,12 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
         table.add_row(name, Text(_values(choice)))
     print_whole(console, table)
     count = min(asked.trials, len(grid(asked))) if asked.sampler == "grid" else asked.trials
-    base = _placed(config_from(asked.base), data_dir, device, None)
+    base = placed(config_from(asked.base), data_dir, device, None)
     notes = [f"{asked.sampler}: {made} of {count} trials are made, of {base.epochs:,} epochs each"]
     if missing := what_is_missing([base]):
         notes.append(f"not ready: {missing}")
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def _placed(
-    config: Config,
-    data_dir: Path | None,
-    device: str | None,
-    threads: int | None,
-    default_threads: int | None = None,
-) -> Config:
-    """The same run, where the command line wants it to be made."""
-    return replace(
-        config,
-        data_dir=data_dir or config.data_dir,
-        device=device or config.device,
-        threads=threads or config.threads or default_threads,
-    )
 
 
 def _values(choice: BaseDistribution) -> str:
@@ -194,7 +178,7 @@ class _Trials:
                 self._open[name].append(trial)
                 continue
             self._open[name] = [trial]
-            config = _placed(config, self.base.data_dir, self.base.device, self.base.threads)
+            config = placed(config, self.base.data_dir, self.base.device, self.base.threads)
             found = find(replace(config, out=self.root / name, resume=True))
             if found.state in ("finished", "diverged"):  # proposed before
                 self.tell(found)

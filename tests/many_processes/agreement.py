@@ -8,7 +8,8 @@ from torch import nn
 from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo
 from fastlocal.local import DisagreementError
 from fastlocal.policy import OriginalValidationLoss
-from tests.many_processes.team import ROUNDED, WORLD, assert_equal_everywhere, build, parameters_of, run
+from tests.local_runs import parameters_of
+from tests.many_processes.team import ROUNDED, WORLD, assert_equal_everywhere, build, run
 
 
 def settings_that_differ_are_named_on_every_rank(rank, new_group):

@@ -14,6 +14,7 @@ from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo
 from fastlocal.comm import find_group
 from fastlocal.local import DisagreementError
 from fastlocal.train.data_parallel import DataParallel
+from tests.local_runs import network, parameters_of, poison
 from tests.many_processes.team import (
     ALONE,
     KINDS,
@@ -24,9 +25,6 @@ from tests.many_processes.team import (
     assert_equal_everywhere,
     backward,
     build,
-    network,
-    parameters_of,
-    poison,
     run,
     stats_of,
     tensors_of,

@@ -13,17 +13,8 @@ from torch import nn
 from fastlocal import DiLoCo, LocalSGD, SlowMo
 from fastlocal.comm import LostRankError, find_group
 from fastlocal.local import DivergedError
-from tests.many_processes.team import (
-    ROUNDED,
-    assert_equal_everywhere,
-    build,
-    network,
-    parameters_of,
-    poison,
-    run,
-    stats_of,
-    tensors_of,
-)
+from tests.local_runs import network, parameters_of, poison
+from tests.many_processes.team import ROUNDED, assert_equal_everywhere, build, run, stats_of, tensors_of
 
 SURVIVORS = []
 

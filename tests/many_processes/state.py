@@ -9,18 +9,8 @@ import torch
 from torch import nn
 
 from fastlocal import LocalSGD, SlowMo, Workers
-from tests.many_processes.team import (
-    ALONE,
-    KINDS,
-    WORLD,
-    assert_equal_everywhere,
-    build,
-    parameters_of,
-    poison,
-    run,
-    stats_of,
-    tensors_of,
-)
+from tests.local_runs import parameters_of, poison
+from tests.many_processes.team import ALONE, KINDS, WORLD, assert_equal_everywhere, build, run, stats_of, tensors_of
 
 
 def buffers_are_kept_or_broadcast_as_chosen(rank, new_group):

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from tests.local_runs import inner_of, network, parameters_of
 
 WORLD = 4
 KINDS = (LocalSGD, SlowMo, DiLoCo)
@@ -17,18 +17,9 @@ ROUNDED = {"rtol": 3e-6, "atol": 3e-6}
 ALONE: list[Any] = []  # the group of this process alone, which is none: the run to compare with
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
-
-
 def build(kind, k, interval=3, group=None, model=None, optimizer="sgd", seed=0, **options):
     team = Workers(model or network(seed), k)
-    if optimizer == "sgd":
-        inner = torch.optim.SGD(team.parameters(), lr=0.05, momentum=0.9)
-    else:
-        inner = torch.optim.AdamW(team.parameters(), lr=0.01)
+    inner = inner_of(team, optimizer)
     # A group of one process is none: the run to compare with.
     return kind(inner, team, interval, process_group=group or ALONE[0], timeout=20.0, **options), team
 
@@ -45,10 +36,6 @@ def run(optimizer, team, steps, first=0, worker=0):
         for number, model in enumerate(team, start=worker):
             backward(model, step, number)
         optimizer.step()
-
-
-def parameters_of(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def tensors_of(model):
@@ -82,8 +69,3 @@ def against_one_process(kind, rank, group, k, tolerance, steps=8, **options):
     assert_equal_everywhere(parameters_of(own[0]), group)
     assert all(torch.equal(parameters_of(own[0]), parameters_of(model)) for model in own)
     return spread, single
-
-
-def poison(model):
-    with torch.no_grad():
-        next(model.parameters())[1, 2, 0, 1] = torch.nan

@@ -8,15 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlocal import LocalSGD, SlowMo, Workers
-from tests.many_processes.team import (
-    ROUNDED,
-    WORLD,
-    against_one_process,
-    assert_equal_everywhere,
-    build,
-    parameters_of,
-    run,
-)
+from tests.local_runs import parameters_of
+from tests.many_processes.team import ROUNDED, WORLD, against_one_process, assert_equal_everywhere, build, run
 
 
 def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
