@@ -97,6 +97,27 @@ def test_only_what_makes_another_run_counts_as_a_difference():
     assert Config(lr=0.2, workers=2).differences(saved) == ["--lr 0.2 (it was 0.1)"]
     assert Config(workers=2).differences(saved) == ["--lr the default (it was 0.1)"]
     assert Config(lr=0.1).differences(Config().as_dict()) == ["--lr 0.1 (it was the default)"]
+    consensus = Config(policy="consensus", consensus_target=0.1)
+    assert consensus.differences(Config().as_dict()) == [
+        "--policy consensus (it was fixed)",
+        "--consensus-target 0.1 (it was the default)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr": 0.02, "workers": 2, "weight_decay": 0.001},
+        {"method": "slowmo", "slow_lr": 1.0, "slow_momentum": 0.5},
+        {"policy": "qsr", "interval": 4, "workers": 1, "qsr_alpha": 0.02},
+    ],
+)
+def test_a_default_that_is_spelled_out_is_no_difference(given):
+    # By hand: 0.01 a worker; alpha is the rate times the root of the interval, 0.01 * 2.
+    optional = ("lr", "weight_decay", "slow_lr", "slow_momentum", "qsr_alpha")
+    left_out = Config(**{name: value for name, value in given.items() if name not in optional})
+    assert Config(**given).differences(left_out.as_dict()) == left_out.differences(Config(**given).as_dict()) == []
+    assert "--lr 0.3 (it was the default)" in Config(**(given | {"lr": 0.3})).differences(left_out.as_dict())
 
 
 def test_a_checkpoint_comes_back_and_torch_reads_it_too(tmp_path):

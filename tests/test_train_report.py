@@ -227,6 +227,17 @@ def test_the_originals_figures_stay_beside_a_run_that_another_study_has_too(tmp_
     assert group.original == {"test_accuracy": 49.0}
 
 
+def test_a_default_and_the_same_value_spelled_out_are_one_setting_beside_the_originals_figures(tmp_path):
+    text = "seeds = [{}]\n[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nname = '{}'\nworkers = 2\n{}\n"
+    original = "[[original]]\ntest_accuracy = 49.0\n"
+    for name, seed, rest in (("default", 0, original), ("given", 1, "lr = 0.02")):  # 0.01 a worker
+        for place in begun(tmp_path / name, text.format(seed, name, rest)).values():
+            finish(place, 50.0 + 2 * seed)
+    (group,) = collect(tmp_path).groups
+    assert group.spread("test_accuracy") == Spread(51.0, 2**0.5, 2)
+    assert group.original == {"test_accuracy": 49.0}
+
+
 @pytest.mark.parametrize("name", ["a$\\frac$b", "_pilot", os.fsdecode(b"run-\xff")])
 def test_folders_may_have_any_name(tmp_path, name):
     text = "[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nworkers = 2\n"

@@ -120,6 +120,9 @@ def test_a_search_of_two_trials_at_a_time_is_killed_and_the_next_one_goes_on_wit
     done = {path: path.stat().st_mtime_ns for path in root.glob("*/*.json")}
     assert main(command) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in root.glob("*/*.json")} == done
+    capsys.readouterr()
+    assert main(["search", str(path), "--out", str(root), "--trials", "1", "--dry-run"]) == 0
+    assert "tpe: 2 trials are made, 1 were asked for, of 5 epochs each" in capsys.readouterr().out
 
 
 def test_a_trial_that_breaks_ends_the_search_and_is_tried_again_by_the_next(tmp_path, capsys):

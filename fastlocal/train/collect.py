@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +197,15 @@ def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
     """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
     cells: dict[str, dict[str, Any]] = {}
     for cell in asked:  # of those that are one run, the first that has the original's figures
-        key = _key(cell["config"])
-        if key not in cells or (cell["original"] and not cells[key]["original"]):
-            cells[key] = cell
+        given = cell["config"]
+        for values in (given, given | _defaults(given)):  # older runs did not record the second
+            key = _key(values)
+            if key not in cells or (cell["original"] and not cells[key]["original"]):
+                cells[key] = cell
     order = {key: position for position, key in enumerate(cells)}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:
-        key = _key(run.config)
+        key = _key(_values(run))
         group = groups.setdefault((key, str(run.summary.get("images"))), _new_group(run, cells.get(key)))
         # Two studies may have made the same run: it counts once.
         if all(run.config["seed"] != other.config["seed"] for other in group.runs):
@@ -226,12 +228,26 @@ def _by_name(groups: list[Group]) -> list[list[Group]]:
 
 def _tell_apart(groups: list[Group]) -> None:
     """Groups of the same name, as one study at two budgets has them, get what sets them apart into their names."""
-    settings = [json.loads(_key(group.config)) for group in groups]
+    settings = [json.loads(_key(_values(group.runs[0]))) for group in groups]
     differing = [name for name in settings[0] if len({repr(own.get(name)) for own in settings}) > 1]
     several_images = len({group.images for group in groups}) > 1
     for group, own in zip(groups, settings, strict=True):
         parts = [f"{name} {own.get(name)}" for name in differing] + [group.images] * several_images
         group.name = ", ".join([group.name, *parts])
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """What a run was given, and what its defaults came to where it recorded that."""
+    return run.config | run.summary.get("resolved", {})
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the defaults of a cell come to today."""
+    known = {field.name: config.get(field.name, field.default) for field in fields(Config)}
+    try:
+        return Config(**known).resolved()
+    except (UsageError, TypeError):  # of a version that took other values
+        return {}
 
 
 def alike_but_for(group: Group, *names: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,15 +257,21 @@ class Config:
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What would make a resumed run another run: "--lr 0.1 (it was 0.2)", one entry a field.
 
-        A field younger than the saved run had its default.
+        A field younger than the saved run had its default. A default is what it comes to: --lr 0.04 goes on with a
+        run of four workers that was given none.
         """
         mine = self.as_dict()
         before = {field.name: saved.get(field.name, field.default) for field in fields(self)}
         return [
             f"{_flag(name)} {_said(mine[name])} (it was {_said(before[name])})"
             for name in before
-            if name not in NOT_PART_OF_A_RUN and mine[name] != before[name]
+            if name not in NOT_PART_OF_A_RUN and self._value(name, mine[name]) != self._value(name, before[name])
         ]
+
+    def _value(self, name: str, given: Any) -> Any:
+        """What a field comes to beside the others of this run."""
+        has_default = given is None and name in self.resolved()
+        return replace(self, **{name: None}).resolved()[name] if has_default else given
 
 
 def has_use(name: str, config: Mapping[str, Any]) -> bool:

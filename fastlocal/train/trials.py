@@ -108,7 +108,10 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
     print_whole(console, table)
     count = min(asked.trials, len(grid(asked))) if asked.sampler == "grid" else asked.trials
     base = placed(config_from(asked.base), data_dir, device, None)
-    notes = [f"{asked.sampler}: {made} of {count} trials are made, of {base.epochs:,} epochs each"]
+    trials = (
+        f"{made} of {count} trials are made" if made <= count else f"{made} trials are made, {count} were asked for"
+    )
+    notes = [f"{asked.sampler}: {trials}, of {base.epochs:,} epochs each"]
     if missing := what_is_missing([base]):
         notes.append(f"not ready: {missing}")
     for note in notes:
