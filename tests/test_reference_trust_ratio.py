@@ -55,7 +55,7 @@ def timm_module(name):
     """timm.optim.<name> without timm's own imports, which need torchvision."""
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("timm is not installed; it is no test dependency because it requires torchvision")
+        pytest.skip("timm is not installed: pip install --no-deps timm")
     root = Path(spec.submodule_search_locations[0])
     before = {key: value for key, value in sys.modules.items() if key.split(".")[0] == "timm"}
     for package, path in (("timm", root), ("timm.optim", root / "optim")):

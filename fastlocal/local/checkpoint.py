@@ -165,7 +165,7 @@ class Checkpointed(Wrapper):
             self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
             for before, group in zip(inner_before[1], self.inner.param_groups, strict=True):
                 _complete(group, before, self.inner.defaults.keys())
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # a policy may be anybody's
             self.policy.load_state_dict(policy_before)
             self.inner.state, self.inner.param_groups = inner_before
             raise ValueError(f"state_dict does not fit the policy or the inner optimizer: {error!r}") from error

@@ -51,7 +51,8 @@ class LocalSGD(Checkpointed):
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
             maximum of the others, "broadcast" copies the first finite worker's.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
-        impl: how the averaging is carried out; "auto" chooses.
+        impl: how the averaging is carried out: "triton", which takes CUDA, "portable" in PyTorch, or "reference", the
+            readable definition; "auto" chooses Triton on CUDA.
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
         timeout: seconds that a process waits for the others at a sync before it raises an error that names who is
             missing. Give more where one process evaluates or saves for longer than that between two steps.
@@ -163,8 +164,11 @@ class LocalSGD(Checkpointed):
 
         Raises:
             DivergedError: a sync was due and no worker's parameters are finite.
-            LostRankError: a sync was due and a process has ended or stalled.
-            DisagreementError: a sync was due and the processes differ in settings or step counts.
+            LostRankError: a process has ended or stalled; seen at the first step, and where a round begins or closes.
+            DisagreementError: the processes differ in settings or step counts; likewise.
+            RuntimeError: a parameter has left its row.
+            TypeError: the policy's interval is no int.
+            ValueError: it is below 1.
         """
         warming_up = self.stats.local_steps < self.warmup_steps
         if not self._round_is_open:

@@ -20,7 +20,9 @@ from fastlocal.workers import Workers
 class SlowMo(LocalSGD):
     """LocalSGD with slow momentum: x ← anchor − αv, v ← β(γ_t/γ_{t−1})v + (anchor − x̄).
 
-    γ is the inner learning rate. α = 1 and β = 0 give LocalSGD; one worker and β = 0 give Lookahead.
+    γ_t is the inner learning rate, its mean over the round, and γ_{t−1} that of the last round where it was positive;
+    in a round at rate 0, v is neither applied nor lost. α = 1 and β = 0 give LocalSGD; one worker and β = 0 give
+    Lookahead.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
@@ -31,7 +33,7 @@ class SlowMo(LocalSGD):
         inner_state: "keep", "reset" or "average", see LocalSGD.
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
-        impl: how the outer step is carried out; "auto" chooses.
+        impl: how the outer step is carried out: "auto", "triton", "portable" or "reference", see LocalSGD.
         process_group: the processes that are averaged, see LocalSGD.
         timeout: seconds that a process waits for the others at a sync.
         wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.
@@ -157,7 +159,7 @@ class DiLoCo(SlowMo):
         inner_state: "keep", "reset" or "average", see LocalSGD.
         buffers: what a sync does to module buffers, see LocalSGD.
         warmup_steps: average gradients instead of parameters for the first so many steps.
-        impl: how the outer step is carried out; "auto" chooses.
+        impl: how the outer step is carried out: "auto", "triton", "portable" or "reference", see LocalSGD.
         process_group: the processes that are averaged, see LocalSGD.
         timeout: seconds that a process waits for the others at a sync.
         wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.

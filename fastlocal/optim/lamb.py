@@ -47,7 +47,8 @@ class LAMB(TrustRatioOptimizer):
     Raises:
         ValueError: an option is out of its range.
         TypeError: a parameter is not a real floating-point tensor.
-        RuntimeError: `foreach` and `fused` are both True.
+        RuntimeError: `foreach` and `fused` are both True. `step` raises it for sparse gradients, and for `fused=True`
+            where there is no CUDA.
 
     Examples:
         >>> import torch

@@ -27,7 +27,7 @@ class LARS(TrustRatioOptimizer):
         nesterov: steps by r·d + μ·buffer.
         trust_coefficient: η.
         eps: added to the ratio's denominator.
-        trust_clip: LARC: bounds lr·r by lr.
+        trust_clip: as LARC clips: steps by min(r, lr) in place of lr·r.
         norm: "sum" divides by ‖g‖ + λ‖p‖, "joint" by ‖g + λp‖.
         momentum_form: "torch" applies the learning rate to the buffer, as torch.optim.SGD does;
             "lr_in_buffer" puts it inside, as the paper does, so that a changed rate leaves the past as it
@@ -48,7 +48,8 @@ class LARS(TrustRatioOptimizer):
     Raises:
         ValueError: an option is out of its range.
         TypeError: a parameter is not a real floating-point tensor.
-        RuntimeError: `foreach` and `fused` are both True.
+        RuntimeError: `foreach` and `fused` are both True. `step` raises it for sparse gradients, and for `fused=True`
+            where there is no CUDA.
 
     Examples:
         >>> import torch

@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 class Stats:
     """What a wrapper has counted so far; policies read it, and so may anybody.
 
-    Bytes are those of one worker under a ring all-reduce: 2(W − 1)/W times the payload for W workers.
+    Bytes are those of one worker under a ring all-reduce: 2(W − 1)/W times the payload for W workers. The few numbers
+    by which processes agree on a round are not counted.
     """
 
     rounds: int = 0
@@ -33,7 +34,7 @@ class Stats:
     """Local steps of the last round; 0 before the first and during warm-up."""
 
     drift: float = 0.0
-    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan where no policy reads it."""
+    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan where the policy has `reads_drift = False`."""
 
     excluded: int = 0
     """Rows left out of a mean so far because they were not finite."""

@@ -52,7 +52,7 @@ class Config:
     """Images to train on: made from a seed, or CIFAR-100 from --data-dir."""
 
     data_dir: Path = Path("data")
-    """Folder that holds cifar-100-python/{train,test,meta}."""
+    """Folder that holds cifar-100-python/{train,test}."""
 
     download: bool = False
     """Fetch CIFAR-100 into --data-dir first (needs torchvision)."""
@@ -115,7 +115,7 @@ class Config:
     """Default: 0.001 for sgd and lars, 0.1 for adamw, 0.01 for lamb."""
 
     schedule: Schedule = "cosine"
-    """Of the learning rate, step by step to 0 at the end."""
+    """Of the learning rate, step by step; the two cosines end at 0."""
 
     lr_warmup_epochs: int = 5
     """Epochs of linear rise in warmup-cosine."""
@@ -148,7 +148,7 @@ class Config:
     """Of the initial weights, the order of the images and their augmentation."""
 
     out: Path | None = None
-    """Folder of the run. Default: runs/ and a name made of dataset, method, policy, workers and seed."""
+    """Folder of the run. Default: runs/ and a name made of dataset, model, method, policy, workers and seed."""
 
     resume: bool = False
     """Go on from the checkpoint in --out, bit by bit as if the run had not been stopped."""

@@ -22,7 +22,7 @@ _OFFICIAL_MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae
 """Of the files in cifar-100-python.tar.gz, as torchvision checks them."""
 
 _RE_SPLIT = "e1cd009c0ab79cbff9615d02c0326f883162b47830c27bd6674e13b8c92bbc4a"
-"""Splits.digest of the stratified split that the figures in bench/results/study are of."""
+"""Splits.digest of the images that the figures in bench/results/study are of, split by class into 500 and 100."""
 
 _SPLIT_SEED = 0  # which images validate does not depend on the seed of a run
 
