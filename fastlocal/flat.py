@@ -54,6 +54,20 @@ class Block:
         offset = self.rows.storage_offset() + worker * self.rows.stride(0) + slot.start
         return self.rows.as_strided(slot.shape, slot.stride, offset)
 
+    def own(self, worker: int, slot: Slot) -> Tensor:
+        """That view with a storage of its own over the same memory.
+
+        What saves models (torch.save, safetensors, accelerate) tells tensors apart by their storages: of parameters in
+        one storage it keeps the first, or each with all the others.
+        """
+        view = self.view(worker, slot)
+        if view.is_meta or view.numel() == 0:
+            return view
+        start = int(view.storage_offset()) * view.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(slot.shape, slot.stride, strict=True))
+        storage = view.untyped_storage()[start : start + (last + 1) * view.element_size()]
+        return torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, slot.shape, slot.stride)
+
     def holds(self, parameter: Tensor, worker: int, slot: Slot) -> bool:
         """Whether the parameter is still that view; where nothing is stored, only its strides tell."""
         offset = worker * self.rows.stride(0) + slot.start
@@ -96,10 +110,9 @@ class Rows:
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.parameters[0].values())
         with torch.no_grad():
             for block, slot, worker, parameter in self._places():
-                view = block.view(worker, slot)
-                view.copy_(comm.held_here(parameter))
+                block.view(worker, slot).copy_(comm.held_here(parameter))
                 if block.owner is None:
-                    parameter.data = view
+                    parameter.data = block.own(worker, slot)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
         # Until training begins: the other workers' parameters, and how often they had been written to when made.
         self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = [
@@ -215,8 +228,8 @@ class Rows:
             if block.owner is None and not block.holds(parameter, worker, slot):
                 raise RuntimeError(
                     f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was moved, "
-                    "cast or re-assigned): do that before it is handed to fastlocal; several optimizers of one model "
-                    "take the same Workers"
+                    "cast, re-assigned, or shared with a spawned process): do that before it is handed to fastlocal; "
+                    "several optimizers of one model take the same Workers"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,6 +25,30 @@ def test_parameters_are_aligned_views_of_one_row_a_worker():
         assert parameter.data_ptr() % 64 == block.rows.data_ptr() % 64
 
 
+def test_each_parameter_has_a_storage_of_its_own_over_the_common_memory():
+    # By the storage those who save models tell whether two tensors are one.
+    team = Workers(make_model(), 2)
+    storages = [parameter.untyped_storage() for parameter in team.parameters()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    assert [storage.nbytes() for storage in storages] == [4 * p.numel() for p in team.parameters()]
+    kept = team[1][0].weight
+    before = kept.detach().clone()
+    del team, storages  # the memory lives as long as one of them
+    others = [torch.full((2, 4096), 3.0) for _ in range(64)]
+    assert len(others) == 64
+    assert torch.equal(kept, before)
+
+
+def test_workers_that_a_spawned_process_has_been_given_are_named_at_the_next_sync():
+    team = Workers(nn.Linear(2, 1), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1)
+    team[1].share_memory()
+    for worker in team:
+        worker(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row .*spawned process"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "make_strided", [lambda t: t.to(memory_format=torch.channels_last), lambda t: t.transpose(0, 1)]
 )
