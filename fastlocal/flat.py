@@ -57,8 +57,8 @@ class Block:
     def own(self, worker: int, slot: Slot) -> Tensor:
         """That view with a storage of its own over the same memory.
 
-        What saves models (torch.save, safetensors, accelerate) tells tensors apart by their storages: of parameters in
-        one storage it keeps the first, or each with all the others.
+        What saves models (torch.save, safetensors, accelerate) tells tensors apart by their storages: of parameters
+        in one storage it keeps the first, or each with all the others.
         """
         view = self.view(worker, slot)
         if view.is_meta or view.numel() == 0:

@@ -51,7 +51,7 @@ def test_a_policy_is_told_the_highest_rate_of_the_groups():
     team = Workers(nn.Linear(2, 1), 2)
     each = [[p for p in team.parameters() if p.dim() == dim] for dim in (1, 2)]
     inner = torch.optim.SGD([{"params": each[0], "lr": 0.1}, {"params": each[1], "lr": 0.5}], lr=0.3)
-    optimizer = LocalSGD(inner, team, QSR(1, alpha=1.0))
+    optimizer = LocalSGD(inner, team, QSR(1, alpha=1.0, start_step=0))
     for rate, interval in ((0.5, 4), (0.05, 100)):  # (1 / 0.5)², (1 / 0.1)²
         inner.param_groups[1]["lr"] = rate
         for parameter in team.parameters():

@@ -166,7 +166,7 @@ def test_a_loss_below_zero_that_falls_all_the_time_never_halves_the_interval():
 
 
 def test_qsr_follows_the_square_of_the_inverse_rate():
-    policy = QSR(4, 0.2, maximum=500)
+    policy = QSR(4, 0.2, maximum=500, start_step=0)
     assert [policy.next_interval(Stats(lr=lr)) for lr in (0.4, 0.1, 0.05, 0.03, 0.01, 0.0)] == [
         4,
         4,
@@ -182,6 +182,26 @@ def test_qsr_waits_for_the_end_of_a_warmup():
     assert [policy.next_interval(Stats(lr=0.02, local_steps=n)) for n in (0, 9, 10)] == [4, 4, 100]
 
 
+def test_qsr_begins_when_the_rate_is_lower_than_it_has_been():
+    # A warm-up from 0, as schedulers have it, with one rate an epoch; then a decay, and a warm restart.
+    rates = (0.0, 0.0, 0.02, 0.02, 0.2, 0.2, 0.05, 0.2, 0.02)
+    expected = [4, 4, 4, 4, 4, 4, 16, 4, 100]
+    policy = QSR(4, 0.2)
+    assert [policy.next_interval(Stats(lr=lr)) for lr in rates] == expected
+    for restart in range(len(rates)):
+        policy = QSR(4, 0.2)
+        found = [policy.next_interval(Stats(lr=lr)) for lr in rates[:restart]]
+        again = QSR(1, 1.0)
+        again.load_state_dict(policy.state_dict())
+        assert found + [again.next_interval(Stats(lr=lr)) for lr in rates[restart:]] == expected
+
+
+def test_a_state_of_qsr_from_before_it_waited_goes_on_as_it_did():
+    policy = QSR(1, 1.0)
+    policy.load_state_dict({"base": 4, "alpha": 0.2, "maximum": 1024, "start_step": 0})
+    assert policy.next_interval(Stats(lr=0.02)) == 100
+
+
 def test_consensus_distance_ignores_warmup_and_rounds_cut_short():
     policy = ConsensusDistance(1.0, initial=16)
     assert policy.next_interval(Stats(rounds=3, drift=0.0, round_steps=0)) == 16
@@ -191,7 +211,7 @@ def test_consensus_distance_ignores_warmup_and_rounds_cut_short():
 
 
 def test_qsr_survives_a_rate_whose_square_underflows():
-    assert QSR(4, 0.2, maximum=500).next_interval(Stats(lr=1e-200)) == 500
+    assert QSR(4, 0.2, maximum=500, start_step=0).next_interval(Stats(lr=1e-200)) == 500
 
 
 def test_adacomm_shrinks_with_the_square_root_of_the_training_loss():
@@ -248,7 +268,7 @@ def test_a_run_has_at_least_one_observation(total):
     ("base", "alpha", "lr", "interval"), [(1, 0.3, 0.1, 9), (1, 0.6, 0.2, 9), (1, 0.7, 0.1, 49), (1, 0.29, 0.1, 8)]
 )
 def test_qsr_is_the_square_where_the_quotient_is_a_whole_number(base, alpha, lr, interval):
-    assert QSR(base, alpha).next_interval(Stats(lr=lr)) == interval
+    assert QSR(base, alpha, start_step=0).next_interval(Stats(lr=lr)) == interval
 
 
 @pytest.mark.parametrize("policy", [FixedInterval(3), PostLocal(5, 7), QSR(2, 0.1, maximum=9, start_step=4)])

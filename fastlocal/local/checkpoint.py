@@ -13,6 +13,7 @@ from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_weights, policy_of
 from fastlocal.local.form import require_form
+from fastlocal.local.kept import Kept
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
 from fastlocal.local.rates import Rates
@@ -52,13 +53,17 @@ class Checkpointed(Wrapper):
     buffers: Buffers
     impl: Implementation
     wire_dtype: torch.dtype | None
-    stats: Stats
-    steps_in_round: int
-    _anchored: bool
-    _round_is_open: bool
-    _buffers_apart: bool
     warmup_steps: int
     _group: Group | None
+
+    stats = Kept[Stats]()
+    steps_in_round = Kept[int]()
+    _policy = Kept[Policy]()
+    _weights = Kept[tuple[float, ...] | None]()
+    _anchored = Kept[bool]()  # whether the first round has begun
+    _round_is_open = Kept[bool]()
+    _buffers_apart = Kept[bool]()  # whether steps of the warm-up have changed them since they were last merged
+    _compared = Kept[bool]()  # whether the processes have found that they agree
 
     _own_attributes: tuple[str, ...] = (
         "defaults",
@@ -89,14 +94,15 @@ class Checkpointed(Wrapper):
         choices = Choices(self.inner_state, self.buffers, self.impl, wire_dtype)
         parts = (self.rows, self._outers, self.inner, choices)
         self._team = OneProcess(*parts) if self._group is None else ManyProcesses(*parts, self._group)
-        self._compared = False  # whether the processes have found that they agree
+        self._compared = False
+        self._method = type(self).__name__  # a stand-in's class has another
 
     @abstractmethod
     def _make_outer(self, block: Block) -> Average | SlowMomentum:
         """What the mean of a block becomes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED and "_team" in self.__dict__:
+        if name in _FIXED and hasattr(self, "_team"):
             instead = "set policy" if name == "interval" else "build another one"
             raise AttributeError(f"{name} was chosen when the optimizer was built and cannot be set: {instead}")
         super().__setattr__(name, value)
@@ -176,13 +182,15 @@ class Checkpointed(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the hooks, nor the `step` that a scheduler put on the instance: as torch.optim does.
-        state = {name: self.__dict__[name] for name in self._own_attributes}
+        state = {name: getattr(self, name) for name in self._own_attributes}
         outer_states = [outer.state_dict() for outer in self._outers]
         return state | {"outer_states": outer_states, "rates": (self._rates.last, self._rates.resting)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         outer_states, rates = state["outer_states"], state["rates"]
-        super().__setstate__({name: state[name] for name in self._own_attributes})
+        for name in self._own_attributes:
+            setattr(self, name, state[name])
+        super().__setstate__({})
         self._assemble()
         self._rates.last, self._rates.resting = rates
         for outer, own in zip(self._outers, outer_states, strict=True):
@@ -191,7 +199,7 @@ class Checkpointed(Wrapper):
     def _saved(self) -> dict[str, Any]:
         """The entry "fastlocal": this process's rows' share of everything that the next step depends on."""
         return {
-            "method": type(self).__name__,
+            "method": self._method,
             "num_workers": self.num_workers,
             "num_rows": len(self.rows),
             "layout": self.rows.layout,
@@ -225,7 +233,7 @@ class Checkpointed(Wrapper):
             raise ValueError(f"state_dict: the policy must be a dict of name and state, got {own['policy']}")
         rows = own["num_rows"]
         matches: list[tuple[str, Any, Any]] = [
-            ("method", own["method"], type(self).__name__),
+            ("method", own["method"], self._method),
             ("policy", own["policy"]["name"], type(self.policy).__name__),
         ]
         if rows != len(self.rows):  # the inner optimizer's state is that of so many rows

@@ -116,9 +116,7 @@ class LocalSGD(Checkpointed):
         self.weights = weights
         self.stats = Stats()
         self.steps_in_round = 0
-        self._anchored = False  # whether the first round has begun
-        self._round_is_open = False
-        self._buffers_apart = False  # whether steps of the warm-up have changed them since they were last merged
+        self._anchored = self._round_is_open = self._buffers_apart = False
         self._chose_group = process_group is not None
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
@@ -138,7 +136,7 @@ class LocalSGD(Checkpointed):
             ValueError: one does not, or not every worker's is in the group.
         """
         super().add_param_group(param_group)
-        if "_rates" in self.__dict__:
+        if hasattr(self, "_rates"):  # not while the base class is being built
             try:
                 self._rates.find_groups()
             except ValueError:
@@ -222,7 +220,7 @@ class LocalSGD(Checkpointed):
     def _settings(self) -> dict[str, Any]:
         """What must be the same in every process."""
         return {
-            "method": type(self).__name__,
+            "method": self._method,
             "policy": type(self.policy).__name__,
             **arguments.plain_settings(self.policy),
             "inner_state": self.inner_state,

@@ -10,6 +10,7 @@ from fastlocal.buffers import Buffers
 from fastlocal.flat import Block
 from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_slow_lr, checked_slow_momentum
+from fastlocal.local.kept import Kept
 from fastlocal.local.local_sgd import LocalSGD
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, Form, SlowMomentum
@@ -49,6 +50,8 @@ class SlowMo(LocalSGD):
 
     _form: Form = "lr-scaled"
     _own_attributes = (*LocalSGD._own_attributes, "_slow_lr", "_slow_momentum")
+    _slow_lr = Kept[float]()
+    _slow_momentum = Kept[float]()
 
     def __init__(
         self,

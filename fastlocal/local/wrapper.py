@@ -29,13 +29,13 @@ class Wrapper(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's parameter groups; never a second list that could go stale."""
-        return self.inner.param_groups if "inner" in self.__dict__ else self.__dict__["_own_param_groups"]
+        return self.inner.param_groups if self._is_built else self.__dict__["_own_param_groups"]
 
     @param_groups.setter
     def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, groups: list[dict[str, Any]]
     ) -> None:
-        if "inner" in self.__dict__:
+        if self._is_built:
             self.inner.param_groups = groups
         else:
             self.__dict__["_own_param_groups"] = groups
@@ -43,18 +43,22 @@ class Wrapper(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The inner optimizer's state."""
-        return self.inner.state if "inner" in self.__dict__ else self.__dict__["_own_state"]
+        return self.inner.state if self._is_built else self.__dict__["_own_state"]
 
     @state.setter
     def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if "inner" in self.__dict__:
+        if self._is_built:
             self.inner.state = state
         else:
             self.__dict__["_own_state"] = state
 
+    @property
+    def _is_built(self) -> bool:
+        return hasattr(self, "inner")  # an attribute of whom this stands in for, perhaps
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer."""
-        if "inner" in self.__dict__:
+        if self._is_built:
             self.inner.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
