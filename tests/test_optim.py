@@ -139,7 +139,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(optimizer):
     params = make_params()
     opt = optimizer(params)
     with pytest.raises(TypeError, match="real floating-point"):
-        opt.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64)]})
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})
     assert len(opt.param_groups) == 1
 
 
@@ -243,6 +243,25 @@ def test_the_scale_of_a_grad_scaler_is_undone_and_a_found_inf_changes_nothing(op
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert not hasattr(opt, "found_inf")
     assert moved(params, make_params())
+
+
+@BOTH
+def test_a_grad_scaler_unscales_and_skips_itself_unless_the_step_is_fused(optimizer):
+    # So that others may clip in between, and steps that were skipped run no hooks: as with torch.optim.
+    opt = optimizer(make_params())
+    assert not opt._step_supports_amp_scaling
+    assert optimizer(make_params(), fused=True)._step_supports_amp_scaling
+    seen = []
+    opt.register_step_post_hook(lambda *_: seen.append("step"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for bad in (True, False):
+        scaler.scale(torch.ones(()))
+        grads = set_grads(opt.param_groups[0]["params"], 0, scaler.get_scale())
+        if bad:
+            grads[0][0, 0] = float("inf")
+        scaler.step(opt)
+        scaler.update()
+    assert seen == ["step"]
 
 
 @EVERY_FORM

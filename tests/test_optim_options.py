@@ -79,10 +79,28 @@ def test_an_unknown_option_is_an_error(optimizer):
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
-def test_parameters_that_are_not_real_are_refused(optimizer, dtype):
-    with pytest.raises(TypeError, match=f"real floating-point parameters, got {dtype}"):
-        optimizer([torch.zeros(3, dtype=dtype)])
+def test_complex_parameters_are_refused(optimizer):
+    with pytest.raises(TypeError, match="real floating-point parameters, got torch.complex64"):
+        optimizer([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_a_frozen_parameter_may_be_anything_until_it_is_stepped(optimizer, dtype):
+    # A quantised weight, with an adapter beside it that learns.
+    frozen = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+    learns = nn.Parameter(torch.ones(3))
+    opt = optimizer([frozen, learns])
+    learns.grad = torch.ones(3)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert (frozen == 1).all()
+    assert (learns < 1).all()
+    if dtype.is_complex:
+        frozen.requires_grad_(True)
+        frozen.grad = torch.ones_like(frozen)
+        with pytest.raises(TypeError, match="real floating-point parameters, got torch.complex64"):
+            opt.step()
 
 
 @BOTH

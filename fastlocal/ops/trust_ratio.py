@@ -81,7 +81,11 @@ def _check(lists: Mapping[str, Sequence[Any]]) -> None:
     for name, values in lists.items():
         if name != "steps":
             _require_shapes(name, values, shapes)
-    if torch.float64 in {tensor.dtype for tensor in first}:
+    dtypes = {tensor.dtype for tensor in first}
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            raise TypeError(f"LARS and LAMB step real floating-point parameters, got {dtype}")
+    if torch.float64 in dtypes:
         _require_as_precise(first, {n: v for n, v in lists.items() if n not in ("params", "grads", "steps")})
     for master in lists.get("masters", ()):
         if master is not None and torch.promote_types(master.dtype, torch.float32) != master.dtype:

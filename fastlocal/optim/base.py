@@ -26,14 +26,19 @@ _OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
 class TrustRatioOptimizer(Optimizer):
     """A `torch.optim.Optimizer` with state in at least float32 and a step that is one call of an op."""
 
-    # GradScaler then leaves unscaling and skipping to the step, through grad_scale and found_inf.
-    _step_supports_amp_scaling = True
-
     def __init__(self, params: Any, defaults: Group):
         self._tables: dict = {}
         self._columns = StateColumns()
         self._check_group(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then leaves unscaling and skipping to the step, through grad_scale and found_inf. As in
+        # torch.optim that takes fused=True: Lightning, for one, will not clip what is not unscaled yet. Pieces of
+        # tensors have to agree on an overflow, which GradScaler does not see to.
+        groups = self.param_groups
+        return all(group["fused"] for group in groups) or any(is_sharded(p) for g in groups for p in g["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -50,7 +55,7 @@ class TrustRatioOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
+            if param.requires_grad and not param.is_floating_point():
                 self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__} steps real floating-point parameters, got {param.dtype}")
 
