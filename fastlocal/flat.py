@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlocal import comm
 from fastlocal.buffers import collect
-from fastlocal.memory import require_own_memory
+from fastlocal.memory import extent, require_own_memory
 from fastlocal.twin import require_initialised
 
 ALIGNMENT = 16
@@ -64,8 +64,7 @@ class Block:
         if view.is_meta or view.numel() == 0:
             return view
         start = int(view.storage_offset()) * view.element_size()
-        last = sum((size - 1) * stride for size, stride in zip(slot.shape, slot.stride, strict=True))
-        storage = view.untyped_storage()[start : start + (last + 1) * view.element_size()]
+        storage = view.untyped_storage()[start : start + extent(view)]
         return torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, slot.shape, slot.stride)
 
     def holds(self, parameter: Tensor, worker: int, slot: Slot) -> bool:

@@ -24,7 +24,7 @@ def _sharing(parameters: dict[str, nn.Parameter]) -> tuple[str, str] | None:
     """Two parameters in one storage that have an element in common, if there are such."""
     begin = {name: int(p.storage_offset()) * p.element_size() for name, p in parameters.items()}
     in_order = sorted(parameters, key=begin.__getitem__)
-    ends = [begin[name] + _extent(parameters[name]) for name in in_order]
+    ends = [begin[name] + extent(parameters[name]) for name in in_order]
     if all(end <= begin[after] for end, after in zip(ends, in_order[1:], strict=False)):
         return None  # one behind the other, as in a flat buffer
     # Columns of one matrix, say: mark who has which element.
@@ -43,7 +43,7 @@ def _sharing(parameters: dict[str, nn.Parameter]) -> tuple[str, str] | None:
     return None
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from its first element to the end of its last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
