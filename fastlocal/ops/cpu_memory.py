@@ -1,4 +1,7 @@
-"""Tensors in a CPU's memory as vectors, and sums of their squares."""
+"""Tensors in a CPU's memory as vectors, sums of their squares, and short ones in batches."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -6,6 +9,11 @@ from torch import Tensor
 # 2 MiB of float32: long enough that a call's few microseconds vanish, and short enough that a sum of
 # squares in float32 keeps six digits (torch.linalg.vector_norm of 2.4M elements keeps four).
 CHUNK = 512 * 1024
+
+# Elements. Calls cost more than memory in shorter tensors, and float32 norms of longer ones lose digits.
+_SHORT = 16 * 1024
+
+Entry = TypeVar("Entry", bound=tuple[Any, ...])
 
 
 def are_plain(*tensors: Tensor) -> bool:
@@ -41,3 +49,24 @@ def sum_of_squares(flat: Tensor) -> float:
     if flat.numel() <= CHUNK:
         return torch.dot(flat, flat).item()
     return sum(torch.dot(part, part).item() for part in flat.split(CHUNK))
+
+
+def short_in_batches(entries: Iterable[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
+    """Batches of at most CHUNK elements, of those that are short and plain; and the others.
+
+    entries: a parameter, what has its shape or is None, and last its count of steps.
+    """
+    batches: list[list[Entry]] = []
+    others: list[Entry] = []
+    room = -1
+    for entry in entries:
+        size = entry[0].numel()
+        if size > _SHORT or not are_plain(*(t for t in entry[:-1] if t is not None)):
+            others.append(entry)
+            continue
+        if size > room:
+            batches.append([])
+            room = CHUNK
+        batches[-1].append(entry)
+        room -= size
+    return batches, others

@@ -11,11 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlocal.ops.cpu_memory import CHUNK, are_plain, as_vectors, in_float32
+from fastlocal.ops.cpu_memory import CHUNK, as_vectors, in_float32, short_in_batches
 from fastlocal.reference.trust_ratio import LambOptions
-
-# Elements. Calls cost more than memory in shorter tensors, and float32 norms of longer ones lose digits.
-_SHORT = 16 * 1024
 
 # β^t is 0 long before: torch's Adam kernel, told this many steps, corrects no bias.
 _NO_CORRECTION = 1e30
@@ -41,22 +38,10 @@ class LambOnCpu:
 
     def step_(self, entries: Sequence[Entry]) -> list[Entry]:
         """Steps every tensor it can, and returns the others."""
-        rest: list[Entry] = []
-        short: list[Entry] = []
-        batch, room = 0, CHUNK
-        for entry in entries:
-            size = entry[0].numel()
-            if size <= _SHORT and are_plain(*entry[:4]):
-                if size > room:
-                    self._step_short_(short, batch)
-                    short, batch, room = [], batch + 1, CHUNK
-                short.append(entry)
-                room -= size
-            elif not self._step_one_(*entry):
-                rest.append(entry)
-        if short:
-            self._step_short_(short, batch)
-        return rest
+        batches, others = short_in_batches(entries)
+        for number, batch in enumerate(batches):
+            self._step_short_(batch, number)
+        return [entry for entry in others if not self._step_one_(*entry)]
 
     def _step_short_(self, entries: list[Entry], batch: int) -> None:
         weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*entries, strict=True))

@@ -61,8 +61,8 @@ def lars_(
     scratch: dict,
 ) -> None:
     """One LARS step of every tensor; `steps` already counts it. Needs no scratch."""
-    on_cpu = not torch.compiler.is_compiling() and not options.nesterov and any(p.is_cpu for p in params)
-    factor = float(multiplier) if on_cpu else 1.0
-    for tensors in zip(params, grads, momentum_buffers, steps, strict=True):
-        if not on_cpu or not lars_on_cpu.step_(*tensors, options, factor):
-            reference.lars_(*tensors, options, multiplier)
+    rest = list(zip(params, grads, momentum_buffers, steps, strict=True))
+    if not options.nesterov and not torch.compiler.is_compiling() and any(p.is_cpu for p in params):
+        rest = lars_on_cpu.step_(rest, options, float(multiplier))
+    for tensors in rest:
+        reference.lars_(*tensors, options, multiplier)
