@@ -98,7 +98,8 @@ LARS_CHANGES: list[dict[str, Any]] = [
 ] + [
     {"dampening": 0.5},
     {"dampening": 0.5, "adapt": "matrices"},
-    {"momentum_form": "lr_in_buffer", "adapt": "decayed", "weight_decay": 0.0, "dampening": 0.5},
+    {"dampening": 0.5, "adapt": "decayed", "weight_decay": 0.0},
+    {"momentum_form": "lr_in_buffer", "adapt": "decayed", "weight_decay": 0.0},
     {"nesterov": True},
     {"trust_coefficient": 1e-7},
     {"trust_coefficient": 1e-7, "momentum": 0.0},
@@ -129,6 +130,21 @@ def test_portable_lars_is_the_reference_to_float32_precision(change, shapes):
     exact = lars_three_steps(torch.float64, "reference", options, shapes)
     assert_within(lars_three_steps(torch.float32, "portable", options, shapes), exact, 3e-6)
     assert_within(lars_three_steps(torch.float64, "portable", options, shapes), exact, 1e-14)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, LONG], ids=["short", "long"])
+def test_a_scaled_gradient_and_its_scale_are_the_gradient(shapes):
+    def stepped(dtype, scale):
+        params = [p.to(dtype) for p in tensors(0, shapes=shapes)]
+        grads = [scale * 0.01 * g.to(dtype) for g in tensors(1, shapes=shapes)]
+        buffers, first, second = ([torch.zeros_like(p) for p in params] for _ in range(3))
+        others, grad_scale = [p.clone() for p in params], torch.tensor(scale)
+        ops.lars_(params, grads, buffers, [None] * len(params), LARS, grad_scale=grad_scale)
+        steps = [torch.zeros(()) for _ in params]
+        ops.lamb_(others, grads, first, second, steps, LAMB, grad_scale=grad_scale)
+        return params + buffers + others + first + second
+
+    assert_within(stepped(torch.float32, 1024.0), stepped(torch.float64, 1.0), 1e-4)
 
 
 @pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])

@@ -106,7 +106,7 @@ def _fused_(
         directions,
         buffers,
         weight_decay=weight_decay,
-        momentum=options.momentum if buffers else 0.0,
+        momentum=options.momentum,
         lr=lr if buffers else lr * scale,
         dampening=1 - scale,
         nesterov=False,
