@@ -73,7 +73,7 @@ def test_the_headline_sets_the_originals_figures_beside_its_own_cells_alone():
         "adaptive-k2-val-loss-original-lr0.01": 53.47,
         **dict.fromkeys(
             (
-                *("lars-b1024-lr4", "lars-b1024-lr8", "lars-b1024-lr16"),
+                *("lars-b1024-lr4", "lars-b1024-lr8", "lars-b1024-lr16", "lars-b1024-lr32"),
                 *("lamb-b1024-lr0.005", "lamb-b1024-lr0.01", "lamb-b1024-wd1"),
             ),
             50.96,
