@@ -101,7 +101,7 @@ class Workers:
         return {"workers": [module.state_dict() for module in self]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict() returned, into the same storage.
+        """Load what state_dict() returned, into the same storage; what does not fit changes no worker.
 
         Raises:
             ValueError: it is of something else, or holds another number of workers.
@@ -114,5 +114,8 @@ class Workers:
         states = state_dict["workers"]
         if len(states) != len(self):
             raise ValueError(f"the state has {len(states)} workers, there are {len(self)}")
+        trial = copy_of(self[0])
+        for state in states:
+            trial.load_state_dict(state)  # a module keeps what it loaded before it found what does not fit
         for module, state in zip(self, states, strict=True):
             module.load_state_dict(state)

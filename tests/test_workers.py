@@ -66,6 +66,16 @@ def test_state_dict_loads_into_the_same_storage():
         Workers(make_model(), 3).load_state_dict(team.state_dict())
 
 
+def test_a_state_that_does_not_fit_changes_no_worker():
+    team = Workers(nn.Linear(2, 3), 2)
+    before = [p.clone() for p in team.parameters()]
+    state = Workers(nn.Linear(2, 3), 2).state_dict()
+    state["workers"][1]["bias"] = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="size mismatch for bias"):
+        team.load_state_dict(state)
+    assert all(torch.equal(now, then) for now, then in zip(team.parameters(), before, strict=True))
+
+
 def test_training_mode_and_names_reach_every_worker():
     team = Workers(nn.Sequential(nn.Linear(2, 2)), 2)
     assert [name for name, _ in team.eval().named_parameters()] == [
