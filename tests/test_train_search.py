@@ -207,12 +207,19 @@ def test_a_damaged_database_is_one_line_and_its_runs_are_taken_up_once_it_is_del
 
 
 @pytest.mark.parametrize(
-    ("text", "epochs", "said"),
+    ("text", "given", "said"),
     [
-        (BASE + "[space]\nepochs = [1, 2]\n", 3, "--epochs 3 has no use"),
-        (BASE + "[space]\nlr = [0.1, 0.1]\n", None, "lr must be different values"),
+        (BASE + "[space]\nepochs = [1, 2]\n", {"epochs": 3}, "--epochs 3 has no use"),
+        (BASE + "[space]\nprecision = ['fp32', 'bf16']\n", {"precision": "fp32"}, "--precision fp32 has no use"),
+        (BASE + "[space]\nlr = [0.1, 0.1]\n", {}, "lr must be different values"),
     ],
 )
-def test_a_search_that_says_something_twice_is_refused(tmp_path, text, epochs, said):
+def test_a_search_that_says_something_twice_is_refused(tmp_path, text, given, said):
     with pytest.raises(UsageError, match=said):
-        load(written(tmp_path, text), epochs=epochs)
+        load(written(tmp_path, text), **given)
+
+
+def test_a_search_takes_another_precision_than_its_files(tmp_path):
+    text = BASE + "precision = 'bf16'\n[space]\nlr = [0.1]\n"
+    assert load(written(tmp_path, text)).base["precision"] == "bf16"
+    assert load(written(tmp_path, text), precision="fp32").base["precision"] == "fp32"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,6 +370,24 @@ def test_cells_that_are_the_same_run_are_refused_by_their_names(tmp_path):
     assert len(study.load(written(tmp_path, text)).cells) == 2
     with pytest.raises(UsageError, match="epochs-1-s0 and epochs-3-s0 are the same run at --epochs 2"):
         study.load(written(tmp_path, text), epochs=2)
+
+
+def test_a_study_in_another_precision_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, SMALL + "[grid]\nlr = [0.02]\nprecision = ['bf16', 'fp32']\n")
+    with pytest.raises(UsageError, match=r"-bf16-s0 and \S+-fp32-s0 are the same run at --epochs 2 --precision bf16"):
+        study.load(path, epochs=2, precision="bf16")
+    path = written(tmp_path, SMALL + "precision = 'bf16'\n[grid]\nlr = [0.02]\n")
+    assert [cell.config.precision for cell in study.load(path).cells] == ["bf16"]
+    assert [cell.config.precision for cell in study.load(path, precision="fp32").cells] == ["fp32"]
+    assert main(["study", str(path), "--epochs", "1", "--precision", "fp32"]) == 0
+    folder = tmp_path / "runs" / "study" / f"{path.stem}-1-epochs-fp32"
+    assert json.loads((folder / "lr0.02-s0" / "config.json").read_text())["precision"] == "fp32"
+    assert json.loads((folder / "study.json").read_text())["precision"] == "fp32"
+    capsys.readouterr()
+    shutil.rmtree(folder / "lr0.02-s0")
+    assert main(["study", str(path), "--epochs", "1", "--out", str(folder)]) == 2
+    assert "holds the study with precision fp32, not None" in capsys.readouterr().err
 
 
 def test_a_log_that_cannot_be_written_is_named_and_so_is_a_name_that_is_too_long(tmp_path, capsys):

@@ -30,9 +30,7 @@ def device(config: Config) -> torch.device:
     Raises:
         UsageError: there is no such device.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = kind_of(config.device) if config.device == "auto" else config.device
     if name.startswith("cuda:") and comm.launched_processes() > 1:
         raise UsageError(f"--device must be auto, cpu or cuda with several processes, got {name}")
     if name == "cuda" and comm.launched_processes() > 1:
@@ -46,6 +44,13 @@ def device(config: Config) -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def kind_of(name: str) -> str:
+    """What a run's device comes to here, cpu or cuda."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name.partition(":")[0]
 
 
 def require_device(name: str) -> None:

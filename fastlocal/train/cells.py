@@ -45,12 +45,12 @@ def begin(study: Study, root: Path) -> None:
     """Make the study's folder and write down what it asks for.
 
     Raises:
-        UsageError: the folder cannot be used, or holds the study at another number of epochs.
+        UsageError: the folder cannot be used, or holds the study at another number of epochs or precision.
     """
     path = root / STUDY
     if path.exists():
         saved = report.read_json(path)
-        now = {"name": study.name, "epochs": study.epochs}
+        now = {"name": study.name, "epochs": study.epochs, "precision": study.precision}
         for what in now:
             if saved.get(what) != now[what]:
                 raise UsageError(
@@ -71,6 +71,7 @@ def as_json(study: Study) -> dict[str, Any]:
         "name": study.name,
         "title": study.title,
         "epochs": study.epochs,
+        "precision": study.precision,
         "cells": [
             {
                 "name": cell.name,

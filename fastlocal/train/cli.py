@@ -19,12 +19,12 @@ from fastlocal.bench.run import Plan, require_writable
 from fastlocal.train import cells, pool
 from fastlocal.train import study as studies
 from fastlocal.train.bench import bench as run_bench
-from fastlocal.train.config import Config
+from fastlocal.train.config import Config, Precision
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.plan_report import PlanConfig, answer
-from fastlocal.train.ready import require_ready, what_is_missing
+from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
 
@@ -66,6 +66,7 @@ def study(
     *,
     out: Path | None = None,
     epochs: int | None = None,
+    precision: Precision | None = None,
     parallel: int = 1,
     only: str = "*",
     data_dir: Path | None = None,
@@ -84,6 +85,8 @@ def study(
         Folder of the study. Default: runs/study/ and its name.
     epochs
         Instead of the file's, for all cells: a smaller budget, kept in a folder of its own.
+    precision
+        Instead of the file's, likewise: fp32 where the processor has no bfloat16.
     parallel
         Cells at a time, each in its own process.
     only
@@ -101,9 +104,8 @@ def study(
         Show the cells and where they stand, and stop.
     """
     share = _shared_threads(threads, parallel, epochs)
-    read = studies.load(file, epochs=epochs)
-    folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
-    root = out or Path("runs") / "study" / folder
+    read = studies.load(file, epochs=epochs, precision=precision)
+    root = out or Path("runs") / "study" / studies.folder_of(read.name, epochs, precision)
 
     def chosen_cells() -> list[pool.Place]:
         return cells.places(
@@ -125,12 +127,16 @@ def study(
         display.plan()
         if missing := what_is_missing(to_do):
             display.note(f"not ready: {missing}")
+        elif slow := what_is_slow(to_do):
+            display.note(slow)
         return
     require_ready(to_do)
     with hold(root):
         cells.begin(read, root)
         chosen = chosen_cells()  # another study may have ended since
         display = StudyDisplay(Console(), chosen, epochs_of_all)
+        if slow := what_is_slow(to_do):
+            display.note(slow)
         with display:
             pool.run_all(chosen, parallel, lambda ended: display.update())
     display.counts()
@@ -175,6 +181,7 @@ def search(
     out: Path | None = None,
     trials: int | None = None,
     epochs: int | None = None,
+    precision: Precision | None = None,
     parallel: int = 1,
     data_dir: Path | None = None,
     device: str | None = None,
@@ -193,6 +200,8 @@ def search(
         Instead of the file's, counting those already made.
     epochs
         Instead of the file's, for each trial; kept in a folder of its own.
+    precision
+        Instead of the file's, likewise: fp32 where the processor has no bfloat16.
     parallel
         Trials at a time, each in its own process.
     data_dir
@@ -211,9 +220,8 @@ def search(
         from fastlocal.train import trials as trying
     except ModuleNotFoundError as error:
         raise UsageError(f"a search needs {error.name}: pip install 'fastlocal[search]'") from None
-    read = searches.load(file, trials=trials, epochs=epochs)
-    folder = read.name if epochs is None else f"{read.name}-{epochs}-epochs"
-    root = out or Path("runs") / "search" / folder
+    read = searches.load(file, trials=trials, epochs=epochs, precision=precision)
+    root = out or Path("runs") / "search" / studies.folder_of(read.name, epochs, precision)
     if dry_run:
         trying.plan(read, root, Console(), data_dir=data_dir, device=device)
         return

@@ -1,6 +1,8 @@
-"""What can be known to be missing before any run is started: the images and the device. Trains nothing."""
+"""What can be known before any run is started: a missing device, missing images, a slow way. Trains nothing."""
 
 from collections.abc import Iterable
+
+import torch
 
 from fastlocal.train import build, data
 from fastlocal.train.config import Config
@@ -28,3 +30,25 @@ def what_is_missing(configs: Iterable[Config]) -> str | None:
     except UsageError as error:
         return str(error)
     return None
+
+
+def what_is_slow(configs: Iterable[Config]) -> str | None:
+    """That runs ask for bf16 where the processor has no instructions for it; None where none does."""
+    for device in dict.fromkeys(config.device for config in configs if config.precision == "bf16"):
+        if emulates_bf16(build.kind_of(device)):
+            return (
+                "this processor has no instructions for bfloat16: --precision bf16 is emulated, on CPUs about ten "
+                "times slower than fp32"
+            )
+    return None
+
+
+def emulates_bf16(kind: str) -> bool:
+    """Whether PyTorch is known to compute bfloat16 without the processor's help.
+
+    Args:
+        kind: cpu or cuda.
+    """
+    if kind == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

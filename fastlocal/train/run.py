@@ -17,6 +17,7 @@ from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import NoLocksError, hold
 from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
+from fastlocal.train.ready import what_is_slow
 
 # One that was killed, and whose successor is here already, may still be on its way out.
 _PATIENCE_SECONDS = 10.0
@@ -88,6 +89,8 @@ def _run(
         f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
         f"{training.device}, {config.precision}, {training.total_steps:,} local steps"
     )
+    if slow := what_is_slow([config]):
+        display.note(slow)
     if len(processes) > 1:
         display.note(f"{len(processes)} processes with {config.workers // len(processes)} workers each")
     for record in training.epochs():

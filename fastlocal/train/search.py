@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fastlocal.train.config import NOT_PART_OF_A_RUN
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Precision
 from fastlocal.train.errors import UsageError
 from fastlocal.train.study import base_table, folder_name, plain_name, read_toml, table
 from fastlocal.train.values import config_from, field_value
@@ -30,25 +30,28 @@ class Search:
     space: dict[str, BaseDistribution]  # fields that are searched
 
 
-def load(path: Path, *, trials: int | None = None, epochs: int | None = None) -> Search:
+def load(
+    path: Path, *, trials: int | None = None, epochs: int | None = None, precision: Precision | None = None
+) -> Search:
     """Read a search file.
 
     Args:
         path: the TOML file.
         trials: instead of the file's.
         epochs: instead of the file's, for each trial.
+        precision: likewise.
 
     Raises:
         UsageError: it cannot be read, or asks for something that cannot be; names the file.
     """
     content = read_toml(path)
     try:
-        return _read(content, path.stem, trials, epochs)
+        return _read(content, path.stem, trials, {"epochs": epochs, "precision": precision})
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | None) -> Search:
+def _read(content: dict[str, Any], stem: str, trials: int | None, instead: dict[str, Any]) -> Search:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
@@ -68,11 +71,11 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, epochs: int | 
         if type(value) is not int or value < least:
             raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
     base = base_table(content)
-    if epochs is not None and "epochs" in space:
-        raise UsageError(f"--epochs {epochs} has no use: [space] has epochs")
-    base |= {"seed": seed, "test": False}
-    if epochs is not None:
-        base["epochs"] = epochs
+    instead = {name: value for name, value in instead.items() if value is not None}
+    for name, value in instead.items():
+        if name in space:
+            raise UsageError(f"--{name} {value} has no use: [space] has {name}")
+    base |= {"seed": seed, "test": False} | instead
     config_from(base)
     asked = Search(plain_name("name", content.get("name", stem)), sampler, objective, count, seed, base, space)
     names: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config, Precision
 from fastlocal.train.errors import UsageError
 from fastlocal.train.values import NOT_IN_A_FILE, config_from, field_value
 
@@ -43,6 +43,7 @@ class Study:
     name: str
     title: str
     epochs: int | None  # what --epochs replaced the file's own with
+    precision: Precision | None  # likewise --precision
     cells: tuple[Cell, ...]
 
 
@@ -60,24 +61,30 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML file: {error}") from None
 
 
-def load(path: Path, *, epochs: int | None = None) -> Study:
+def load(path: Path, *, epochs: int | None = None, precision: Precision | None = None) -> Study:
     """Read a study file and build every cell's Config.
 
     Args:
         path: the TOML file.
         epochs: instead of the epochs in the file, for all cells.
+        precision: instead of the file's, likewise.
 
     Raises:
         UsageError: it cannot be read, or a cell is no valid run; names the file and the cell.
     """
     content = read_toml(path)
     try:
-        return _study(content, path.stem, epochs)
+        return _study(content, path.stem, epochs, precision)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
+def folder_of(name: str, epochs: int | None, precision: Precision | None) -> str:
+    """A folder of its own for each thing that was replaced: "headline-20-epochs-fp32"."""
+    return name + (f"-{epochs}-epochs" if epochs is not None else "") + (f"-{precision}" if precision else "")
+
+
+def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Precision | None) -> Study:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
@@ -96,7 +103,11 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
             try:
                 config = config_from(with_rate(base | overrides) | {"seed": seed})
                 file_epochs = config.epochs
-                config = replace(config, epochs=file_epochs if epochs is None else epochs)
+                config = replace(
+                    config,
+                    epochs=file_epochs if epochs is None else epochs,
+                    precision=precision or config.precision,
+                )
             except UsageError as error:
                 raise UsageError(f"{where} ({group}): {error}") from None
             cells.append(Cell(f"{group}-s{seed}", group, config, file_epochs, {}))
@@ -112,9 +123,10 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None) -> Study:
     for cell in cells:
         other = made.setdefault(cell.config, cell.name)
         if other != cell.name:
-            at = "" if epochs is None else f" at --epochs {epochs}"
+            given = (f"--{key} {value}" for key, value in (("epochs", epochs), ("precision", precision)) if value)
+            at = f" at {text}" if (text := " ".join(given)) else ""
             raise UsageError(f"the cells {other} and {cell.name} are the same run{at}: leave one of them out")
-    return Study(name, title, epochs, tuple(_with_original(cells, content.get("original", []))))
+    return Study(name, title, epochs, precision, tuple(_with_original(cells, content.get("original", []))))
 
 
 def _combinations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -22,7 +22,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.lock import hold
 from fastlocal.train.pool import Place, find, placed, run_all
-from fastlocal.train.ready import require_ready, what_is_missing
+from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
 from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
 from fastlocal.train.study_display import StudyDisplay
@@ -79,6 +79,8 @@ def search(
         _take_up_interrupted(study, asked)
         trials = _Trials(asked, study, root, console, base)
         left = asked.trials - len(_tried(study))
+        if left > 0 and (slow := what_is_slow([base])):
+            console.print(slow, highlight=False, markup=False, soft_wrap=True)
         with StudyDisplay(console, trials.places, epochs=max(0, left) * base.epochs) as display:
 
             def on_change(ended: list[Place]) -> None:
@@ -114,6 +116,8 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
     notes = [f"{asked.sampler}: {trials}, of {base.epochs:,} epochs each"]
     if missing := what_is_missing([base]):
         notes.append(f"not ready: {missing}")
+    elif slow := what_is_slow([base]):
+        notes.append(slow)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
