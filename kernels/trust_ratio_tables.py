@@ -69,14 +69,17 @@ class _Key:
 
     kind: tuple
     addresses: list[int]  # of everything but gradients
+    dims: list[int]  # of weights
+    layouts: list[tuple[int, tuple[int, ...]]]  # the strides of weights that are not contiguous
     dtypes: list[torch.dtype]  # of gradients
     sizes: list[int]  # of gradients
     strides: list[tuple[int, tuple[int, ...]]]  # of gradients that are not contiguous
     gradients: list[int]
 
     def differs_in_gradients_alone(self, other: "_Key") -> bool:
-        mine = self.addresses, self.dtypes, self.sizes, self.strides, self.kind
-        return mine == (other.addresses, other.dtypes, other.sizes, other.strides, other.kind)
+        mine = self.addresses, self.dims, self.layouts, self.dtypes, self.sizes, self.strides, self.kind
+        theirs = other.addresses, other.dims, other.layouts, other.dtypes, other.sizes, other.strides, other.kind
+        return mine == theirs
 
 
 @dataclass
@@ -115,11 +118,14 @@ class _Tables:
 # Called through `map`, a sixth faster than as methods.
 _data_ptr = torch.Tensor.data_ptr
 _numel = torch.Tensor.numel
+_dim = torch.Tensor.dim
 _is_contiguous = torch.Tensor.is_contiguous
 _dtype = attrgetter("dtype")
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    if all(map(_is_contiguous, tensors)):
+        return []
     return [(i, t.stride()) for i, t in enumerate(tensors) if not t.is_contiguous()]
 
 
@@ -134,10 +140,13 @@ def _key(rows: Sequence[Sequence[Tensor]], flags: object, steps: Sequence[Tensor
     return _Key(
         kind=(flags, *lengths),
         addresses=list(map(_data_ptr, others)),
+        # A weight may be transposed or viewed otherwise where it lies.
+        dims=list(map(_dim, rows[0])),
+        layouts=_strides(rows[0]) if row else [],
         # A new gradient may lie where the last one did, and be of another dtype or size, or laid out otherwise.
         dtypes=list(map(_dtype, rows[row])),
         sizes=list(map(_numel, rows[row])),
-        strides=[] if all(map(_is_contiguous, rows[row])) else _strides(rows[row]),
+        strides=_strides(rows[row]),
         gradients=list(map(_data_ptr, rows[row])),
     )
 

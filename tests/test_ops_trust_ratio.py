@@ -162,7 +162,13 @@ def test_the_norm_of_all_gradients_is_that_of_their_concatenation(impl, dtype):
     grads = tensors(0, dtype, [(2 * CHUNK + 3,), *SHAPES[1:]])
     expected = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]))
     actual = ops.grad_norm(grads, impl=impl)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4 if impl == "reference" else 1e-5, atol=0)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_gradient_with_gaps_among_others_does_not_make_their_norm_worse():
+    long = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    expected = (long.double().square().sum().item() + 12 * 2**2) ** 0.5
+    assert ops.grad_norm([long, torch.full((3, 1), 2.0).expand(3, 4)]).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_multiplier_is_one_over_scale_and_clip():
@@ -186,6 +192,11 @@ def test_the_door_names_what_is_wrong():
         ops.lars_(p, g, [None], [None], LARS)
     with pytest.raises(ValueError, match=r"steps must hold None for every parameter"):
         ops.lars_(p, g, p, [torch.zeros(())], LARS)
+    low = [torch.zeros(2, dtype=torch.bfloat16)]
+    with pytest.raises(TypeError, match="exp_avg_sqs must be at least float32, got torch.bfloat16"):
+        ops.lamb_(p, g, p, low, [torch.zeros(())], options)
+    with pytest.raises(TypeError, match="momentum_buffers must be at least float32, got torch.bfloat16"):
+        ops.lars_(low, low, low, [None], LARS)
     with pytest.raises(ValueError, match=r"grads must hold at least one tensor"):
         ops.grad_norm([])
 

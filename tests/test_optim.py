@@ -4,6 +4,8 @@ import pytest
 import torch
 from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, moved, set_grads, step_counts, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastlocal import LAMB
 
@@ -323,6 +325,49 @@ def test_a_compiled_step_is_one_graph(optimizer):
 
     step()
     assert not torch.equal(params[0], before[0])
+
+
+@BOTH
+def test_a_sparse_gradient_in_a_later_group_is_refused_before_anything_is_written(optimizer):
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = optimizer([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad, second.grad = torch.ones(3), torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="do not support sparse gradients"):
+        opt.step()
+    assert torch.equal(first, torch.ones(3))
+
+
+@EVERY_FORM
+def test_the_gradient_of_an_imaginary_part_steps_as_its_value_does(optimizer, options):
+    real, imaginary = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
+    (torch.complex(real, imaginary).conj() * (1 + 2j)).imag.sum().backward()
+    assert imaginary.grad is not None
+    assert imaginary.grad.is_neg()  # a minus sign that is not written to memory
+    twins = clone([real, imaginary])
+    for twin, value in zip(twins, (2.0, -1.0), strict=True):
+        twin.grad = torch.tensor([value])
+    for params in ([real, imaginary], twins):
+        optimizer(params, lr=0.1, weight_decay=0.1, **options).step()
+    assert_equal([real, imaginary], twins)
+
+
+class _NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's: no operation may result in it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)), func
+        return result
+
+
+@BOTH
+@pytest.mark.parametrize("flags", [{}, {"foreach": False}])
+def test_a_step_needs_no_float64_from_a_device(optimizer, flags):
+    param = nn.Parameter(torch.randn(3, 3, device="meta"))
+    param.grad = torch.randn_like(param)
+    opt = optimizer([param], weight_decay=0.1, **flags)
+    with _NoFloat64():
+        opt.step()
 
 
 @BOTH

@@ -105,6 +105,18 @@ def test_a_state_whose_steps_are_others_is_refused():
         LAMB(params).load_state_dict(saved)
 
 
+@pytest.mark.parametrize(("of", "into"), [(LARS, LAMB), (LAMB, LARS)])
+@pytest.mark.parametrize("seeds", [[], [1]])
+def test_a_state_dict_of_the_other_class_is_refused_and_changes_nothing(of, into, seeds):
+    params = make_params()
+    given, opt = of(clone(params), lr=0.25), into(params, lr=0.5)
+    train(given, given.param_groups[0]["params"], seeds)
+    with pytest.raises(ValueError, match=f"is not one of {into.__name__}: its groups have no {into._mark}"):
+        opt.load_state_dict(given.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert not opt.state
+
+
 def test_moments_without_a_count_of_steps_are_refused_by_lamb():
     params = make_params()
     opt = LAMB(params)

@@ -12,6 +12,7 @@ import torch
 import trust_ratio_formulas as formulas
 
 from fastlocal import LAMB, LARS
+from fastlocal.reference import trust_ratio as reference
 
 LRS = [0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.01, 0.02, 0.4, 0.1]
 # A convolution, a matrix, a vector, a number, nothing at all, one tensor that starts at zero, one whose
@@ -299,3 +300,22 @@ def test_a_lars_step_by_hand():
     LARS([p], lr=0.5, weight_decay=0.2, trust_coefficient=0.01, eps=0.0).step()
     expected = torch.tensor([3 - 0.3 / 60, 4 - 1.4 / 60], dtype=torch.float64)
     torch.testing.assert_close(p.data, expected, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1024, 1025, 3_000_000])
+def test_a_long_tensors_norm_keeps_its_digits(size):
+    for tensor in (
+        torch.full((size,), 0.01),
+        torch.linspace(-1, 1, size),
+        torch.full((size, 1), 0.01).expand(size, 2),
+    ):
+        expected = torch.linalg.vector_norm(tensor.double())
+        torch.testing.assert_close(reference.norm_of(tensor).double(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])
+def test_a_bias_correction_keeps_its_digits_in_float32(beta):
+    for step in (1, 2, 10, 1000, 10**6):
+        found = reference._bias_correction(beta, torch.tensor(float(step)))
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(1 - beta**step, rel=3e-7)

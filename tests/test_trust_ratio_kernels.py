@@ -412,7 +412,12 @@ def test_a_gradient_of_another_dtype_in_the_same_memory_is_read_as_such():
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        (torch.zeros(4, dtype=torch.bfloat16), TypeError, "state must be float32 .* got torch.bfloat16"),
+        (torch.zeros(4, dtype=torch.float64), TypeError, "state must be float32 .* got torch.float64"),
+        (
+            torch.zeros(4, dtype=torch.bfloat16),
+            TypeError,
+            "momentum_buffers must be at least float32, got .*bfloat16",
+        ),
         (torch.zeros(5), ValueError, r"must have their parameter's shape \(4,\), got \(5,\)"),
         (torch.zeros(4, device="meta"), RuntimeError, "must be on the parameter's .*, got meta"),
     ],
@@ -479,6 +484,41 @@ def test_a_parameter_cut_in_place_is_refused_and_nothing_beyond_it_is_written(op
     with pytest.raises(ValueError, match=r"must have their parameter's shape \(5,\), got \(10,\)"):
         fused.step()
     assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.t, lambda data: data.view(16)])
+def test_a_weight_laid_out_otherwise_where_it_lies_is_stepped_or_refused_as_without_kernels(view):
+    memory = torch.arange(16.0, device=DEVICE)
+    pairs = [
+        (torch.nn.Parameter(memory.clone().view(4, 4)), flags) for flags in ({"fused": True}, {"foreach": False})
+    ]
+    said = []
+    for param, flags in pairs:
+        optimizer = LARS([param], lr=0.1, weight_decay=0.1, adapt="matrices", **flags)
+        param.grad = memory.view(4, 4).clone()
+        optimizer.step()
+        param.data, param.grad = view(param.data), None
+        param.grad = memory.view(param.shape).clone()
+        try:
+            optimizer.step()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error).split(" ", 1)[1])
+    assert said[0] == said[1]
+    (fused, _), (plain, _) = pairs
+    torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_a_minus_sign_that_is_pending_on_a_gradient_is_read(optimizer):
+    plain, negated = (torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2))
+    grad = torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
+    plain.grad, negated.grad = grad, torch._neg_view(-grad)  # pyright: ignore[reportPrivateImportUsage]
+    for param in (plain, negated):
+        optimizer([param], lr=0.1, fused=True).step()
+    assert negated.grad.is_neg()
+    assert torch.equal(plain, negated)
+    assert torch.equal(plain.sign() * (1 - plain).sign(), grad.sign())
 
 
 def test_a_gradient_that_is_nan_spreads_through_the_norm_that_clips():

@@ -87,12 +87,28 @@ def _check(lists: Mapping[str, Sequence[Any]]) -> None:
             raise TypeError(f"LARS and LAMB step real floating-point parameters, got {dtype}")
     if torch.float64 in dtypes:
         _require_as_precise(first, {n: v for n, v in lists.items() if n not in ("params", "grads", "steps")})
-    for master in lists.get("masters", ()):
-        if master is not None and torch.promote_types(master.dtype, torch.float32) != master.dtype:
-            raise TypeError(f"masters must be at least float32, got {master.dtype}")
-    for grad in lists["grads"]:
+    for name in lists.keys() - {"params", "grads", "steps"}:
+        for dtype in {value.dtype for value in lists[name] if value is not None}:
+            if torch.promote_types(dtype, torch.float32) != dtype:
+                raise TypeError(f"{name} must be at least float32, got {dtype}")
+    require_strided(lists["grads"])
+
+
+def require_strided(grads: Sequence[Tensor]) -> None:
+    """Raises RuntimeError for a sparse gradient."""
+    for grad in grads:
         if grad.layout is not torch.strided:
             raise RuntimeError(f"LARS and LAMB do not support sparse gradients, got one of layout {grad.layout}")
+
+
+def _resolved(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients with every minus sign that is pending written out: kernels read memory alone.
+
+    Autograd leaves one at what real parameters get from conjugates and imaginary parts.
+    """
+    if torch.compiler.is_compiling() or not any(map(torch.Tensor.is_neg, grads)):
+        return grads
+    return [grad.resolve_neg() for grad in grads]
 
 
 def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
@@ -110,7 +126,7 @@ def _may_repeat(impl: Implementation, tables: dict | None) -> bool:
 
 def _step_(
     kind: Literal["lamb_", "lars_"],
-    lists: Mapping[str, Sequence[Tensor | None]],
+    lists: Mapping[str, Sequence[Any]],
     masters: Sequence[Tensor | None] | None,
     options: LambOptions | LarsOptions,
     norm: Tensor | None,
@@ -122,7 +138,8 @@ def _step_(
     sum_: Sum | None,
 ) -> None:
     params: Any = lists["params"]
-    grads: Any = lists["grads"]
+    grads: Any = _resolved(lists["grads"])
+    lists = {**lists, "grads": grads}
     must_find_norm = norm is None and max_grad_norm is not None
     if sum_ is not None:
         if impl == "triton":
@@ -212,6 +229,7 @@ def grad_norm(
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
+    grads = _resolved(grads)
     if sum_ is not None:
         return sharded.grad_norm(grads, sum_)
     if _may_repeat(impl, tables):

@@ -24,9 +24,9 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     total = 0.0
     for grad in grads:
         flat = as_vectors(in_float32(grad, grad)[0])
-        if flat is None:
+        if flat is None and not grad.is_cpu:
             return reference.grad_norm(grads)
-        total += sum_of_squares(flat[0])
+        total += reference.grad_norm([grad]).item() ** 2 if flat is None else sum_of_squares(flat[0])
     return torch.tensor(math.sqrt(total), dtype=torch.float64, device="cpu")
 
 

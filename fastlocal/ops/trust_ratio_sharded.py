@@ -17,7 +17,7 @@ Sum = Callable[[Tensor], None]
 
 def _norms(columns: Sequence[Sequence[Tensor]], sum_: Sum) -> Tensor:
     """The norms of whole tensors from their pieces: row i, column k is that of columns[k][i]."""
-    norms = [torch.stack([torch.linalg.vector_norm(t).double() for t in column]) for column in columns]
+    norms = [torch.stack([reference.norm_of(t).double() for t in column]) for column in columns]
     squares = torch.stack(norms, dim=1).square()
     sum_(squares)
     return squares.sqrt()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlocal.ops.implementation import Implementation, choose
+from fastlocal.ops.trust_ratio import require_strided
 from fastlocal.optim.columns import StateColumns
 from fastlocal.optim.pieces import is_sharded
 
@@ -87,6 +88,8 @@ class TrustRatioOptimizer(Optimizer):
             elif params:
                 groups.append((group, params, found))
         if groups:
+            for _, _, later in groups[1:]:  # the op refuses a group's own, when those before it are stepped
+                require_strided(later)
             if not torch.compiler.is_compiling():
                 self._columns.begin(self.state)
             self._step_groups(groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -123,6 +126,10 @@ class TrustRatioOptimizer(Optimizer):
             state = {key: dict(v) if isinstance(v, dict) else v for key, v in given["state"].items()}
             for mine, group in zip(current, groups, strict=False):  # the base class reports a wrong number
                 foreign = "adapt" not in group
+                if not foreign and self._mark not in group:
+                    raise ValueError(
+                        f"state_dict is not one of {type(self).__name__}: its groups have no {self._mark}"
+                    )
                 foreign_keys.update(group["params"] if foreign else ())
                 self._translate_group(group)
                 if (name := next(filter(group.get, _OTHER_STEPS), None)) is not None:
@@ -238,6 +245,8 @@ class TrustRatioOptimizer(Optimizer):
 
     # What a checkpoint may hold besides "step", each shaped like its parameter.
     _moments: tuple[str, ...] = ()
+    # The option that tells this class's checkpoints from the other's.
+    _mark: str
 
     @abstractmethod
     def _check_group(self, group: Group) -> None:

@@ -64,6 +64,7 @@ class LAMB(TrustRatioOptimizer):
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
+    _mark = "betas"
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class LARS(TrustRatioOptimizer):
     """
 
     _moments = ("momentum_buffer",)
+    _mark = "trust_coefficient"
 
     def __init__(
         self,
