@@ -8,7 +8,8 @@ import torch
 
 import fastlocal
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_snippets_run(tmp_path, monkeypatch, capsys):
@@ -32,6 +33,20 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     assert other.next_interval(stats) == 16
 
 
-@pytest.mark.parametrize("figure", re.findall(r"\]\(((?:bench|examples)/[^)#]+)\)", README))
-def test_files_that_the_readme_names_exist(figure):
-    assert (Path(__file__).parent.parent / figure).exists()
+def _headings(page):
+    """As GitHub names them in links."""
+    return {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)$", page, re.M)
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "bench/results/README.md", "examples/README.md"])
+def test_files_and_headings_that_a_page_links_to_exist(page):
+    path = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", path.read_text())
+    assert len(links) > 5
+    for name, heading in links:
+        target = path.parent / name if name else path
+        assert target.exists(), f"{page}: {name}"
+        assert not heading or heading in _headings(target.read_text()), f"{page}: {name}#{heading}"
