@@ -7,9 +7,9 @@ Every kernel is replaced by one that does nothing, so that this needs no GPU; th
 an allocator that hands out other memory looks like. With --beside, another checkout is stepped in turn with
 this one in the same process, so that a noisy neighbour hits both.
 
-"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the dtype,
-size and layout of every gradient, and autograd's version counters. PyTorch has no call that reads them of a whole
-list.
+"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the layout of
+every weight and gradient, the dtype, size and pending sign of every gradient, and autograd's version counters.
+PyTorch has no call that reads them of a whole list.
 Appends one JSON line to bench/results/optimizers_host.jsonl.
 """
 
@@ -75,7 +75,10 @@ class ReadsAlone:
             list(map(torch.Tensor.data_ptr, tensors))
         list(map(attrgetter("dtype"), grads))
         list(map(torch.Tensor.numel, grads))
-        all(map(torch.Tensor.is_contiguous, grads))
+        any(map(torch.Tensor.is_neg, grads))
+        list(map(torch.Tensor.dim, self.params))
+        for tensors in (self.params, grads):
+            all(map(torch.Tensor.is_contiguous, tensors))
         torch.autograd.graph.increment_version(self.params)
 
 
