@@ -398,24 +398,13 @@ def test_a_browser_shows_a_figure_and_decodes_every_plot_and_a_phone_need_not_sc
     assert sorted(map(tuple, seen["plots"])) == sorted(sizes)
 
 
-DEFAULT_RATE = """
-[base]
-dataset = "cifar100"
-epochs = 4
-workers = 2
-[[cells]]
-name = "default"
-[[cells]]
-name = "half"
-lr = [0.02, 0.05]
-"""
-
-
 def test_of_two_groups_of_one_rate_the_better_one_stands_in_the_table(tmp_path, capsys):
     out = tmp_path / "rates"
-    places = begun(out, DEFAULT_RATE)
-    for (group, _), accuracy in zip(list(places), (50.0, 40.0, 30.0), strict=True):
-        finish(places[group, 0], accuracy)
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\nworkers = 2\n[[cells]]\nname = "{}"\n'
+    cells = ("a", text.format("default"), (50.0,)), ("b", text.format("half") + "lr = [0.02, 0.05]\n", (40.0, 30.0))
+    for name, content, accuracies in cells:  # of one rate, 0.01 a worker, but not of the same images
+        for place, accuracy in zip(begun(out / name, content).values(), accuracies, strict=True):
+            finish(place, accuracy, {"source": "other", "sha256": name})
     assert main(["report", str(out)]) == 0
     html = (out / "report" / "index.html").read_text()
     table = html[html.index('<table id="rates">') :]
