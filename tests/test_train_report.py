@@ -176,6 +176,11 @@ def test_a_hundred_groups_have_a_colour_and_marker_of_their_own():
     assert len(pairs) == 100
 
 
+def test_a_hundred_curves_have_a_colour_and_dash_pattern_of_their_own():
+    pairs = {tuple(plots._line_style(index).values()) for index in range(100)}
+    assert len(pairs) == 100
+
+
 @pytest.mark.parametrize(("labels", "columns"), [(["k2-j4"] * 10, 1), (["k2-j4"] * 11, 2), (["x" * 21] * 11, 1)])
 def test_a_long_legend_of_short_names_has_two_columns(labels, columns):
     assert plots._columns(labels) == columns
@@ -364,6 +369,33 @@ def test_the_bytes_of_any_study_lie_within_the_axis_and_between_ticks_that_can_b
     assert axes.get_xlim()[1] == pytest.approx(1.3 * megabytes[-1])
     assert axes.get_xlim()[0] < 0
     assert shown(axes.get_xticks(), axes.get_xlim()) == ticks
+
+
+NAMES = [
+    "adaptive-k2-val-loss-original-lr0.01-warmup-cosine-momentum-0.9-wd0.001-b64, epochs 150",
+    "_" + "0123456789" * 12,
+    "SLOWMO-K8-J32-LR0.01-WARMUP-COSINE-MOMENTUM-0.9-WD0.001-B64",
+]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("kind", ["pareto", "curves"])
+def test_long_names_are_whole_in_the_legend_beside_their_handles_and_below_the_axes(axes_of, kind, count):
+    summary = {"test_accuracy": 40.0, "bytes_on_wire": 1e6}
+    runs = [Run(f"{name}{number}", {}, summary, [{"epoch": 1, "val_loss": 4.0}])
+            for number in range(count) for name in NAMES]  # fmt: skip
+    groups = [Group(run.name, [run]) for run in runs]
+    arguments = (groups,) if kind == "pareto" else (groups, "loss", plots._column("val_loss"))
+    axes = axes_of(getattr(plots, f"_{kind}"), *arguments)
+    axes.figure.draw_without_rendering()
+    (legend,) = axes.figure.legends
+    box, whole, drawing = legend.get_window_extent(), axes.figure.bbox, axes.get_window_extent()
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert whole.y0 <= box.y0 < box.y1 < drawing.y0
+    assert drawing.height > axes.figure.dpi * 2.5
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
+        "".join(run.name.split()) for run in runs
+    ]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
