@@ -223,6 +223,25 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
     assert {base64.b64decode(image) for image in images} == {(root / "report" / name).read_bytes() for name in files}
 
 
+def test_bytes_that_differ_between_the_seeds_are_shown_with_their_deviation(root, axes_of):
+    sent = {0: (6_000_000, 0.85), 1: (8_000_000, 0.75)}  # the two finished seeds of the adaptive cell
+    for seed, (num_bytes, saved) in sent.items():
+        path = root / f"adaptive-s{seed}" / "summary.json"
+        changed = {"bytes_on_wire": num_bytes, "communication_reduction": saved, "train_seconds": 60.0 + 20 * seed}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    text = page.write(root).read_text()
+    figures = rows(text[: text.index("<h2>Plots")])
+    # Of two numbers the sample deviation is their distance over √2: 2 MB, 10 points.
+    assert figures["adaptive"][-4:] == ["80.0 ± 7.1", "", "7.0 ± 1.4 MB", "70 s"]
+    assert figures["k2-j8"][-4:] == ["87.5", "80.0", "8.0 MB", "60 s"]
+    assert "bytes without one where all seeds sent the same; the training time is the mean." in text
+    groups = [group for group in collect(root).groups if group.name in ("adaptive", "k2-j8")]
+    axes = axes_of(plots._pareto, groups)
+    horizontal = [container[2][0].get_segments()[0][:, 0].tolist() for container in axes.containers]
+    assert horizontal == [[8.0, 8.0], [pytest.approx(7 - 2**0.5), pytest.approx(7 + 2**0.5)]]
+    assert axes.get_xlim()[1] == pytest.approx(1.3 * (7 + 2**0.5))
+
+
 def test_the_originals_figures_stay_beside_a_run_that_another_study_has_too(tmp_path):
     for name, original in (("a", ""), ("b", "[[original]]\ntest_accuracy = 49.0\n")):
         text = "[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nname = 'x'\nworkers = 2\n" + original

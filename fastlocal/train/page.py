@@ -111,9 +111,9 @@ def _row(group: Group, notes: list[str]) -> Row:
         note=str(1 + notes.index(group.note)) if group.note else "",
         difference=_difference(test, original) if not elsewhere else "",
         best=percent(group.spread("best_val_accuracy")),
-        saved="–" if saved is None else f"{100 * saved.mean:.1f}",
+        saved=_saved(saved),
         original_saved="" if original_saved is None else f"{100 * original_saved:.1f}{elsewhere}",
-        sent=megabytes(round(sent.mean)) if sent.mean else "–",
+        sent=_sent(sent),
         seconds=duration(seconds.mean),
     )
 
@@ -132,6 +132,20 @@ def percent(spread: Spread | None) -> str:
     if spread is None:
         return "–"
     return f"{spread.mean:.2f}" if spread.std is None else f"{spread.mean:.2f} ± {spread.std:.2f}"
+
+
+def _saved(spread: Spread | None) -> str:
+    """Percent; a deviation only where the seeds differ, as they do under an adaptive policy."""
+    if spread is None:
+        return "–"
+    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std else "")
+
+
+def _sent(spread: Spread) -> str:
+    """Megabytes, likewise."""
+    if spread.std:
+        return f"{spread.mean / 1e6:,.1f} ± {megabytes(round(spread.std))}"
+    return megabytes(round(spread.mean)) if spread.mean else "–"
 
 
 def duration(seconds: float) -> str:

@@ -107,14 +107,15 @@ def _pareto(groups: Sequence[Group]) -> bytes:
         axes.errorbar(
             sent.mean / 1e6,
             accuracy.mean,
+            xerr=(sent.std or 0.0) / 1e6,
             yerr=accuracy.std or 0.0,
             markersize=9,
             linestyle="none",
             label=_label(group.name),
             **_style(index),
         )
-    sent = [spread.mean / 1e6 for group in groups if (spread := group.spread("bytes_on_wire"))]
-    end = 1.3 * max(*sent, 1)
+    spreads = [spread for group in groups if (spread := group.spread("bytes_on_wire"))]
+    end = 1.3 * max(1, *((spread.mean + (spread.std or 0.0)) / 1e6 for spread in spreads))
     axes.set_xlim(-0.05 * min(end, 20), end)
     if end > 10:
         # One worker alone sends nothing: the scale must have a 0.
