@@ -64,6 +64,13 @@ def finish(place, accuracy, images=RE_SPLIT, best_val=None):
     (place.folder / "summary.json").write_text(json.dumps(summary))
 
 
+def diverge(place):
+    """The files that a run leaves which diverged."""
+    place.folder.mkdir(parents=True)
+    (place.folder / "config.json").write_text(json.dumps(place.config.as_dict()))
+    (place.folder / "failed.json").write_text('{"message": "the loss is <nan>"}')
+
+
 def begun(out, text=TOML, epochs=None):
     """A study's folder, and its cells in it by group and seed."""
     out.mkdir(parents=True)
@@ -90,10 +97,7 @@ def root(tmp_path):
         values = accuracies.get(group, ())
         if seed < len(values):
             finish(place, values[seed])
-    failed = out / "k4-j16-s0"
-    failed.mkdir()
-    (failed / "config.json").write_text(json.dumps(places["k4-j16", 0].config.as_dict()))
-    (failed / "failed.json").write_text('{"message": "the loss is <nan>"}')
+    diverge(places["k4-j16", 0])
     return out
 
 
@@ -145,6 +149,38 @@ def test_the_page_shows_the_fixed_rate_and_the_chosen_one(tuned_root):
     assert rows(table)["k2"] == ["<b>40.00</b>", "38.00", ""]
     assert rows(table)["k4"] == ["30.00", "36.00", "<b>35.00</b>"]
     assert '<table id="rates">' not in page._render(collect(tuned_root / "k4-other-s0"), {})
+
+
+def test_a_rate_at_which_seeds_diverged_is_not_chosen_where_another_is_and_says_how_many_ended(tmp_path):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\n[grid]\nworkers = [2, 4]\nlr = [0.01, 0.04, 0.08]\n'
+    places = begun(tmp_path / "rates", "seeds = [0, 1, 2]\n" + text)
+    reached = {  # by workers and rate: the accuracy of each seed that ended
+        **{"k2-lr0.01": (40, 41, 42), "k2-lr0.04": (38, 38, 38), "k2-lr0.08": (50,)},
+        **{"k4-lr0.01": (30, 32), "k4-lr0.04": (33,), "k4-lr0.08": ()},
+    }
+    for (group, seed), place in places.items():
+        if seed < len(reached[group]):
+            finish(place, reached[group][seed])
+        else:
+            diverge(place)
+    collection = collect(tmp_path / "rates")
+    found = {search.name: tuned.rate(search.chosen) for search in tuned.searches(collection.groups)}
+    assert found == {"k2": 0.01, "k4": 0.04}  # of two rates with diverged seeds the better one
+    html = page.write(tmp_path / "rates").read_text()
+    table = html[html.index('<table id="rates">') :]
+    k2 = ["<b>41.00 ± 1.00</b>", "38.00 ± 0.00", "50.00 (1 of 3 seeds)"]
+    k4 = ["31.00 ± 1.41 (2 of 3 seeds)", "<b>33.00 (1 of 3 seeds)</b>", ""]
+    assert {name: row for name, row in rows(table[: table.index("</table>")]).items() if row} == {"k2": k2, "k4": k4}
+    assert "the others diverged: such a rate is chosen only where there is no other." in html
+
+
+def test_a_seed_that_diverged_in_one_folder_and_ended_in_another_has_ended(tmp_path, tuned_root):
+    read = study.load(tuned_root / "grids.toml")
+    again = cells.places(read, tmp_path / "again", data_dir=None, threads=None, device=None, retry=False)
+    for place in again:
+        diverge(place)
+    assert [group.diverged for group in collect(tmp_path).groups] == [set()] * 6
+    assert "the others diverged" not in page.write(tmp_path).read_text()
 
 
 def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(tuned_root):

@@ -54,6 +54,7 @@ class Group:
     original: dict[str, float] = field(default_factory=dict)
     original_epochs: int | None = None  # that its figures are of; None where that was not recorded
     note: str = ""  # what must be known of them
+    diverged: set[int] = field(default_factory=set)  # seeds that left no run
 
     @property
     def config(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def collect(root: Path) -> Collection:
         UsageError: there is no run, or a file cannot be read.
     """
     studies = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
-    runs, unfinished = [], []
+    runs, unfinished, diverged = [], [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
         name = _readable(folder.relative_to(root) if folder != root else folder.resolve().name)
@@ -108,6 +109,7 @@ def collect(root: Path) -> Collection:
             continue  # another tool's
         elif (folder / FAILED).exists():
             unfinished.append(Unfinished(name, "diverged", str(read_json(folder / FAILED).get("message", ""))))
+            diverged.append(config)
         else:
             done = f"{len(_records(folder))} of {config['epochs']} epochs"
             broke = last_error(log_of(folder))
@@ -123,7 +125,7 @@ def collect(root: Path) -> Collection:
     if not runs and not unfinished:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
-    return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked), unfinished)
+    return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked, diverged), unfinished)
 
 
 def _never_begun(folder: Path, root: Path) -> Unfinished:
@@ -193,8 +195,11 @@ def _with_budget(cell: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:
     return {"file_epochs": file_epochs, "note": ""} | cell
 
 
-def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
-    """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
+def _grouped(runs: list[Run], asked: list[dict[str, Any]], diverged: list[dict[str, Any]]) -> list[Group]:
+    """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders.
+
+    One that diverged did not record its images: it counts beside all groups of its config.
+    """
     cells: dict[str, dict[str, Any]] = {}
     for cell in asked:  # of those that are one run, the first that has the original's figures
         given = cell["config"]
@@ -210,6 +215,11 @@ def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
         # Two studies may have made the same run: it counts once.
         if all(run.config["seed"] != other.config["seed"] for other in group.runs):
             group.runs.append(run)
+    for config in diverged:
+        keys = {_key(config), _key(config | _defaults(config))}  # older runs did not record the second
+        for (key, _), group in groups.items():
+            if key in keys and all(config["seed"] != run.config["seed"] for run in group.runs):
+                group.diverged.add(config["seed"])
     ordered = [groups[key] for key in sorted(groups, key=lambda key: order.get(key[0], len(order)))]
     for alike in _by_name(ordered):
         _tell_apart(alike)

@@ -67,6 +67,7 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
     tried = searches(groups)
     tested = any(group.spread("test_accuracy") for search in tried for group in search.groups)
     searched = "test_accuracy" if tested else "best_val_accuracy"  # a search never looks at the test images
+    some_diverged = any(group.diverged for search in tried for group in search.groups)
     runs = [run for group in groups for run in group.runs]
     notes = list(dict.fromkeys(group.note for group in groups if group.note))
     return environment.get_template("report.html").render(
@@ -81,6 +82,7 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         notes=notes,
         rates=sorted({rate(group) for search in tried for group in search.groups}),
         searches=[(search.name, _by_rate(search, searched)) for search in tried],
+        some_diverged=some_diverged,
         searched={"test_accuracy": "test accuracy", "best_val_accuracy": "best validation accuracy"}[searched],
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
@@ -123,7 +125,9 @@ def _by_rate(search: Search, figure: str) -> dict[float, tuple[str, bool]]:
     found: dict[float, tuple[str, bool]] = {}
     for value in {rate(group) for group in search.groups}:
         group = chosen([group for group in search.groups if rate(group) == value])
-        found[value] = percent(group.spread(figure)), rate(search.chosen) == value
+        ended = len(group.runs)
+        some = f" ({ended} of {ended + len(group.diverged)} seeds)" if group.diverged else ""
+        found[value] = percent(group.spread(figure)) + some, rate(search.chosen) == value
     return found
 
 
