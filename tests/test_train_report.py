@@ -2,17 +2,22 @@
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from fastlocal.train import cells, page, plots, study, tuned
+from fastlocal.train import cells, kinds, page, plots, study, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
+from fastlocal.train.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
 
 TOML = """
 title = "Two grids"
@@ -546,6 +551,48 @@ def test_a_file_of_another_shape_is_named(tmp_path, capsys, name, content, said)
     (place.folder / name).write_text(content)
     assert main(["report", str(tmp_path / "study")]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [("summary.json", path) for path in [*kinds.SUMMARY, "config.epochs", "config.schedule", "resolved?.lr"]]
+    + [("records.jsonl", path) for path in kinds.RECORD]
+    + [
+        ("study.json", path)
+        for path in [*kinds.STUDY_FILE, *(f"cells.{key}" for key in kinds.CELL), "cells.config.lr"]
+    ]
+    + [("config.json", path) for path in ("seed", "optimizer")],
+)
+def test_a_key_that_is_missing_or_of_another_kind_is_named_with_its_file(tmp_path, file, path):
+    (place, other, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    diverge(other)
+    folder = {"study.json": place.folder.parent, "config.json": other.folder}.get(file, place.folder)
+    text = (folder / file).read_text()
+    content = json.loads(text.splitlines()[0] if file == "records.jsonl" else text)
+    *outer, key = path.replace("?", "").split(".")
+    holder = content
+    for name in outer:
+        holder = holder[name][0] if name == "cells" else holder[name]
+    for value in (True, math.nan):
+        holder[key] = value
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=rf"{file}\b.* {key} must be "):
+            collect(tmp_path)
+    del holder[key]
+    (folder / file).write_text(json.dumps(content))
+    if path.endswith("?"):
+        assert collect(tmp_path).groups
+        return
+    with pytest.raises(UsageError, match=rf"{file}\b.* has no {key}$"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").rglob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_run_that_was_recorded_by_any_version_can_be_reported(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = [row for row in rows if {"config", "interval_trace"} <= row.keys()]
+    assert [kinds.wrong(run, kinds.SUMMARY) for run in runs] == [None] * len(runs)
 
 
 def test_the_config_of_another_tool_is_no_cell(tmp_path):

@@ -11,7 +11,8 @@ from fastlocal.train.cells import STUDY
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
-from fastlocal.train.report import is_summary, read_json
+from fastlocal.train.kinds import CELL, CONFIG, RECORD, STUDY_FILE, SUMMARY, wrong
+from fastlocal.train.report import read_json
 
 _SPLITS = {
     "official": "CIFAR-100, official split",
@@ -66,7 +67,8 @@ class Group:
         """What the runs trained on, as a reader must know it."""
         if self.config["dataset"] == "synthetic":
             return "synthetic images"
-        return _SPLITS[self.runs[0].summary.get("images", {}).get("source")]
+        source = self.runs[0].summary.get("images", {}).get("source")
+        return _SPLITS.get(source, f"CIFAR-100, {source}")
 
     def spread(self, figure: str) -> Spread | None:
         """A figure of the summaries; None where no run has it."""
@@ -141,8 +143,8 @@ def _readable(path: Path | str) -> str:
 
 def _run(name: str, folder: Path) -> Run:
     summary = read_json(folder / "summary.json")
-    if not is_summary(summary):
-        raise UsageError(f"{folder / 'summary.json'} is no summary of a run")
+    if told := wrong(summary, SUMMARY):
+        raise UsageError(f"{folder / 'summary.json'} is no summary of a run: {told}")
     return Run(name, summary["config"], summary, _records(folder))
 
 
@@ -150,11 +152,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "records.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     for number, record in enumerate(records, start=1):
-        if not (isinstance(record, dict) and {"epoch", "val_accuracy", "val_loss", "train_loss"} <= record.keys()):
-            raise UsageError(f"{path}, line {number}, is no record of an epoch")
+        if told := wrong(record, RECORD):
+            raise UsageError(f"{path}, line {number}, is no record of an epoch: {told}")
     return records
 
 
@@ -166,17 +168,20 @@ def _config(path: Path) -> dict[str, Any] | None:
         if any((path.parent / name).exists() for name in (".lock", "checkpoint.pt", "records.jsonl")):
             raise
         return None
-    return content if {"method", "epochs", "policy"} <= content.keys() else None
+    if not {"method", "epochs", "policy"} <= content.keys():
+        return None
+    if told := wrong(content, CONFIG):
+        raise UsageError(f"{path} is no config of a run: {told}")
+    return content
 
 
 def _study(path: Path) -> dict[str, Any]:
     study = read_json(path)
-    cells = study.get("cells")
-    needed = {"name", "group", "original", "config"}
-    if not isinstance(cells, list) or not all(isinstance(cell, dict) and needed <= cell.keys() for cell in cells):
-        raise UsageError(f"{path} is no study's: it lists no cells")
-    if not {"name", "title", "epochs"} <= study.keys():
-        raise UsageError(f"{path} is no study's: it must have name, title and epochs")
+    told = wrong(study, STUDY_FILE)
+    for number, cell in enumerate([] if told else study["cells"], start=1):
+        told = told or wrong(cell, CELL, f"cell {number}")
+    if told:
+        raise UsageError(f"{path} is no study's: {told}")
     return study
 
 
@@ -256,7 +261,7 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     known = {field.name: config.get(field.name, field.default) for field in fields(Config)}
     try:
         return Config(**known).resolved()
-    except (UsageError, TypeError):  # of a version that took other values
+    except (UsageError, TypeError, KeyError):  # of a version that took other values
         return {}
 
 
