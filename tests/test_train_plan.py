@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from fastlocal.train.cli import main
 from fastlocal.train.errors import UsageError
@@ -180,6 +181,31 @@ def test_the_command_shows_a_table_and_writes_a_plot(tmp_path, capsys):
     assert "0.65" in shown
     assert "3.08" in shown  # 2 s over 0.65 s
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ([], ["interval (8 workers)", "workers (interval 16)"]),
+        (["--method", "sync"], ["workers"]),
+        # No interval of the panel holds so many fragments.
+        (["--method", "streaming", "--fragments", "2000", "--interval", "4000"], ["workers (interval 4000)"]),
+    ],
+)
+def test_the_plot_has_no_empty_panel_and_synchronous_training_has_no_interval(
+    tmp_path, capsys, monkeypatch, flags, labels
+):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    words = [word for pair in GOOD.items() for word in pair]
+    assert main(["plan", *words, *flags, "--plot", str(tmp_path / "plan.png"), "--json"]) == 0
+    (figure,) = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == labels
+    assert figure.axes[0].get_ylabel() == "seconds a step"
+    assert all(len(line.get_xdata()) for axes in figure.axes for line in axes.lines)
+    assert ("dashed" in figure.get_suptitle()) == ("sync" not in flags)
+    interval = json.loads(capsys.readouterr().out)["plan"]["interval"]
+    assert interval == (1 if "sync" in flags else int(labels[-1].strip(")").split()[-1]))
 
 
 GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}

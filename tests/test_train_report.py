@@ -2,17 +2,22 @@
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from fastlocal.train import cells, page, plots, study, tuned
+from fastlocal.train import cells, kinds, page, plots, study, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
+from fastlocal.train.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
 
 TOML = """
 title = "Two grids"
@@ -64,6 +69,13 @@ def finish(place, accuracy, images=RE_SPLIT, best_val=None):
     (place.folder / "summary.json").write_text(json.dumps(summary))
 
 
+def diverge(place):
+    """The files that a run leaves which diverged."""
+    place.folder.mkdir(parents=True)
+    (place.folder / "config.json").write_text(json.dumps(place.config.as_dict()))
+    (place.folder / "failed.json").write_text('{"message": "the loss is <nan>"}')
+
+
 def begun(out, text=TOML, epochs=None):
     """A study's folder, and its cells in it by group and seed."""
     out.mkdir(parents=True)
@@ -90,10 +102,7 @@ def root(tmp_path):
         values = accuracies.get(group, ())
         if seed < len(values):
             finish(place, values[seed])
-    failed = out / "k4-j16-s0"
-    failed.mkdir()
-    (failed / "config.json").write_text(json.dumps(places["k4-j16", 0].config.as_dict()))
-    (failed / "failed.json").write_text('{"message": "the loss is <nan>"}')
+    diverge(places["k4-j16", 0])
     return out
 
 
@@ -147,6 +156,38 @@ def test_the_page_shows_the_fixed_rate_and_the_chosen_one(tuned_root):
     assert '<table id="rates">' not in page._render(collect(tuned_root / "k4-other-s0"), {})
 
 
+def test_a_rate_at_which_seeds_diverged_is_not_chosen_where_another_is_and_says_how_many_ended(tmp_path):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\n[grid]\nworkers = [2, 4]\nlr = [0.01, 0.04, 0.08]\n'
+    places = begun(tmp_path / "rates", "seeds = [0, 1, 2]\n" + text)
+    reached = {  # by workers and rate: the accuracy of each seed that ended
+        **{"k2-lr0.01": (40, 41, 42), "k2-lr0.04": (38, 38, 38), "k2-lr0.08": (50,)},
+        **{"k4-lr0.01": (30, 32), "k4-lr0.04": (33,), "k4-lr0.08": ()},
+    }
+    for (group, seed), place in places.items():
+        if seed < len(reached[group]):
+            finish(place, reached[group][seed])
+        else:
+            diverge(place)
+    collection = collect(tmp_path / "rates")
+    found = {search.name: tuned.rate(search.chosen) for search in tuned.searches(collection.groups)}
+    assert found == {"k2": 0.01, "k4": 0.04}  # of two rates with diverged seeds the better one
+    html = page.write(tmp_path / "rates").read_text()
+    table = html[html.index('<table id="rates">') :]
+    k2 = ["<b>41.00 ± 1.00</b>", "38.00 ± 0.00", "50.00 (1 of 3 seeds)"]
+    k4 = ["31.00 ± 1.41 (2 of 3 seeds)", "<b>33.00 (1 of 3 seeds)</b>", ""]
+    assert {name: row for name, row in rows(table[: table.index("</table>")]).items() if row} == {"k2": k2, "k4": k4}
+    assert "the others diverged: such a rate is chosen only where there is no other." in html
+
+
+def test_a_seed_that_diverged_in_one_folder_and_ended_in_another_has_ended(tmp_path, tuned_root):
+    read = study.load(tuned_root / "grids.toml")
+    again = cells.places(read, tmp_path / "again", data_dir=None, threads=None, device=None, retry=False)
+    for place in again:
+        diverge(place)
+    assert [group.diverged for group in collect(tmp_path).groups] == [set()] * 6
+    assert "the others diverged" not in page.write(tmp_path).read_text()
+
+
 def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(tuned_root):
     families = plots._by_rate("workers", plots._families("workers", "interval", collect(tuned_root).groups))
     named = {name: [group.name for group in members] for name, members in families.items()}
@@ -173,6 +214,11 @@ def test_a_plot_shows_what_makes_a_line_and_synchronous_training_beside_the_work
 
 def test_a_hundred_groups_have_a_colour_and_marker_of_their_own():
     pairs = {tuple(plots._style(index).values()) for index in range(100)}
+    assert len(pairs) == 100
+
+
+def test_a_hundred_curves_have_a_colour_and_dash_pattern_of_their_own():
+    pairs = {tuple(plots._line_style(index).values()) for index in range(100)}
     assert len(pairs) == 100
 
 
@@ -216,6 +262,25 @@ def test_the_page_holds_figures_plots_and_what_is_missing_and_asks_nothing_of_th
         *("interval.png", "train-loss.png", "val-loss.png"),
     ]
     assert {base64.b64decode(image) for image in images} == {(root / "report" / name).read_bytes() for name in files}
+
+
+def test_bytes_that_differ_between_the_seeds_are_shown_with_their_deviation(root, axes_of):
+    sent = {0: (6_000_000, 0.85), 1: (8_000_000, 0.75)}  # the two finished seeds of the adaptive cell
+    for seed, (num_bytes, saved) in sent.items():
+        path = root / f"adaptive-s{seed}" / "summary.json"
+        changed = {"bytes_on_wire": num_bytes, "communication_reduction": saved, "train_seconds": 60.0 + 20 * seed}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    text = page.write(root).read_text()
+    figures = rows(text[: text.index("<h2>Plots")])
+    # Of two numbers the sample deviation is their distance over √2: 2 MB, 10 points.
+    assert figures["adaptive"][-4:] == ["80.0 ± 7.1", "", "7.0 ± 1.4 MB", "70 s"]
+    assert figures["k2-j8"][-4:] == ["87.5", "80.0", "8.0 MB", "60 s"]
+    assert "bytes without one where all seeds sent the same; the training time is the mean." in text
+    groups = [group for group in collect(root).groups if group.name in ("adaptive", "k2-j8")]
+    axes = axes_of(plots._pareto, groups)
+    horizontal = [container[2][0].get_segments()[0][:, 0].tolist() for container in axes.containers]
+    assert horizontal == [[8.0, 8.0], [pytest.approx(7 - 2**0.5), pytest.approx(7 + 2**0.5)]]
+    assert axes.get_xlim()[1] == pytest.approx(1.3 * (7 + 2**0.5))
 
 
 def test_the_originals_figures_stay_beside_a_run_that_another_study_has_too(tmp_path):
@@ -366,6 +431,33 @@ def test_the_bytes_of_any_study_lie_within_the_axis_and_between_ticks_that_can_b
     assert shown(axes.get_xticks(), axes.get_xlim()) == ticks
 
 
+NAMES = [
+    "adaptive-k2-val-loss-original-lr0.01-warmup-cosine-momentum-0.9-wd0.001-b64, epochs 150",
+    "_" + "0123456789" * 12,
+    "SLOWMO-K8-J32-LR0.01-WARMUP-COSINE-MOMENTUM-0.9-WD0.001-B64",
+]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("kind", ["pareto", "curves"])
+def test_long_names_are_whole_in_the_legend_beside_their_handles_and_below_the_axes(axes_of, kind, count):
+    summary = {"test_accuracy": 40.0, "bytes_on_wire": 1e6}
+    runs = [Run(f"{name}{number}", {}, summary, [{"epoch": 1, "val_loss": 4.0}])
+            for number in range(count) for name in NAMES]  # fmt: skip
+    groups = [Group(run.name, [run]) for run in runs]
+    arguments = (groups,) if kind == "pareto" else (groups, "loss", plots._column("val_loss"))
+    axes = axes_of(getattr(plots, f"_{kind}"), *arguments)
+    axes.figure.draw_without_rendering()
+    (legend,) = axes.figure.legends
+    box, whole, drawing = legend.get_window_extent(), axes.figure.bbox, axes.get_window_extent()
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert whole.y0 <= box.y0 < box.y1 < drawing.y0
+    assert drawing.height > axes.figure.dpi * 2.5
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
+        "".join(run.name.split()) for run in runs
+    ]
+
+
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"there is no run below {tmp_path}" in capsys.readouterr().err.replace("\n", "")
@@ -398,24 +490,13 @@ def test_a_browser_shows_a_figure_and_decodes_every_plot_and_a_phone_need_not_sc
     assert sorted(map(tuple, seen["plots"])) == sorted(sizes)
 
 
-DEFAULT_RATE = """
-[base]
-dataset = "cifar100"
-epochs = 4
-workers = 2
-[[cells]]
-name = "default"
-[[cells]]
-name = "half"
-lr = [0.02, 0.05]
-"""
-
-
 def test_of_two_groups_of_one_rate_the_better_one_stands_in_the_table(tmp_path, capsys):
     out = tmp_path / "rates"
-    places = begun(out, DEFAULT_RATE)
-    for (group, _), accuracy in zip(list(places), (50.0, 40.0, 30.0), strict=True):
-        finish(places[group, 0], accuracy)
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\nworkers = 2\n[[cells]]\nname = "{}"\n'
+    cells = ("a", text.format("default"), (50.0,)), ("b", text.format("half") + "lr = [0.02, 0.05]\n", (40.0, 30.0))
+    for name, content, accuracies in cells:  # of one rate, 0.01 a worker, but not of the same images
+        for place, accuracy in zip(begun(out / name, content).values(), accuracies, strict=True):
+            finish(place, accuracy, {"source": "other", "sha256": name})
     assert main(["report", str(out)]) == 0
     html = (out / "report" / "index.html").read_text()
     table = html[html.index('<table id="rates">') :]
@@ -470,6 +551,48 @@ def test_a_file_of_another_shape_is_named(tmp_path, capsys, name, content, said)
     (place.folder / name).write_text(content)
     assert main(["report", str(tmp_path / "study")]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [("summary.json", path) for path in [*kinds.SUMMARY, "config.epochs", "config.schedule", "resolved?.lr"]]
+    + [("records.jsonl", path) for path in kinds.RECORD]
+    + [
+        ("study.json", path)
+        for path in [*kinds.STUDY_FILE, *(f"cells.{key}" for key in kinds.CELL), "cells.config.lr"]
+    ]
+    + [("config.json", path) for path in ("seed", "optimizer")],
+)
+def test_a_key_that_is_missing_or_of_another_kind_is_named_with_its_file(tmp_path, file, path):
+    (place, other, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    diverge(other)
+    folder = {"study.json": place.folder.parent, "config.json": other.folder}.get(file, place.folder)
+    text = (folder / file).read_text()
+    content = json.loads(text.splitlines()[0] if file == "records.jsonl" else text)
+    *outer, key = path.replace("?", "").split(".")
+    holder = content
+    for name in outer:
+        holder = holder[name][0] if name == "cells" else holder[name]
+    for value in (True, math.nan):
+        holder[key] = value
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=rf"{file}\b.* {key} must be "):
+            collect(tmp_path)
+    del holder[key]
+    (folder / file).write_text(json.dumps(content))
+    if path.endswith("?"):
+        assert collect(tmp_path).groups
+        return
+    with pytest.raises(UsageError, match=rf"{file}\b.* has no {key}$"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").rglob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_run_that_was_recorded_by_any_version_can_be_reported(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = [row for row in rows if {"config", "interval_trace"} <= row.keys()]
+    assert [kinds.wrong(run, kinds.SUMMARY) for run in runs] == [None] * len(runs)
 
 
 def test_the_config_of_another_tool_is_no_cell(tmp_path):

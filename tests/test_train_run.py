@@ -434,6 +434,28 @@ def test_training_that_diverges_ends_with_exit_code_1_and_says_so(tmp_path, caps
     assert "diverged" in line
 
 
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (["--epochs", "1"], "lower --lr (now 1e+06)"),  # a single epoch has no room to warm up
+        (["--epochs", "3"], "lower --lr (now 1e+06) or give --schedule warmup-cosine --lr-warmup-epochs 2"),
+        (["--epochs", "9"], "lower --lr (now 1e+06) or give --schedule warmup-cosine --lr-warmup-epochs 5"),
+        (
+            ["--epochs", "3", "--schedule", "warmup-cosine", "--lr-warmup-epochs", "1"],
+            "lower --lr (now 1e+06) or raise --lr-warmup-epochs (now 1)",
+        ),
+        (
+            ["--epochs", "3", "--schedule", "warmup-cosine", "--lr-warmup-epochs", "2"],
+            "lower --lr (now 1e+06)",
+        ),
+    ],
+)
+def test_a_run_that_diverged_is_told_only_what_it_would_accept(tmp_path, capsys, given, advice):
+    request = ["--method", "sync", "--batch-size", "16", "--synthetic-images", "400", "--lr", "1e6", *given]
+    line = fails(capsys, [*request, "--out", str(tmp_path / "run")], code=1)
+    assert line.endswith(f"training has diverged; {advice}")
+
+
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
     code = (
         "import resource, sys; from fastlocal.__main__ import main; "

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 from waiting import wait_until
 
+from fastlocal.train import study as study_file
 from fastlocal.train.cli import main
+from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.search import load
 from fastlocal.train.trials import search
@@ -51,6 +53,11 @@ def test_a_grid_is_searched_whole_and_a_diverged_trial_is_pruned(tmp_path, capsy
     assert best["params"] == {"lr": 0.01}
     assert best["best_val_accuracy"] == summary["best_val_accuracy"]
     assert tomllib.loads((root / "best.toml").read_text())["base"]["lr"] == 0.01
+    (cell,) = study_file.load(root / "best.toml").cells
+    assert cell.name == "best-s0"
+    config = Config(lr=0.01, synthetic_images=60, batch_size=16, workers=2, interval=2, epochs=1)
+    assert cell.config == config
+    assert config.test  # which the search did not do
 
 
 def test_a_folder_keeps_one_search_and_values_that_do_not_go_together_are_refused_or_left_out(tmp_path, capsys):

@@ -372,6 +372,30 @@ def test_cells_that_are_the_same_run_are_refused_by_their_names(tmp_path):
         study.load(written(tmp_path, text), epochs=2)
 
 
+@pytest.mark.parametrize(
+    "same",
+    [
+        "lr = 0.02",  # 0.01 a worker
+        "weight_decay = 0.001",
+        "slow_lr = 1.0",
+        "slow_momentum = 0.5",
+        "threads = 1",
+        "device = 'cpu'",
+        "checkpoint_seconds = 5.0",
+    ],
+)
+def test_cells_that_come_to_the_same_run_are_refused_whatever_their_file_spells_out(tmp_path, same):
+    cells = f"[[cells]]\nname = 'a'\nmethod = 'slowmo'\n[[cells]]\nname = 'b'\nmethod = 'slowmo'\n{same}\n"
+    with pytest.raises(UsageError, match="the cells a-s0 and b-s0 are the same run: leave one of them out"):
+        study.load(written(tmp_path, SMALL + cells))
+
+
+@pytest.mark.parametrize("other", ["lr = 0.03", "slow_momentum = 0.4", "data_dir = 'elsewhere'", "test = false"])
+def test_cells_that_come_to_another_run_are_two(tmp_path, other):
+    cells = f"[[cells]]\nname = 'a'\nmethod = 'slowmo'\n[[cells]]\nname = 'b'\nmethod = 'slowmo'\n{other}\n"
+    assert len(study.load(written(tmp_path, SMALL + cells)).cells) == 2
+
+
 def test_a_study_in_another_precision_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, SMALL + "[grid]\nlr = [0.02]\nprecision = ['bf16', 'fp32']\n")

@@ -11,7 +11,8 @@ from fastlocal.train.cells import STUDY
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
-from fastlocal.train.report import is_summary, read_json
+from fastlocal.train.kinds import CELL, CONFIG, RECORD, STUDY_FILE, SUMMARY, wrong
+from fastlocal.train.report import read_json
 
 _SPLITS = {
     "official": "CIFAR-100, official split",
@@ -54,6 +55,7 @@ class Group:
     original: dict[str, float] = field(default_factory=dict)
     original_epochs: int | None = None  # that its figures are of; None where that was not recorded
     note: str = ""  # what must be known of them
+    diverged: set[int] = field(default_factory=set)  # seeds that left no run
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,7 +67,8 @@ class Group:
         """What the runs trained on, as a reader must know it."""
         if self.config["dataset"] == "synthetic":
             return "synthetic images"
-        return _SPLITS[self.runs[0].summary.get("images", {}).get("source")]
+        source = self.runs[0].summary.get("images", {}).get("source")
+        return _SPLITS.get(source, f"CIFAR-100, {source}")
 
     def spread(self, figure: str) -> Spread | None:
         """A figure of the summaries; None where no run has it."""
@@ -98,7 +101,7 @@ def collect(root: Path) -> Collection:
         UsageError: there is no run, or a file cannot be read.
     """
     studies = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
-    runs, unfinished = [], []
+    runs, unfinished, diverged = [], [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
         name = _readable(folder.relative_to(root) if folder != root else folder.resolve().name)
@@ -108,6 +111,7 @@ def collect(root: Path) -> Collection:
             continue  # another tool's
         elif (folder / FAILED).exists():
             unfinished.append(Unfinished(name, "diverged", str(read_json(folder / FAILED).get("message", ""))))
+            diverged.append(config)
         else:
             done = f"{len(_records(folder))} of {config['epochs']} epochs"
             broke = last_error(log_of(folder))
@@ -123,7 +127,7 @@ def collect(root: Path) -> Collection:
     if not runs and not unfinished:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
-    return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked), unfinished)
+    return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked, diverged), unfinished)
 
 
 def _never_begun(folder: Path, root: Path) -> Unfinished:
@@ -139,8 +143,8 @@ def _readable(path: Path | str) -> str:
 
 def _run(name: str, folder: Path) -> Run:
     summary = read_json(folder / "summary.json")
-    if not is_summary(summary):
-        raise UsageError(f"{folder / 'summary.json'} is no summary of a run")
+    if told := wrong(summary, SUMMARY):
+        raise UsageError(f"{folder / 'summary.json'} is no summary of a run: {told}")
     return Run(name, summary["config"], summary, _records(folder))
 
 
@@ -148,11 +152,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "records.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     for number, record in enumerate(records, start=1):
-        if not (isinstance(record, dict) and {"epoch", "val_accuracy", "val_loss", "train_loss"} <= record.keys()):
-            raise UsageError(f"{path}, line {number}, is no record of an epoch")
+        if told := wrong(record, RECORD):
+            raise UsageError(f"{path}, line {number}, is no record of an epoch: {told}")
     return records
 
 
@@ -164,17 +168,20 @@ def _config(path: Path) -> dict[str, Any] | None:
         if any((path.parent / name).exists() for name in (".lock", "checkpoint.pt", "records.jsonl")):
             raise
         return None
-    return content if {"method", "epochs", "policy"} <= content.keys() else None
+    if not {"method", "epochs", "policy"} <= content.keys():
+        return None
+    if told := wrong(content, CONFIG):
+        raise UsageError(f"{path} is no config of a run: {told}")
+    return content
 
 
 def _study(path: Path) -> dict[str, Any]:
     study = read_json(path)
-    cells = study.get("cells")
-    needed = {"name", "group", "original", "config"}
-    if not isinstance(cells, list) or not all(isinstance(cell, dict) and needed <= cell.keys() for cell in cells):
-        raise UsageError(f"{path} is no study's: it lists no cells")
-    if not {"name", "title", "epochs"} <= study.keys():
-        raise UsageError(f"{path} is no study's: it must have name, title and epochs")
+    told = wrong(study, STUDY_FILE)
+    for number, cell in enumerate([] if told else study["cells"], start=1):
+        told = told or wrong(cell, CELL, f"cell {number}")
+    if told:
+        raise UsageError(f"{path} is no study's: {told}")
     return study
 
 
@@ -193,8 +200,11 @@ def _with_budget(cell: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:
     return {"file_epochs": file_epochs, "note": ""} | cell
 
 
-def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
-    """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders."""
+def _grouped(runs: list[Run], asked: list[dict[str, Any]], diverged: list[dict[str, Any]]) -> list[Group]:
+    """Runs of one config but for the seed, of the same images, in the order of the studies, then of the folders.
+
+    One that diverged did not record its images: it counts beside all groups of its config.
+    """
     cells: dict[str, dict[str, Any]] = {}
     for cell in asked:  # of those that are one run, the first that has the original's figures
         given = cell["config"]
@@ -210,6 +220,11 @@ def _grouped(runs: list[Run], asked: list[dict[str, Any]]) -> list[Group]:
         # Two studies may have made the same run: it counts once.
         if all(run.config["seed"] != other.config["seed"] for other in group.runs):
             group.runs.append(run)
+    for config in diverged:
+        keys = {_key(config), _key(config | _defaults(config))}  # older runs did not record the second
+        for (key, _), group in groups.items():
+            if key in keys and all(config["seed"] != run.config["seed"] for run in group.runs):
+                group.diverged.add(config["seed"])
     ordered = [groups[key] for key in sorted(groups, key=lambda key: order.get(key[0], len(order)))]
     for alike in _by_name(ordered):
         _tell_apart(alike)
@@ -246,7 +261,7 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     known = {field.name: config.get(field.name, field.default) for field in fields(Config)}
     try:
         return Config(**known).resolved()
-    except (UsageError, TypeError):  # of a version that took other values
+    except (UsageError, TypeError, KeyError):  # of a version that took other values
         return {}
 
 

@@ -235,8 +235,7 @@ class Training:
     def _require_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
             raise RunDivergedError(
-                f"the {what} loss is {loss} in epoch {self.epoch + 1}: training has diverged; lower --lr "
-                f"(now {self.config.learning_rate:g}) or raise --lr-warmup-epochs"
+                f"the {what} loss is {loss} in epoch {self.epoch + 1}: training has diverged; {_calmer(self.config)}"
             )
 
     def save(self) -> None:
@@ -291,6 +290,16 @@ class Training:
             raise
         except Exception as error:  # it is whole, and of whoever wrote it: there is no end of what may be wrong
             raise UsageError(f"{self.checkpoint_path} is no checkpoint of this version: {error!r}") from None
+
+
+def _calmer(config: Config) -> str:
+    """What to change of a run that diverged; a run accepts each of it."""
+    lower, longest = f"lower --lr (now {config.learning_rate:g})", config.epochs - 1
+    if config.schedule != "warmup-cosine" and longest:
+        return f"{lower} or give --schedule warmup-cosine --lr-warmup-epochs {min(5, longest)}"
+    if config.schedule == "warmup-cosine" and config.lr_warmup_epochs < longest:
+        return f"{lower} or raise --lr-warmup-epochs (now {config.lr_warmup_epochs})"
+    return lower
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

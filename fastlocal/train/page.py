@@ -67,6 +67,7 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
     tried = searches(groups)
     tested = any(group.spread("test_accuracy") for search in tried for group in search.groups)
     searched = "test_accuracy" if tested else "best_val_accuracy"  # a search never looks at the test images
+    some_diverged = any(group.diverged for search in tried for group in search.groups)
     runs = [run for group in groups for run in group.runs]
     notes = list(dict.fromkeys(group.note for group in groups if group.note))
     return environment.get_template("report.html").render(
@@ -81,6 +82,7 @@ def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
         notes=notes,
         rates=sorted({rate(group) for search in tried for group in search.groups}),
         searches=[(search.name, _by_rate(search, searched)) for search in tried],
+        some_diverged=some_diverged,
         searched={"test_accuracy": "test accuracy", "best_val_accuracy": "best validation accuracy"}[searched],
         plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
         unfinished=collection.unfinished,
@@ -111,9 +113,9 @@ def _row(group: Group, notes: list[str]) -> Row:
         note=str(1 + notes.index(group.note)) if group.note else "",
         difference=_difference(test, original) if not elsewhere else "",
         best=percent(group.spread("best_val_accuracy")),
-        saved="–" if saved is None else f"{100 * saved.mean:.1f}",
+        saved=_saved(saved),
         original_saved="" if original_saved is None else f"{100 * original_saved:.1f}{elsewhere}",
-        sent=megabytes(round(sent.mean)) if sent.mean else "–",
+        sent=_sent(sent),
         seconds=duration(seconds.mean),
     )
 
@@ -123,7 +125,9 @@ def _by_rate(search: Search, figure: str) -> dict[float, tuple[str, bool]]:
     found: dict[float, tuple[str, bool]] = {}
     for value in {rate(group) for group in search.groups}:
         group = chosen([group for group in search.groups if rate(group) == value])
-        found[value] = percent(group.spread(figure)), rate(search.chosen) == value
+        ended = len(group.runs)
+        some = f" ({ended} of {ended + len(group.diverged)} seeds)" if group.diverged else ""
+        found[value] = percent(group.spread(figure)) + some, rate(search.chosen) == value
     return found
 
 
@@ -132,6 +136,20 @@ def percent(spread: Spread | None) -> str:
     if spread is None:
         return "–"
     return f"{spread.mean:.2f}" if spread.std is None else f"{spread.mean:.2f} ± {spread.std:.2f}"
+
+
+def _saved(spread: Spread | None) -> str:
+    """Percent; a deviation only where the seeds differ, as they do under an adaptive policy."""
+    if spread is None:
+        return "–"
+    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std else "")
+
+
+def _sent(spread: Spread) -> str:
+    """Megabytes, likewise."""
+    if spread.std:
+        return f"{spread.mean / 1e6:,.1f} ± {megabytes(round(spread.std))}"
+    return megabytes(round(spread.mean)) if spread.mean else "–"
 
 
 def duration(seconds: float) -> str:

@@ -121,7 +121,7 @@ class PlanConfig:
             step_seconds=self._step_seconds(),
             link=Link(self.gbps, self.latency_ms / 1e3, self.payload_share),
             method=self.method,
-            interval=self.interval,
+            interval=1 if self.method == "sync" else self.interval,
             wire_dtype=self.wire_dtype,
             baseline_dtype=self.baseline_dtype or self._gradients_dtype(),
             overlap=self.overlap,
@@ -240,27 +240,33 @@ def plot(plan: Plan, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_interval = bool(over_intervals(plan))
+    figure = Figure(figsize=(11 if by_interval else 6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    *lefts, right = figure.subplots(1, 1 + by_interval, sharey=True, squeeze=False)[0]
     for index, rate in enumerate(RATES):
         other = replace(plan, link=replace(plan.link, gigabits_per_second=rate))
         colour, label = f"C{index}", f"{rate:g} Gb/s"
         steps = over_intervals(other)
-        if steps:
+        for left in lefts:
             left.plot([p.interval for p, _ in steps], [e.step_seconds for _, e in steps], ".-", c=colour, label=label)
-        left.axhline(estimate(other).synchronous_step_seconds, c=colour, ls="--", lw=0.8)
+            left.axhline(estimate(other).synchronous_step_seconds, c=colour, ls="--", lw=0.8)
         crowd = over_workers(other)
         counts = [p.workers for p, _ in crowd]
         right.plot(counts, [e.step_seconds for _, e in crowd], ".-", c=colour, label=label)
-        right.plot(counts, [e.synchronous_step_seconds for _, e in crowd], "--", c=colour, lw=0.8)
-    left.set(xlabel=f"interval ({plan.workers:,} workers)", ylabel="seconds a step")
-    right.set(xlabel=f"workers (interval {plan.interval})")
-    for axes in (left, right):
+        if plan.method != "sync":
+            right.plot(counts, [e.synchronous_step_seconds for _, e in crowd], "--", c=colour, lw=0.8)
+    for left in lefts:
+        left.set(xlabel=f"interval ({plan.workers:,} workers)")
+    right.set(xlabel="workers" if plan.method == "sync" else f"workers (interval {plan.interval})")
+    panels = (*lefts, right)
+    panels[0].set(ylabel="seconds a step")
+    for axes in panels:
         axes.set(xscale="log", yscale="log")
         axes.grid(alpha=0.3)
     right.legend()
-    figure.suptitle(f"{plan.method}, {plan.parameters:.3g} parameters; dashed: synchronous")
+    beside = "" if plan.method == "sync" else "; dashed: synchronous"
+    figure.suptitle(f"{plan.method}, {plan.parameters:.3g} parameters{beside}")
     try:
         figure.savefig(path, format="png", dpi=110)
     except OSError as error:

@@ -1,6 +1,7 @@
 """The plots of a report, as PNG bytes. Readable at the width of a phone: few ticks, large type."""
 
 import io
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from math import ceil
 from typing import Any
@@ -14,6 +15,11 @@ from fastlocal.train.collect import Group, Run, alike_but_for
 from fastlocal.train.tuned import chosen, rate
 
 _MARKERS = "osD^vPX*<>"
+_DASHES = (
+    *("-", "--", ":", "-."),
+    *((0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (4, 5)), (0, (8, 2, 2, 2)), (0, (2, 1))),
+)
+_LEGEND_LETTERS = 42  # a line, so that the widest names stay within the figure
 _FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
 
 
@@ -52,13 +58,16 @@ def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
 
 def _label(name: str) -> str:
     """A name in a legend, which takes dollars for mathematics and leaves out what begins with an underscore."""
-    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+    lines = textwrap.wrap(" " + name if name.startswith("_") else name, _LEGEND_LETTERS)
+    return "\n".join(lines).replace("$", r"\$")
 
 
-def _figure(labels: Collection[str]) -> tuple[Figure, Axes]:
+def _figure(names: Collection[str]) -> tuple[Figure, Axes]:
     """A figure with room for its legend below the axes."""
+    labels = [_label(name) for name in names]
+    lines = sum(1 + label.count("\n") for label in labels)
     with matplotlib.rc_context({"font.size": 12}):
-        figure = Figure(figsize=(5.0, 3.9 + 0.25 * ceil(len(labels) / _columns(labels))), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.9 + 0.25 * ceil(lines / _columns(labels))), layout="constrained")
         axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     return figure, axes
@@ -84,6 +93,11 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": colours(index % 10), "marker": _MARKERS[(index + index // 10) % 10]}
 
 
+def _line_style(index: int) -> dict[str, Any]:
+    """Of a curve, which has no markers: of ten colours and ten dash patterns a hundred pairs."""
+    return {"color": _style(index)["color"], "linestyle": _DASHES[index // 10 % 10]}
+
+
 def _pareto(groups: Sequence[Group]) -> bytes:
     figure, axes = _figure([group.name for group in groups])
     for index, group in enumerate(groups):
@@ -93,14 +107,15 @@ def _pareto(groups: Sequence[Group]) -> bytes:
         axes.errorbar(
             sent.mean / 1e6,
             accuracy.mean,
+            xerr=(sent.std or 0.0) / 1e6,
             yerr=accuracy.std or 0.0,
             markersize=9,
             linestyle="none",
             label=_label(group.name),
             **_style(index),
         )
-    sent = [spread.mean / 1e6 for group in groups if (spread := group.spread("bytes_on_wire"))]
-    end = 1.3 * max(*sent, 1)
+    spreads = [spread for group in groups if (spread := group.spread("bytes_on_wire"))]
+    end = 1.3 * max(1, *((spread.mean + (spread.std or 0.0)) / 1e6 for spread in spreads))
     axes.set_xlim(-0.05 * min(end, 20), end)
     if end > 10:
         # One worker alone sends nothing: the scale must have a 0.
@@ -198,15 +213,13 @@ def _against(x: str, families: dict[str, list[Group]]) -> bytes:
 def _curves(groups: Sequence[Group], ylabel: str, points: Callable[[Run], tuple[list[float], list[float]]]) -> bytes:
     """One line a run; runs of a group, which differ in their seed, have one colour and one entry in the legend."""
     figure, axes = _figure([group.name for group in groups])
-    dashes = ("-", "--", ":")
     for index, group in enumerate(groups):
         for number, run in enumerate(group.runs):
             xs, ys = points(run)
             axes.plot(
                 xs,
                 ys,
-                color=_style(index)["color"],
-                linestyle=dashes[index // 10 % 3],
+                **_line_style(index),
                 linewidth=1.3,
                 marker="." if len(xs) < _FEW_POINTS and points is not _intervals else None,
                 markersize=8,

@@ -95,11 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def is_summary(content: dict[str, Any]) -> bool:
-    """Whether it has what a summary is read for."""
-    return {"test_accuracy", "best_val_accuracy", "communication_reduction", "config", "versions"} <= content.keys()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all; RunError if it cannot be written."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -119,14 +119,22 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Pr
             raise UsageError(f"two cells have the name {cell_name}")
         if len(os.fsencode(cell_name)) > _LONGEST_NAME:
             raise UsageError(f"a cell's name must have at most {_LONGEST_NAME} bytes, got {cell_name}")
-    made: dict[Config, str] = {}
+    made: dict[frozenset[tuple[str, Any]], str] = {}
     for cell in cells:
-        other = made.setdefault(cell.config, cell.name)
+        other = made.setdefault(_comes_to(cell.config), cell.name)
         if other != cell.name:
             given = (f"--{key} {value}" for key, value in (("epochs", epochs), ("precision", precision)) if value)
             at = f" at {text}" if (text := " ".join(given)) else ""
             raise UsageError(f"the cells {other} and {cell.name} are the same run{at}: leave one of them out")
     return Study(name, title, epochs, precision, tuple(_with_original(cells, content.get("original", []))))
+
+
+def _comes_to(config: Config) -> frozenset[tuple[str, Any]]:
+    """What makes a run another run, defaults resolved; the folder of its images too, for they may be others."""
+    values = vars(config) | config.resolved()
+    return frozenset(
+        (name, value) for name, value in values.items() if name == "data_dir" or name not in NOT_PART_OF_A_RUN
+    )
 
 
 def _combinations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

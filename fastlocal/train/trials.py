@@ -270,6 +270,7 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
     lines = [f"# trial {best.number} of {len(ended)}: {asked.objective} {best.value:.2f} %", "[base]"]
     fields = {key: value for key, value in (asked.base | best.params).items() if key not in ("seed", "test")}
     lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
+    lines += ["[[cells]]", 'name = "best"']  # so that `fastlocal study` trains it, and tests it
     write_bytes(root / "best.toml", ("\n".join(lines) + "\n").encode())
     return config_from(asked.base | best.params)
 

@@ -13,11 +13,14 @@ def rate(group: Group) -> float:
 
 
 def chosen(groups: Sequence[Group]) -> Group:
-    """The group of the best mean validation accuracy; never by the test images."""
+    """The group of the best mean validation accuracy, of those without a diverged seed if there are any.
 
-    def reached(group: Group) -> float:
+    Never by the test images.
+    """
+
+    def reached(group: Group) -> tuple[bool, float]:
         found = group.spread("best_val_accuracy")
-        return -1.0 if found is None else found.mean
+        return not group.diverged, -1.0 if found is None else found.mean
 
     return max(groups, key=reached)
 
