@@ -70,7 +70,7 @@ class ManyProcesses(OneProcess):
                 )
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first,
+        """Compare settings and tensors; where a fresh round's rows differ, all begin from the first process's first,
         except for what another optimizer over the same rows has stepped.
 
         Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already. Gradients
@@ -94,15 +94,19 @@ class ManyProcesses(OneProcess):
         begin = self.rows.begin(self.inner)
         if fresh:
             self.rows.pull()
-            parts = [
-                block.rows[:, slot.start : slot.stop]
+            parts = {
+                slot.name: block.rows[:, slot.start : slot.stop]
                 for block in self.rows.blocks
                 for slot in block.slots
                 if slot.name in begin
-            ]
-            if self._rows_differ([[*part] for part in parts] + buffers[len(buffers) - len(frozen) :]):
+            }
+            twins = [[*part] for part in parts.values()] + buffers[len(buffers) - len(frozen) :]
+            if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
+                stepped = {parameter for group in self.inner.param_groups for parameter in group["params"]}
+                twins = [[*part] for name, part in parts.items() if self.rows.parameters[0][name] in stepped]
+            if self._rows_differ(twins):
                 replaced = [False] * len(self.rows)
-                for part in parts:
+                for part in parts.values():
                     before = part.clone()
                     self.group.broadcast_(part[0], source=0)
                     part.copy_(part[0].clone().expand_as(part))

@@ -89,7 +89,7 @@ class OneProcess:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Nobody else to compare with; what was loaded into the first worker alone is where a fresh run begins."""
+        """Nobody else to compare with; what was loaded into the first worker alone is where a fresh round begins."""
         if fresh:
             self.rows.begin_alike()
 
