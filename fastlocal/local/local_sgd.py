@@ -42,7 +42,7 @@ class LocalSGD(Checkpointed):
     buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up. Rank 0's policy decides
     for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts there.
     DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole models
-    are replicated.
+    are replicated, and rank 0's policy decides for all pieces.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
@@ -119,7 +119,7 @@ class LocalSGD(Checkpointed):
         self.stats = Stats()
         self.steps_in_round = 0
         self._anchored = self._round_is_open = self._buffers_apart = False
-        self._chose_group = process_group is not None
+        self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
 

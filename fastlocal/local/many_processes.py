@@ -91,6 +91,7 @@ class ManyProcesses(OneProcess):
         buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
         compare(self.group, settings, slots + kinds, stats.local_steps)
+        self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
         if fresh:
             self.rows.pull()
@@ -140,7 +141,7 @@ class ManyProcesses(OneProcess):
             if not first:
                 state, stats.val_loss, stats.train_loss, stats.observations = pickle.loads(packed)
                 policy.load_state_dict(state)
-        return said.interval
+        return self.share_decision(said.interval, policy, stats)
 
     def forget_message(self) -> None:
         """The others' policies may have changed: send the state again."""
@@ -181,7 +182,9 @@ class ManyProcesses(OneProcess):
         """
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
-        header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
+        header = self._header(
+            CLOSE, closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights
+        )
         header = header._replace(
             rates=self._sum_of_rates(closing.rates),
             resting=self._checksum_of_resting(closing.rates),
