@@ -1,5 +1,6 @@
 """K copies of a model in one process, the parameters of each a row of one flat buffer."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,8 +115,12 @@ class Workers:
         states = state_dict["workers"]
         if len(states) != len(self):
             raise ValueError(f"the state has {len(states)} workers, there are {len(self)}")
-        trial = copy_of(self[0])
-        for state in states:
-            trial.load_state_dict(state)  # a module keeps what it loaded before it found what does not fit
-        for module, state in zip(self, states, strict=True):
-            module.load_state_dict(state)
+        before: list[dict[str, Any]] = []
+        try:
+            for module, state in zip(self, states, strict=True):
+                before.append(copy.deepcopy(module.state_dict()))
+                module.load_state_dict(state)
+        except Exception:  # a module keeps what it loaded before it found what does not fit
+            for module, own in zip(self, before, strict=False):
+                module.load_state_dict(own)
+            raise

@@ -140,6 +140,19 @@ def test_portable_outer_step_over_several_blocks_agrees_with_float64(dtype, k, n
     torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("measures", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "portable"])
+@pytest.mark.parametrize("weights", [[1.0] * 3, [1.0] * 5, [1.0] * 12, [1.0, 2.0, 3.0]], ids=str)
+def test_equal_rows_do_not_grow_under_slow_momentum_whatever_their_number(weights, impl, measures):
+    row = make(1, 1000, torch.float32, device="cpu")[0][0]
+    rows, anchor, slow = row.repeat(len(weights), 1), row.clone(), torch.zeros(1000)
+    parts = torch.empty(len(weights), 1) if measures else None
+    for _ in range(1000):
+        ops.outer_step_(rows, anchor, slow, torch.tensor(weights), parts, impl=impl, **COEFFICIENTS["nesterov"])
+    # Times a float32 of 1/3, which is 3e-8 above, they would grow by 1e-4. Single values move by their last digits.
+    torch.testing.assert_close(rows, row.expand_as(rows), rtol=16 * 2**-24, atol=0)
+
+
 def test_a_lone_row_with_weight_is_what_the_portable_mean_copies():
     rows, _, _, _, parts = make(3, 5000, torch.float32)
     last = rows[2].clone()

@@ -279,6 +279,35 @@ def test_what_is_loaded_into_the_model_after_it_became_workers_is_where_all_begi
         assert all((value == 10).all() for value in model.state_dict().values())
 
 
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize(("kind", "warmup_steps"), [(LocalSGD, 0), (SlowMo, 0), (DiLoCo, 0), (SlowMo, 100)])
+def test_resuming_with_the_model_in_worker_0_alone_is_resuming_with_it_in_all(kind, warmup_steps, model_first):
+    def build(seed):
+        return make(kind, workers=3, interval=4, seed=seed, buffers="broadcast", warmup_steps=warmup_steps)
+
+    optimizer, team = build(0)
+    run(optimizer, team, 8)
+    optimizer.sync()
+    (whole, all_loaded), (partly, one_loaded) = build(5), build(5)
+    all_loaded.load_state_dict(team.state_dict())
+    whole.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if not model_first:
+        partly.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    one_loaded[0].load_state_dict(team[0].state_dict())
+    if model_first:
+        partly.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(6):
+        for resumed in (all_loaded, one_loaded):
+            for parameter in resumed.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # momentum moves them
+        whole.step()
+        partly.step()
+        assert torch.equal(parameters_of(one_loaded), parameters_of(all_loaded))
+    assert not torch.equal(parameters_of(all_loaded), parameters_of(team))
+    for ours, theirs in zip(one_loaded, all_loaded, strict=True):
+        assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
+
+
 def test_gradients_of_workers_that_begin_elsewhere_are_none_of_where_they_begin():
     torch.manual_seed(0)
     team = Workers(nn.Linear(4, 2, dtype=torch.float64), 3)

@@ -210,6 +210,17 @@ def test_consensus_distance_ignores_warmup_and_rounds_cut_short():
     assert policy.next_interval(Stats(rounds=6, drift=0.5, round_steps=8)) == 16  # half the way, half the drift
 
 
+def test_a_short_round_whose_drift_exceeds_the_target_already_halves_the_interval():
+    policy = ConsensusDistance(1.0, initial=256)
+    trace = []
+    for rounds, drift in enumerate([0.9, 1.5, 1.5, 1.2, 1.2, 1.0, math.nan, math.inf], start=1):
+        trace.append(policy.next_interval(Stats(rounds=rounds, drift=drift, round_steps=20)))
+    # Below the target it says nothing; halved at most; then 32 · 1/(1.2 · 32/20) = 16.7; a whole round at the target.
+    assert trace == [256, 128, 64, 32, 17, 20, 20, 20]
+    before = policy.interval
+    assert policy.next_interval(Stats(rounds=20, drift=9.0, round_steps=0)) == before  # of the warm-up
+
+
 def test_qsr_survives_a_rate_whose_square_underflows():
     assert QSR(4, 0.2, maximum=500, start_step=0).next_interval(Stats(lr=1e-200)) == 500
 

@@ -1,6 +1,7 @@
 """Copies of a model in one process: their mean, their state, and what is refused."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -74,6 +75,33 @@ def test_a_state_that_does_not_fit_changes_no_worker():
     with pytest.raises(RuntimeError, match="size mismatch for bias"):
         team.load_state_dict(state)
     assert all(torch.equal(now, then) for now, then in zip(team.parameters(), before, strict=True))
+
+
+def test_a_state_loads_into_models_that_could_not_be_copied_any_more():
+    class Locked(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.lock = threading.Lock()
+
+    hooked = Workers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), 3)
+    for worker in hooked:
+        worker[0].register_forward_hook(lambda _module, _inputs, output, other=worker[1]: other.bias + output)
+    for team in (Workers(Locked(), 1), hooked):
+        saved = copy.deepcopy(team.state_dict())
+        expected = [p.clone() for p in team.parameters()]
+        team.rows.blocks[0].rows.fill_(9.0)
+        team.load_state_dict(saved)
+        assert all(map(torch.equal, team.parameters(), expected))
+
+
+def test_a_failed_load_into_all_leaves_one_into_worker_0_alone_where_all_begin():
+    team = Workers(nn.Linear(2, 1), 2)
+    state = {"workers": [{**worker.state_dict(), "more": torch.zeros(1)} for worker in Workers(nn.Linear(2, 1), 2)]}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        team.load_state_dict(state)
+    team[0].load_state_dict(state["workers"][0], strict=False)
+    team.rows.begin_alike()
+    assert all(map(torch.equal, team[0].parameters(), team[1].parameters()))
 
 
 def test_training_mode_and_names_reach_every_worker():

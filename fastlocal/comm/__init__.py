@@ -4,6 +4,7 @@ from fastlocal.comm.group import Group as Group
 from fastlocal.comm.group import LostRankError as LostRankError
 from fastlocal.comm.group import Operation as Operation
 from fastlocal.comm.group import find_group as find_group
+from fastlocal.comm.group import groups_of_pieces as groups_of_pieces
 from fastlocal.comm.group import is_process_group as is_process_group
 from fastlocal.comm.group import ring_bytes as ring_bytes
 from fastlocal.comm.group import several_processes_run as several_processes_run

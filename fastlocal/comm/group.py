@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlocal.comm.lent import lent
 from fastlocal.comm.notes import Notes
+from fastlocal.comm.pieces import dimensions_of
 from fastlocal.comm.turn import Turn
 
 T = TypeVar("T")
@@ -89,6 +90,24 @@ def find_group(process_group: Any, timeout: float, devices: Sequence[torch.devic
                 "torch.distributed without naming one, or with 'cpu:gloo,cuda:nccl'"
             )
     return Group(process_group, timeout, devices[0])
+
+
+def groups_of_pieces(owners: Sequence[Tensor], timeout: float) -> "list[tuple[Group, int]]":
+    """Each mesh dimension along which one of the DTensors lies, as a group, with who comes first there.
+
+    Where the first gives something to all, one group after the other, all have what the first on the mesh gave.
+
+    Args:
+        owners: DTensors, see Rows.owners.
+        timeout: seconds that a collective may take.
+    """
+    groups: dict[str, tuple[Group, int]] = {}
+    for owner in owners:
+        for process_group, source in dimensions_of(owner):
+            if process_group.size() > 1 and process_group.group_name not in groups:
+                group = Group(process_group, timeout, owner.device)
+                groups[process_group.group_name] = group, group.ranks.index(source)
+    return list(groups.values())
 
 
 class Group:

@@ -80,6 +80,18 @@ def take_least_on_mesh_(values: Tensor, owner: Tensor) -> None:
         dist.all_reduce(lent(values), op=dist.ReduceOp.MIN, group=owner.device_mesh.get_group(dim))
 
 
+def dimensions_of(owner: Tensor) -> "list[tuple[dist.ProcessGroup, int]]":
+    """The group along each dimension of the DTensor's mesh, and the global rank of the first process there."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(owner, DTensor)
+    mesh = owner.device_mesh
+    here = mesh.get_coordinate()
+    assert here is not None
+    firsts = [mesh.mesh[(*here[:dim], 0, *here[dim + 1 :])].item() for dim in range(mesh.ndim)]
+    return [(mesh.get_group(dim), int(first)) for dim, first in enumerate(firsts)]
+
+
 def ranks_on_mesh(owner: Tensor) -> set[int]:
     """The global ranks of the processes that hold the DTensor together."""
     from torch.distributed.tensor import DTensor

@@ -55,6 +55,7 @@ class Checkpointed(Wrapper):
     wire_dtype: torch.dtype | None
     warmup_steps: int
     _group: Group | None
+    _timeout: float
 
     stats = Kept[Stats]()
     steps_in_round = Kept[int]()
@@ -82,6 +83,7 @@ class Checkpointed(Wrapper):
         "_buffers_apart",
         "_group",
         "_chose_group",
+        "_timeout",
         "_weights",
     )
 
@@ -91,7 +93,7 @@ class Checkpointed(Wrapper):
         self._outers = [self._make_outer(block) for block in self.rows.blocks]
         self.num_workers = len(self.rows) * (1 if self._group is None else len(self._group))
         wire_dtype = self.wire_dtype if self.num_workers > 1 else None  # a lone worker sends nothing
-        choices = Choices(self.inner_state, self.buffers, self.impl, wire_dtype)
+        choices = Choices(self.inner_state, self.buffers, self.impl, wire_dtype, self._timeout)
         parts = (self.rows, self._outers, self.inner, choices)
         self._team = OneProcess(*parts) if self._group is None else ManyProcesses(*parts, self._group)
         self._compared = False

@@ -34,13 +34,15 @@ class LocalSGD(Checkpointed):
     Wraps an optimizer and is one: hooks, closures, LR schedulers, `state_dict` and `deepcopy` work as on any.
     `param_groups` and `state` are the inner optimizer's own.
 
-    What was loaded into worker 0 alone before the first step is where all workers of a process begin.
+    What was loaded into worker 0 alone before the first step, also the first after `load_state_dict` of a state saved
+    at a round's end, is where all workers of a process begin.
 
-    In a process group each process has k rows, and the workers of all are averaged. Before the first step settings
+    In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
-    buffers that cannot be sent, such as sparse ones. Rank 0's policy decides for all, on the losses that rank 0
-    observes. A step that GradScaler skips in one process still counts there. DTensors (FSDP) are averaged piece by
-    piece: `process_group` is then the mesh dimension across which whole models are replicated.
+    buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up. Rank 0's policy decides
+    for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts there.
+    DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole models
+    are replicated, and rank 0's policy decides for all pieces.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
@@ -117,7 +119,7 @@ class LocalSGD(Checkpointed):
         self.stats = Stats()
         self.steps_in_round = 0
         self._anchored = self._round_is_open = self._buffers_apart = False
-        self._chose_group = process_group is not None
+        self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
 
@@ -214,7 +216,9 @@ class LocalSGD(Checkpointed):
                 "torch.distributed was initialised after this optimizer was built, which averages the workers of "
                 "this process alone: build it after init_process_group"
             )
-        self._team.begin(self._settings(), self.stats, fresh=self.stats.local_steps == 0)
+        # At a round's end too all rows are equal, but for the last digits that steps together leave in processes.
+        alike = self.stats.local_steps == 0 or self._anchored or self._group is None
+        self._team.begin(self._settings(), self.stats, fresh=self.steps_in_round == 0 and alike)
         self._compared = True
 
     def _settings(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ManyProcesses(OneProcess):
                 )
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Compare settings and tensors; where a fresh run's rows differ, all begin from the first process's first,
+        """Compare settings and tensors; where a fresh round's rows differ, all begin from the first process's first,
         except for what another optimizer over the same rows has stepped.
 
         Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already. Gradients
@@ -91,18 +91,23 @@ class ManyProcesses(OneProcess):
         buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
         compare(self.group, settings, slots + kinds, stats.local_steps)
+        self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
         if fresh:
             self.rows.pull()
-            parts = [
-                block.rows[:, slot.start : slot.stop]
+            parts = {
+                slot.name: block.rows[:, slot.start : slot.stop]
                 for block in self.rows.blocks
                 for slot in block.slots
                 if slot.name in begin
-            ]
-            if self._rows_differ([[*part] for part in parts] + buffers[len(buffers) - len(frozen) :]):
+            }
+            twins = [[*part] for part in parts.values()] + buffers[len(buffers) - len(frozen) :]
+            if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
+                stepped = {parameter for group in self.inner.param_groups for parameter in group["params"]}
+                twins = [[*part] for name, part in parts.items() if self.rows.parameters[0][name] in stepped]
+            if self._rows_differ(twins):
                 replaced = [False] * len(self.rows)
-                for part in parts:
+                for part in parts.values():
                     before = part.clone()
                     self.group.broadcast_(part[0], source=0)
                     part.copy_(part[0].clone().expand_as(part))
@@ -136,7 +141,7 @@ class ManyProcesses(OneProcess):
             if not first:
                 state, stats.val_loss, stats.train_loss, stats.observations = pickle.loads(packed)
                 policy.load_state_dict(state)
-        return said.interval
+        return self.share_decision(said.interval, policy, stats)
 
     def forget_message(self) -> None:
         """The others' policies may have changed: send the state again."""
@@ -177,7 +182,9 @@ class ManyProcesses(OneProcess):
         """
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
-        header = self._header(CLOSE, closing.stats, closing.steps, self.finite().tolist(), closing.weights)
+        header = self._header(
+            CLOSE, closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights
+        )
         header = header._replace(
             rates=self._sum_of_rates(closing.rates),
             resting=self._checksum_of_resting(closing.rates),
@@ -242,17 +249,21 @@ class ManyProcesses(OneProcess):
             weights: relative ones, of all processes' rows, 0 for those that do not count.
         """
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
-        shares = [weight / total for weight in own]
+        shares, divisor = own, total
+        if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
+            shares, divisor = [weight / total for weight in own], 1.0
         measures = closing.reads_drift
-        counted = torch.tensor([float(share > 0) for share in shares], dtype=torch.float32, device="cpu")
-        squares = torch.zeros(len(shares), dtype=torch.float64, device="cpu")
+        counted = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
+        squares = torch.zeros(len(own), dtype=torch.float64, device="cpu")
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
             if self.choices.wire_dtype is not None:
                 mean = self._wire(block)
                 self.write_mean_of_progress(mean, block, outer, own, total)
             elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
-                self._reduce_in_place(block.rows[0], shares[0], alike)
+                # A backend's own mean multiplies by 1/n.
+                self._reduce_in_place(block.rows[0], shares[0], alike and divisor == 1)
+                _divide_(block.rows[0], divisor)
                 outer.step_from_mean_(rates)
                 continue
             else:
@@ -260,12 +271,13 @@ class ManyProcesses(OneProcess):
                 mean = self._wire(block)
                 ops.weighted_sum_(mean, block.rows, shares)
                 self.group.reduce_(mean, "sum")
+                _divide_(mean, divisor)
             parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
-        drifts = [math.sqrt(square) for square, share in zip(squares.tolist(), shares, strict=True) if share]
+        drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]
         sums, counts = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
         return math.fsum(sums) / sum(counts)
 
@@ -277,13 +289,13 @@ class ManyProcesses(OneProcess):
     def _add_others_(self, message: Tensor) -> None:
         self.group.sum_rounding_once_(message)
 
-    def _reduce_in_place(self, row: Tensor, share: float, alike: bool) -> None:
-        if alike and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
+    def _reduce_in_place(self, row: Tensor, share: float, by_backend: bool) -> None:
+        if by_backend and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
             self.group.reduce_(row, "mean")
             return
         if share == 0:
             row.zero_()  # it may hold NaN, and 0 · NaN is NaN
-        else:
+        elif share != 1:
             row.mul_(share)
         self.group.reduce_(row, "sum")
 
@@ -329,6 +341,12 @@ class ManyProcesses(OneProcess):
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )
+
+
+def _divide_(total: Tensor, divisor: float) -> None:
+    """Make the mean of a weighted sum: times 1/3 in float32 that of three equal rows would lie above them."""
+    if divisor != 1:  # as a tensor: CUDA multiplies by the reciprocal of a number
+        total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))
 
 
 def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:

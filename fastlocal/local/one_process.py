@@ -19,6 +19,7 @@ from fastlocal.inner import (
     reset_state_,
     state_num_bytes,
 )
+from fastlocal.local.meeting import compare
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights
 from fastlocal.ops.implementation import Implementation
@@ -43,6 +44,7 @@ class Choices(NamedTuple):
     buffers: Buffers
     impl: Implementation
     wire_dtype: torch.dtype | None
+    timeout: float
 
 
 class Outcome(NamedTuple):
@@ -83,19 +85,41 @@ class OneProcess:
         choices: Choices,
     ) -> None:
         self.rows, self.outers, self.inner, self.choices = rows, outers, inner, choices
+        self.pieces = comm.groups_of_pieces(rows.owners(), choices.timeout)
         # The bytes of one worker as they are sent: its gradients, and its parameters or what it sends in their place.
         self.gradients_payload = self.payload = rows.num_bytes
         if choices.wire_dtype is not None:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
     def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
-        """Nobody else to compare with; what was loaded into the first worker alone is where a fresh run begins."""
+        """What was loaded into the first worker alone is where a fresh round begins. Settings are compared with those
+        who hold pieces of the same worker, if anybody does.
+
+        Raises:
+            DisagreementError: on every process, if one was set up differently.
+        """
+        self.compare_pieces(settings, stats)
         if fresh:
             self.rows.begin_alike()
 
+    def compare_pieces(self, settings: dict[str, Any], stats: Stats) -> None:
+        """Raise DisagreementError unless all processes that hold pieces of one worker have these settings."""
+        for group, _ in self.pieces:
+            compare(group, settings, [], stats.local_steps)
+
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
-        """What the policy says."""
-        return decide()
+        """What the policy says; see share_decision."""
+        return decide() if getattr(policy, "decides_alike", False) else self.share_decision(decide(), policy, stats)
+
+    def share_decision(self, interval: int, policy: Policy, stats: Stats) -> int:
+        """Who holds a worker's first piece decides for its others, on the losses observed there."""
+        for group, source in self.pieces:
+            group.arrive("choose an interval", stats.local_steps)
+            said = interval, policy.state_dict(), stats.val_loss, stats.train_loss, stats.observations
+            said = group.broadcast_object(said, source)
+            interval, state, stats.val_loss, stats.train_loss, stats.observations = said
+            policy.load_state_dict(state)
+        return interval
 
     def forget_message(self) -> None:
         """Nothing was sent to anybody."""
@@ -120,7 +144,7 @@ class OneProcess:
         """
         buffers = self._collect_buffers().values()
         self.rows.pull()
-        finite = self.finite()
+        finite = self.finite(closing.stats)
         relative = relative_weights(closing.weights)
         weights = finite.to(torch.float32)
         if set(relative) != {1.0}:
@@ -182,7 +206,7 @@ class OneProcess:
         choice = self.choices.buffers if len(self.rows) * self.num_processes > 1 else "keep"
         return module_buffers.collect(self.rows.modules, choice)
 
-    def finite(self) -> Tensor:
+    def finite(self, stats: Stats) -> Tensor:
         """Bool, shape (k,): which rows are finite, in all the pieces that other processes hold too."""
         device = self.rows.blocks[0].rows.device
         finite = torch.ones(len(self.rows), dtype=torch.int32, device=device)
@@ -201,8 +225,9 @@ class OneProcess:
                             )
                         if value.is_floating_point():
                             finite[row] *= comm.held_here(value).isfinite().all().to(device)
-        for owner in self.rows.owners():
-            comm.take_least_on_mesh_(finite, owner)
+        for group, _ in self.pieces:
+            group.arrive("close a round", stats.local_steps)
+            group.reduce_(finite, "min")
         return finite.to(torch.bool)
 
     def twins(self) -> list[Twins]:

@@ -61,12 +61,12 @@ def finite_rows(rows: Tensor, *, impl: Implementation = "auto") -> Tensor:
 
 
 def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
-    """Overwrite `total` with Σ share_k x_k: this process's part of a mean over several processes.
+    """Overwrite `total` with Σ share_k x_k: this process's part of a sum over several processes.
 
     Args:
         total: shape (n,), of the dtype in which the rows are accumulated.
         rows: shape (k, n), one row a worker.
-        shares: of each row in the mean, not negative. A row of share 0 is left out and may hold NaN.
+        shares: the weight of each row, not negative. A row of share 0 is left out and may hold NaN.
 
     Raises:
         ValueError: an argument has another shape, dtype, device or layout.

@@ -35,8 +35,8 @@ def average_(rows: Tensor, weights: Tensor, drift_parts: Tensor | None, mean: Te
         drift_parts.zero_()
     if rows.shape[0] == 1 and mean is None:  # is its own mean
         return
-    for block, total, scale in _sums(rows, weights, drift_parts, mean):
-        mean_of_block = total if scale == 1 else total.mul_(scale)
+    for block, total, divisor in _sums(rows, weights, drift_parts, mean):
+        mean_of_block = total if divisor is None else total.div_(divisor)
         others = [row for row in rows[:, block].unbind() if row.data_ptr() != total.data_ptr()]
         if len(others) == rows.shape[0]:
             rows[:, block] = mean_of_block
@@ -61,10 +61,10 @@ def outer_step_(
     """See fastlocal.ops.averaging.outer_step_."""
     if drift_parts is not None:
         drift_parts.zero_()
-    for block, total, scale in _sums(rows, weights, drift_parts, mean):
+    for block, total, divisor in _sums(rows, weights, drift_parts, mean):
         x, slow = anchor[block], slow_momentum[block]
         # The workers started from the anchor as their dtype holds it.
-        delta = torch.sub(x.to(rows.dtype).to(x.dtype), total, alpha=scale, out=total)
+        delta = _less(x.to(rows.dtype).to(x.dtype), total, divisor, out=total)
         if gain == 1:
             torch.add(delta, slow, alpha=decay, out=slow)
         else:
@@ -84,17 +84,19 @@ def weighted_sum_(total: Tensor, rows: Tensor, shares: Sequence[float]) -> None:
         return
     for block in _blocks(*rows.shape, at_most=rows.shape[1]):
         own = total[block]
-        own.copy_(rows[counted[0], block]).mul_(shares[counted[0]])
+        own.copy_(rows[counted[0], block])
+        if shares[counted[0]] != 1:
+            own.mul_(shares[counted[0]])
         for k in counted[1:]:
             own.add_(rows[k, block], alpha=shares[k])
 
 
 def _sums(
     rows: Tensor, weights: Tensor, drift_parts: Tensor | None, known: Tensor | None
-) -> Iterator[tuple[slice, Tensor, float]]:
-    """Blocks of columns with Σ w_k x_k and 1/Σ w_k, or a mean that is known and 1; drifts go to drift_parts.
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of columns with Σ w_k x_k and Σ w_k, or with a mean that is known and None; drifts go to drift_parts.
 
-    The scale is left to the caller's next operation, which takes it without a pass of its own. The caller must
+    The division is left to the caller's next operation, which takes it without a pass of its own. The caller must
     overwrite every row of a block before it asks for the next: a row may hold the sum meanwhile, or all of them
     x_k − x̄, which saves temporaries.
     """
@@ -104,7 +106,10 @@ def _sums(
         return
     dtype = reference.accumulate_dtype(rows.dtype)
     measures = drift_parts is not None and (len(shares) > 1 or known is not None)
-    scale = 1 / sum(shares) if len(counted) > 1 and known is None else 1.0
+    weight = sum(shares) if len(counted) > 1 and known is None else 1.0
+    # Times 1/3 in float32 the mean of three equal rows is above them: slow momentum would make it grow. A tensor,
+    # because CUDA multiplies by the reciprocal of a number.
+    divisor = None if weight == 1 else torch.tensor(weight, dtype=dtype, device=rows.device)
     sums_at_once = len(counted) == len(shares) > _MOST_ADDED and set(shares) == {1.0}
     blocks = _blocks(*rows.shape, at_most=_MOST_IN_A_DOT if measures else rows.shape[1])
     needs_space = known is None and (measures or sums_at_once)
@@ -122,12 +127,19 @@ def _sums(
                 _weighted_sum(values, shares, counted, total)
         if measures:
             # A dot a row: a norm along a dimension adds one by one and is out by 1e-5 over 200,000 columns.
-            dots.append([torch.dot(row, row) for row in values.sub_(total, alpha=scale).unbind()])
-        yield block, total, scale
+            dots.append([torch.dot(row, row) for row in _less(values, total, divisor, out=values).unbind()])
+        yield block, total, divisor
     if measures:
         assert drift_parts is not None
         squares = torch.stack([torch.stack(own) for own in dots]).sum(0, dtype=torch.float64)
         drift_parts[:, 0] = torch.where(weights > 0, squares, 0.0)
+
+
+def _less(values: Tensor, total: Tensor, divisor: Tensor | None, *, out: Tensor) -> Tensor:
+    """values − total/divisor, in one pass."""
+    if divisor is None:
+        return torch.sub(values, total, out=out)
+    return torch.addcdiv(values, total, divisor, value=-1, out=out)
 
 
 def _blocks(num_rows: int, columns: int, *, at_most: int) -> list[slice]:

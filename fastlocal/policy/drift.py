@@ -39,9 +39,11 @@ class ConsensusDistance:
     def next_interval(self, stats: Stats) -> int:
         """The interval, steered once a round by the drift of the last sync.
 
-        A round cut short says little: below half the interval it is ignored, above it is scaled up.
+        A round cut short says little: from half the interval on its drift is scaled up, below that it counts only
+        where it exceeds the target already.
         """
-        measured = stats.rounds > self.rounds and 2 * stats.round_steps >= self.interval
+        tells = 2 * stats.round_steps >= self.interval or stats.drift > self.target
+        measured = stats.rounds > self.rounds and stats.round_steps > 0 and tells
         if measured and math.isfinite(stats.drift):
             drift = stats.drift * self.interval / stats.round_steps
             factor = min(max(self.target / drift, 0.5), 2.0) if drift > 0 else 2.0

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from fastlocal import ConsensusDistance, DiLoCo, LocalSGD, SlowMo
+from fastlocal import AdaComm, ConsensusDistance, DiLoCo, LocalSGD, SlowMo
 from fastlocal.local import DisagreementError
 from fastlocal.policy import OriginalValidationLoss
 from tests.local_runs import parameters_of
-from tests.many_processes.team import ROUNDED, WORLD, assert_equal_everywhere, build, run
+from tests.many_processes.team import ALONE, ROUNDED, WORLD, assert_equal_everywhere, build, run
 
 
 def settings_that_differ_are_named_on_every_rank(rank, new_group):
@@ -91,6 +93,37 @@ def rank_0_alone_decides_the_interval(rank, new_group):
     said = [({}, 0)] * WORLD
     dist.all_gather_object(said, (state["policy"], state["stats"]["observations"]), group=group)
     assert said[0] == said[rank] == ({"name": "OriginalValidationLoss", "state": said[0][0]["state"]}, 6)
+
+
+def pieces_of_a_sharded_worker_share_one_decision(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+    def shard(policy, group):
+        torch.manual_seed(0)
+        net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+        inner = torch.optim.SGD(net.parameters(), lr=0.01)
+        return net, LocalSGD(inner, net, policy, process_group=group, timeout=20.0)
+
+    def step(net, optimizer):
+        optimizer.zero_grad()
+        net(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+
+    for group, decider in ((mesh.get_group("replicate"), 0), (ALONE[0], rank - rank % 2)):
+        net, optimizer = shard(AdaComm(8), group)
+        intervals = []
+        for loss in (16.0, 4.0, 1.0 + 3 * rank):
+            optimizer.observe(train_loss=loss)
+            for _ in range(8):
+                step(net, optimizer)
+            optimizer.sync()
+            intervals.append(optimizer.stats.interval)
+        # ⌈8·√(F/16)⌉ with the last loss F of who decides: 1, or 7 on rank 2.
+        assert intervals == [8, 4, 6 if decider else 2]
+        assert optimizer.stats.train_loss == 1.0 + 3 * decider
+    net, optimizer = shard(2 + rank % 2, mesh.get_group("replicate"))
+    with pytest.raises(DisagreementError, match=r"rank [13] has FixedInterval.interval 3, rank [02] has 2"):
+        step(net, optimizer)
 
 
 def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):

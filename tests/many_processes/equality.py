@@ -225,6 +225,22 @@ def weights_weigh_the_workers_of_all_ranks(rank, new_group):
     assert model.weight.item() == pytest.approx(20 + 5, rel=1e-6)
 
 
+def workers_that_stand_still_in_three_processes_stay_where_they_are(rank, new_group):
+    group = new_group([0, 1, 2])
+    if rank == 3:
+        return
+    for k, reads_drift, weights in ((1, False, None), (1, True, None), (2, False, None), (1, False, [1.0 + rank])):
+        policy = FixedInterval(1)
+        policy.reads_drift = reads_drift
+        torch.manual_seed(0)
+        optimizer, team = build(DiLoCo, k, policy, group, model=nn.Linear(20, 20), weights=weights)
+        start = parameters_of(team[0])
+        for _ in range(40):
+            optimizer.step()
+        # Times a float32 of 1/3 they would grow by 6e-6.
+        torch.testing.assert_close(parameters_of(team[0]), start, rtol=8 * 2**-24, atol=0)
+
+
 def data_parallel_averages_as_one_process_and_counts_every_byte(rank, new_group):
     group = find_group(new_group(), 20.0, [torch.device("cpu")])
     team = Workers(network(), 1)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo
 from fastlocal.comm import LostRankError, find_group
@@ -102,6 +104,19 @@ def work_that_a_device_never_ends_is_an_error_after_the_timeout(rank, new_group)
         group.finish(lambda: False)
     with pytest.raises(ValueError, match=r"must have a backend for parameters on meta, and has cpu:gloo"):
         find_group(process_group, 1.0, [torch.device("cpu"), torch.device("meta")])
+
+
+def a_piece_of_a_sharded_worker_that_never_comes_is_named(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, net, 2, process_group=mesh.get_group("replicate"), timeout=2.0)
+    net(torch.ones(2, 4)).sum().backward()
+    if rank % 2 == 0:
+        message = rf"rank {rank} waited 2\.\d s to compare settings at local step 0: rank {rank + 1} has not arrived"
+        with pytest.raises(LostRankError, match=message):
+            optimizer.step()
+    dist.barrier()
 
 
 def a_rank_that_stalls_is_named_by_the_others(rank, new_group):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastlocal import LocalSGD, SlowMo, Workers
@@ -102,6 +103,30 @@ def resume_is_bit_exact_in_the_middle_of_a_round(rank, new_group):
         for ours, theirs in zip(tensors_of(second_team[0]), tensors_of(team[0]), strict=True):
             assert torch.equal(ours, theirs)
         assert stats_of(second) == stats_of(straight)
+
+
+def resuming_with_the_model_on_rank_0_alone_is_resuming_with_it_on_all(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        first, first_team = build(kind, 1, 4, group, buffers="keep")
+        run(first, first_team, 8, worker=rank)
+        shared = [first_team.state_dict()]
+        dist.broadcast_object_list(shared, src=0, group=group)
+        finished = []
+        for loads, expected in ((True, rank), (rank == 0, 0)):
+            second, team = build(kind, 1, 4, group, buffers="keep", seed=5 + rank)
+            if loads:
+                team.load_state_dict(shared[0])
+            team[0][1].running_mean.fill_(rank)
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+            for _ in range(6):
+                for parameter in team.parameters():
+                    parameter.grad = torch.zeros_like(parameter)  # momentum moves them
+                second.step()
+            finished.append(parameters_of(team[0]))
+            assert team[0][1].running_mean.tolist() == [expected] * 4  # kept by all, or rank 0's
+        assert torch.equal(*finished)
+        assert not torch.equal(finished[0], parameters_of(first_team[0]))
 
 
 def a_state_goes_on_in_another_number_of_processes_at_a_rounds_end(rank, new_group):
