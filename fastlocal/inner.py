@@ -88,12 +88,16 @@ def reset_state_(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor],
 
 
 @torch.no_grad()
-def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], included: Sequence[bool]) -> None:
+def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], included: Sequence[bool]) -> int:
     """Average the tensors in the state over the included workers; the excluded ones take theirs over whole.
 
     Scalars (step counts) are left alone. A tensor that not every included worker has is left alone too:
     there is no mean of what does not exist yet.
+
+    Returns:
+        The bytes of one worker's state that were averaged.
     """
+    num_bytes = 0
     for parameters in twins:
         donors = [state.get(p, {}) for p, counts in zip(parameters, included, strict=True) if counts]
         for key, first in donors[0].items():
@@ -104,17 +108,8 @@ def average_state_(state: defaultdict[Tensor, dict], twins: Iterable[Twins], inc
                 mean = torch.stack(values).mean(dim=0)
                 for value in values:
                     value.copy_(mean)
+                num_bytes += first.nbytes
         for parameter, counts in zip(parameters, included, strict=True):
             if not counts and parameter in state:
                 state[parameter] = copy.deepcopy(donors[0])
-
-
-def state_num_bytes(state: defaultdict[Tensor, dict], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the state that average_state_ averages, for one worker's parameters."""
-    return sum(
-        value.nbytes
-        for parameter in parameters
-        if parameter in state
-        for key, value in state[parameter].items()
-        if is_averaged(parameter, key, value)
-    )
+    return num_bytes

@@ -154,6 +154,16 @@ def test_averaged_inner_state_leaves_alone_what_is_neither_like_its_parameter_no
     assert optimizer.stats.bytes_on_wire == 4 * (15 + 15 + 3 + 5)
 
 
+def test_bytes_of_averaged_inner_state_are_those_that_every_worker_has():
+    team = Workers(nn.ParameterList([torch.ones(10), torch.ones(1000)]), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.1, momentum=0.9)
+    optimizer = LocalSGD(inner, team, 1, inner_state="average")
+    for parameter in (team[0][0], team[0][1], team[1][0]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.stats.bytes_on_wire == 4 * (10 + 1000 + 10)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_momentum_with_dampening_begins_anew_after_a_reset(fused):
     team = Workers(nn.Linear(2, 1, dtype=torch.float64), 2)

@@ -17,7 +17,6 @@ from fastlocal.inner import (
     average_gradients_,
     average_state_,
     reset_state_,
-    state_num_bytes,
 )
 from fastlocal.local.meeting import compare
 from fastlocal.ops import progress
@@ -238,9 +237,7 @@ class OneProcess:
     def _merge_inner_state(self, included: list[bool]) -> int:
         """Apply the choice for the inner state; returns the bytes of one worker's that were sent."""
         if self.choices.inner_state == "average":
-            payload = state_num_bytes(self.inner.state, self.rows.parameters[included.index(True)].values())
-            average_state_(self.inner.state, self.twins(), included)
-            return payload
+            return average_state_(self.inner.state, self.twins(), included)
         self.reset_inner_state(included)
         return 0
 
