@@ -70,7 +70,14 @@ class SaveAndStop:
     [
         {"method": "slowmo", "policy": "val-loss"},
         {"method": "diloco", "optimizer": "adamw", "lr": 1e-3},
-        {"method": "local-sgd", "policy": "consensus", "consensus_target": 0.5, "precision": "bf16"},
+        {
+            "method": "local-sgd",
+            "policy": "consensus",
+            "consensus_target": 0.5,
+            "precision": "bf16",
+            "batch_size": 4,  # as many steps of fewer images: some processors emulate bf16
+            "synthetic_images": 100,
+        },
         {
             "method": "local-sgd",
             "policy": "adacomm",
