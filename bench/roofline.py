@@ -106,7 +106,8 @@ def optimizer_launches(sizes: Sequence[int], dtype: torch.dtype, device: str) ->
     moments, lamb_weights, lamb_step, norms, lars_weights, lars_step, square = kernels
     types = {"P_DTYPE": DTYPES[dtype], "G_DTYPE": DTYPES[dtype]}
 
-    def tables(bucket: Bucket) -> tuple[torch.Tensor, ...]:
+    def tables(bucket: Bucket, pointed_at: object = (p, g, m, v)) -> tuple[torch.Tensor, ...]:
+        # The tables hold addresses alone: what lies there lives as long as this function.
         return bucket.pointers, bucket.sizes, bucket.chunks
 
     def common(block: int, warps: int) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further measurement after this long")
+    parser.add_argument("--no-steps", action="store_true", help="measure no step in one launch, and adopt none")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
@@ -254,7 +256,7 @@ def main() -> None:
         "winners": found,
     }
     # Steps in one launch come last: were their programs to wait for ever, the rest would be known.
-    kinds = ("phases", *given.workers, "steps")
+    kinds = ("phases", *given.workers, *([] if given.no_steps else ["steps"]))
     for kind, dtype in sorted(itertools.product(kinds, DTYPES_MEASURED), key=lambda both: both[0] == "steps"):
         if time.monotonic() - started > given.seconds:
             print(f"out of time: {dtype}, {kind} left out")

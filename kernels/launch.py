@@ -29,9 +29,12 @@ def _measured(device: torch.device) -> dict[str, list[int]]:
 
 @cache
 def launch_constants(kernel: str, device: torch.device, dtype: torch.dtype, rows: int = 1) -> tuple[int, int]:
-    """(block, warps) of a kernel on a device; those of the most rows measured that are not more than `rows`."""
+    """(block, warps) of a kernel on a device; those of the most rows measured from half of `rows` to as many.
+
+    Of more rows a program keeps more in registers, which fewer warps do not have.
+    """
     measured = _measured(device)
-    for fewer in range(rows, 0, -1):
+    for fewer in range(rows, (rows - 1) // 2, -1):
         if found := measured.get(entry(kernel, dtype, fewer)):
             return found[0], found[1]
     return BLOCK, NUM_WARPS

@@ -11,6 +11,7 @@ from fastlocal.ops import averaging as ops
 
 SLOWMO = {"direct": 0.0, "momentum": 0.9, "decay": 0.5, "gain": 1.0}
 N = 4096
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter loads and stores")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def buffers(k, n):
     return rows, anchor, slow, torch.ones(k), torch.empty(k, ops.num_drift_parts(n))
 
 
+@interpreted
 @pytest.mark.parametrize(("k", "n"), [(1, 4096), (4, 4096), (3, 5000)])
 def test_averaging_kernels_move_8k_and_8k_plus_16_bytes_in_one_launch(k, n, monkeypatch):
     rows, anchor, slow, weights, parts = buffers(k, n)
@@ -84,6 +86,7 @@ def test_averaging_kernels_move_8k_and_8k_plus_16_bytes_in_one_launch(k, n, monk
     assert (finite.bytes_moved, finite.launches) == (4 * k * n, 1)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("make", "num_bytes", "launches"),
     [

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from fastlocal import comm
 from fastlocal.comm import launch
+from fastlocal.comm.group import _bytes_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,6 +142,7 @@ def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_sec
         ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number from 0 to 65535, got 'http'"),
         ({"RANK": "2"}, "RANK must be a number from 0 to 1, got '2'"),
         ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set: start with torchrun"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number of at least 1, got 'x'"),
     ],
 )
 def test_an_environment_that_torchrun_would_not_make_is_refused(monkeypatch, changed, message):
@@ -150,6 +152,19 @@ def test_an_environment_that_torchrun_would_not_make_is_refused(monkeypatch, cha
             monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         comm.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [1, 15, 24, 5000])
+def test_bytes_that_came_by_another_device_are_read_before_their_copy_is_let_go_of(size):
+    class Far(torch.Tensor):
+        """Its .cpu() is a copy, as that of a tensor on CUDA, which nobody holds."""
+
+        def cpu(self, memory_format=torch.preserve_format):
+            return torch.Tensor.clone(self)
+
+    sent = bytes(range(1, 252)) * 20
+    message = torch.frombuffer(bytearray(sent), dtype=torch.uint8).as_subclass(Far)
+    assert _bytes_of(message[:size], size) == sent[:size]
 
 
 TURN = """
@@ -224,6 +239,28 @@ def test_a_process_whose_group_is_broken_ends_before_the_one_it_waited_for(store
     assert time.monotonic() - began < 15  # gloo's own thread would wait for 100 s, or until rank 1 wakes
     second.kill()
     finish(second)
+
+
+# By gloo, but waited for as for NCCL, which is asked again and again whether it is done.
+POLLED = STALLED.replace(
+    'group.arrive("close',
+    """group._by_nccl = lambda device: True
+print(group.gather([group.rank, 0.5]), group.broadcast_object([1], 1), flush=True)
+group.arrive("close""",
+)
+
+
+def test_a_message_by_nccl_is_given_up_before_the_watchdog_would_end_the_process(store):
+    first, second = (start(POLLED, store.port, rank, 2, **UNDER_TORCHRUN) for rank in range(2))
+    for process in (first, second):
+        assert next_line(process) == "[[0.0, 0.5], [1.0, 0.5]] [1]\n", process.communicate()[1]
+    assert next_line(second) == "stalls\n", second.communicate()[1]
+    began = time.monotonic()
+    assert "s to close a round at local step 3: rank 1 " in next_line(first)
+    assert time.monotonic() - began < 15  # of the 31 s that the transfer may take
+    for process in (second, first):
+        process.kill()
+        finish(process)
 
 
 # What a torch built with USE_DISTRIBUTED=0 lacks is taken from torch._C before the rest of torch looks for it.

@@ -5,7 +5,9 @@ import os
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -70,10 +72,11 @@ def test_what_the_roofline_adopts_is_what_a_device_of_that_name_launches(measure
         row("square", torch.bfloat16, 1, 2048, 8),
     ]
     ROOFLINE["adopt"](NAME, found)
-    given = [launch.launch_constants("average", CUDA, torch.float32, rows) for rows in (1, 2, 7, 8, 20)]
-    assert given == [(1024, 4), (1024, 4), (1024, 4), (1024, 16), (1024, 16)]
-    assert launch.launch_constants("square", CUDA, torch.bfloat16) == (2048, 8)
+    given = [launch.launch_constants("average", CUDA, torch.float32, rows) for rows in (1, 2, 7, 8, 16, 17)]
     default = launch.BLOCK, launch.NUM_WARPS
+    # A program holds all rows: 32 in the registers that four warps have were spilled, where eight warps' hold them.
+    assert given == [(1024, 4), (1024, 4), default, (1024, 16), (1024, 16), default]
+    assert launch.launch_constants("square", CUDA, torch.bfloat16) == (2048, 8)
     assert launch.launch_constants("square", CUDA, torch.float32) == default  # measured on another GPU alone
     assert launch.launch_constants("average", torch.device("cpu"), torch.float32, 8) == default
     assert json.loads(measured.read_text())["Another GPU"]
@@ -102,6 +105,21 @@ def test_the_winner_is_the_fastest_configuration(capsys):
     assert winner["constants"] == [2048, 8]
     assert (winner["seconds"], winner["share_of_copy"], winner["by_default"]) == (4.0, 0.75, 0.5)
     assert capsys.readouterr().out.splitlines()[0].endswith("75.0 % of copy")
+
+
+def test_what_the_roofline_launches_on_lives_as_long_as_its_launches():
+    held: list[weakref.ref[torch.Tensor]] = []
+    full = torch.full
+
+    def noted(*arguments, **options):
+        held.append(weakref.ref(made := full(*arguments, **options)))
+        return made
+
+    with mock.patch("torch.full", noted):
+        launches = ROOFLINE["optimizer_launches"]([16, 40], torch.float32, "cpu")
+    assert len(held) >= 8  # p, g, m and v of both tensors, which the tables name by address alone
+    assert all(reference() is not None for reference in held)
+    del launches
 
 
 def test_the_file_that_ships_has_whole_chunks_and_known_kernels():

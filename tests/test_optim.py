@@ -1,5 +1,7 @@
 """A step of LARS and LAMB: every convention of torch.optim that a training loop relies on."""
 
+import math
+
 import pytest
 import torch
 from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, moved, set_grads, step_counts, train
@@ -7,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlocal import LAMB
+from fastlocal import LAMB, LARS
 
 
 @pytest.fixture(autouse=True)
@@ -385,3 +387,11 @@ def test_a_parameter_that_changed_its_size_is_refused_before_anything_is_written
             opt.step()
         assert torch.equal(params[0], before)
         assert torch.equal(params[1], torch.ones(size))
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_weights_that_are_infinite_at_a_rate_of_zero_are_no_error(foreach):
+    param = torch.nn.Parameter(torch.tensor([math.inf, 1.0]))
+    param.grad = torch.ones_like(param)
+    LARS([param], lr=0.0, momentum=0.0, weight_decay=0.1, trust_clip=True, foreach=foreach).step()
+    assert param.isnan().all()  # 0 · ∞

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -393,3 +394,22 @@ def test_state_that_an_optimizer_around_this_one_keeps_beside_it_comes_back(opti
     again.load_state_dict(opt.state_dict())
     kept = [state["slow_weights"] for state in again.state.values()]
     assert_equal(kept, params)
+
+
+@pytest.mark.parametrize("make", [LAMB, partial(LARS, dampening=0.5)])
+def test_a_capture_that_is_refused_leaves_no_state_behind(make, monkeypatch):
+    # What is made in a capture is only recorded: a count left in the state would be whatever lay in its memory.
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    param.grad = torch.full_like(param, 0.5)
+    optimizer = make([param])
+
+    def refuse(param):
+        raise RuntimeError("take one step before the capture")
+
+    with monkeypatch.context() as capture:
+        capture.setattr(optimizer, "_require_no_capture", refuse)
+        with pytest.raises(RuntimeError, match="before the capture"):
+            optimizer.step()
+    assert optimizer.state[param] == {}
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1

@@ -235,6 +235,7 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         (["--step-flops", "1e12"], "--step-seconds has no use together with --step-flops, --device-flops or"),
         (["--utilisation", "-1"], "--step-seconds has no use together with --step-flops, --device-flops or"),
         (["--method", "sync", "--interval", "7"], "--interval has no use without a --method that syncs once an"),
+        (["--method", "sync", "--within", "step"], "--within has no use without a --method that syncs once an"),
         (["--fragments", "4"], "--fragments has no use without --method streaming"),
         (["--overlap-steps", "2"], "--overlap-steps has no use without --method streaming"),
         (["--inner-latency-ms", "-1"], "--inner-latency-ms has no use without --inner-gbps"),

@@ -316,6 +316,15 @@ def fails(capsys, arguments, code=2):
     return lines[0]
 
 
+@pytest.mark.parametrize("rank", ["1", "none"])
+def test_a_lone_run_speaks_whatever_number_a_cluster_gave_its_job(tmp_path, capsys, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["train", *ONE_EPOCH, "--out", str(tmp_path / "run")]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert fails(capsys, ["--interval", "0"]).startswith("error: ")
+
+
 def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--interval must be at least 1, got 0" in fails(capsys, ["--interval", "0"])
@@ -330,6 +339,8 @@ def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, 
         patch.setenv("WORLD_SIZE", "2")
         patch.delenv("RANK", raising=False)
         assert "WORLD_SIZE is 2 but RANK is not set: start with torchrun" in fails(capsys, [])
+        patch.setenv("WORLD_SIZE", "two")
+        assert "WORLD_SIZE must be a whole number of at least 1, got 'two'" in fails(capsys, [])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "checkpoint.pt").write_text("precious")
     assert "mine holds checkpoint.pt of something else" in fails(capsys, [*ONE_EPOCH, "--out", "mine"])

@@ -226,6 +226,8 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
             "cell 1: name must be a string that can be a folder's name, got \\['a', 'b'\\]",
         ),
         ("[grid", "is no TOML file"),
+        ("workers = " + 5000 * "1", "is no TOML file: Exceeds the limit"),
+        ("workers = " + 20_000 * "[", "is no TOML file: maximum recursion depth exceeded"),
     ],
 )
 def test_a_wrong_study_is_one_line_that_names_the_file_and_the_cell(tmp_path, text, message):

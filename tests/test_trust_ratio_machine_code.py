@@ -81,7 +81,9 @@ def test_no_kernel_spills_and_five_blocks_fit_a_multiprocessor(kernels):
     for name, row in kernels.items():
         assert row["spills"] == 0, name
         assert row["stack"] == 0, name
-        if "step" in name:
+        if "step" in name and "masters" in name:
+            assert row["registers"] <= 72, name  # three blocks: Triton 3.6 takes 71 on sm_80, 3.7 64
+        elif "step" in name:
             assert row["registers"] <= 64, name  # four blocks
         elif "unaligned" not in name:
             assert row["registers"] <= 48, name  # 65,536 registers / (48 · 256 threads) = 5.3 blocks

@@ -11,6 +11,7 @@ from fastlocal.comm.group import several_processes_run as several_processes_run
 from fastlocal.comm.launch import RendezvousError as RendezvousError
 from fastlocal.comm.launch import join as join
 from fastlocal.comm.launch import launched_processes as launched_processes
+from fastlocal.comm.launch import launched_rank as launched_rank
 from fastlocal.comm.launch import leave as leave
 from fastlocal.comm.launch import local_rank as local_rank
 from fastlocal.comm.launch import note_for_restarts as note_for_restarts

@@ -27,6 +27,9 @@ Operation = Literal["sum", "max", "min", "mean"]
 _GRACE_SECONDS = 3.0
 """How long the survivors of a broken collective look at the notes before they name who is missing."""
 
+_WATCHDOG_SECONDS = 30.0
+"""How much later NCCL's own watchdog may end the process: by then the error with a name has been raised."""
+
 
 class LostRankError(RuntimeError):
     """A process of the group has ended, stalled, or went another way.
@@ -132,7 +135,8 @@ class Group:
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         backends = dist.get_backend_config(process_group)
         sends_from_cpu = "cpu:" in backends
-        self.in_stream_order = device.type == "cuda" and "cuda:nccl" in backends
+        self._has_nccl = "cuda:nccl" in backends
+        self.in_stream_order = self._by_nccl(device)
         self._device = torch.device("cpu") if sends_from_cpu else device
         store = distributed_c10d.PrefixStore(
             f"fastlocal/{process_group.group_name}", distributed_c10d._get_default_store()
@@ -174,7 +178,7 @@ class Group:
             raise self._lost(time.monotonic() - began, error) from error
 
     def finish(self, is_done: Callable[[], bool]) -> None:
-        """Wait until the device has ended what was sent in stream order, and no longer than `timeout`.
+        """Wait until the device has ended what was sent to it, and no longer than `timeout`.
 
         A wait with a timeout of torch's own looks once a millisecond, and holds up the sends that follow.
         """
@@ -229,7 +233,7 @@ class Group:
             message = torch.empty(size, dtype=torch.uint8, device=self._device)
         else:
             message = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self._device)
-        self.broadcast_(message, source)
+        self._broadcast_(message, source, host_waits=True)
         return _bytes_of(message, size)
 
     def broadcast_object(self, value: Any, source: int) -> Any:
@@ -240,10 +244,13 @@ class Group:
 
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Overwrite the contiguous tensor with that of process `source` of the group."""
+        self._broadcast_(tensor, source, host_waits=False)
+
+    def _broadcast_(self, tensor: Tensor, source: int, host_waits: bool) -> None:
         if tensor.numel():
-            options = self._options("Broadcast")
+            options = self._options("Broadcast", tensor.device)
             options.rootRank = source
-            self._run(lambda: self.process_group.broadcast([lent(tensor)], options), tensor.device)
+            self._run(lambda: self.process_group.broadcast([lent(tensor)], options), tensor.device, host_waits)
 
     def reduce_(self, tensor: Tensor, operation: Operation) -> None:
         """Overwrite the contiguous tensor with the sum, maximum, minimum or mean over all processes."""
@@ -254,7 +261,7 @@ class Group:
             "mean": dist.ReduceOp.AVG,
         }
         if tensor.numel():
-            options = self._options("Allreduce")
+            options = self._options("Allreduce", tensor.device)
             options.reduceOp = operations[operation]
             self._run(lambda: self.process_group.allreduce([lent(tensor)], options), tensor.device)
 
@@ -275,7 +282,7 @@ class Group:
         if not whole:
             parts.view(-1)[: len(tensor)] = tensor
         received = torch.empty_like(parts)
-        exchange = self._options("AllToAll")
+        exchange = self._options("AllToAll", tensor.device)
         self._run(
             lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], exchange), tensor.device
         )
@@ -290,27 +297,40 @@ class Group:
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
-        self._run(lambda: self._all_gather(everybody, own), torch.device("cpu"))
+        self._run(lambda: self._all_gather(everybody, own), own.device, host_waits=True)
         return everybody
 
     def _all_gather(self, everybody: Sequence[Tensor], own: Tensor) -> "dist.Work":
-        return self.process_group.allgather([list(map(lent, everybody))], [lent(own)], self._options("Allgather"))
+        options = self._options("Allgather", own.device)
+        return self.process_group.allgather([list(map(lent, everybody))], [lent(own)], options)
 
-    def _options(self, collective: str) -> Any:
-        """Gloo ends it when its time is over: a collective that is only no longer waited for holds up the exit."""
+    def _by_nccl(self, device: torch.device) -> bool:
+        return self._has_nccl and device.type == "cuda"
+
+    def _options(self, collective: str, device: torch.device) -> Any:
+        """Gloo ends it when its time is over: a collective that is only no longer waited for holds up the exit.
+
+        NCCL's watchdog ends the whole process then, and so comes after whoever waits here.
+        """
         options = getattr(dist.distributed_c10d, f"{collective}Options")()
-        options.timeout, options.asyncOp = timedelta(seconds=self.timeout), True
+        seconds = self.timeout + _WATCHDOG_SECONDS if self._by_nccl(device) else self.timeout
+        options.timeout, options.asyncOp = timedelta(seconds=seconds), True
         return options
 
-    def _run(self, start: "Callable[[], dist.Work]", device: torch.device) -> None:
+    def _run(self, start: "Callable[[], dist.Work]", device: torch.device, host_waits: bool = False) -> None:
+        """Start a collective of tensors on the device, and wait for it: by NCCL in stream order, unless told else."""
         began = time.monotonic()
         try:
             with self._notes.waiting():
                 work = start()
-                if self.in_stream_order and device.type == "cuda":
-                    work.wait()
-                else:
+                if not self._by_nccl(device):
                     work.wait(timedelta(seconds=self.timeout))
+                    return
+                if host_waits:  # not by a wait with a timeout, which calls the watchdog
+                    self.finish(work.is_completed)
+                work.wait()
+        except LostRankError:
+            raise
         except RuntimeError as error:
             raise self._lost(time.monotonic() - began, error) from error
 
@@ -350,4 +370,5 @@ def _is_of_a_transfer(error: RuntimeError) -> bool:
 
 
 def _bytes_of(message: Tensor, size: int) -> bytes:
-    return ctypes.string_at(message.cpu().data_ptr(), size)
+    on_host = message.cpu()  # a copy, if it came by the device: it must outlive the read
+    return ctypes.string_at(on_host.data_ptr(), size)

@@ -23,8 +23,24 @@ class RendezvousError(RuntimeError):
 
 
 def launched_processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; 1 without it.
+
+    Raises:
+        ValueError: the environment says something else than a number.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if not (processes.isdecimal() and int(processes)):
+        raise ValueError(f"WORLD_SIZE must be a whole number of at least 1, got {processes!r}")
+    return int(processes)
+
+
+def launched_rank() -> int:
+    """This process's number among those that torchrun started; 0 without it.
+
+    Raises:
+        ValueError: the environment speaks of several processes, but not as torchrun does.
+    """
+    return 0 if launched_processes() == 1 else _number("RANK", launched_processes())
 
 
 def local_rank() -> int:
@@ -98,13 +114,22 @@ def _read_environment() -> tuple[int, int]:
     processes = launched_processes()
     if not dist.is_available():
         raise ValueError(f"WORLD_SIZE is {processes}, but this torch was built without torch.distributed: start one")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ValueError(f"WORLD_SIZE is {processes} but {name} is not set: start with torchrun")
-    for name, limit in (("RANK", processes), ("MASTER_PORT", 1 << 16)):
-        if not (os.environ[name].isdecimal() and int(os.environ[name]) < limit):
-            raise ValueError(f"{name} must be a number from 0 to {limit - 1}, got {os.environ[name]!r}")
-    return int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    rank = _number("RANK", processes)
+    _setting("MASTER_ADDR")
+    return rank, _number("MASTER_PORT", 1 << 16)
+
+
+def _setting(name: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {launched_processes()} but {name} is not set: start with torchrun")
+    return os.environ[name]
+
+
+def _number(name: str, limit: int) -> int:
+    value = _setting(name)
+    if not (value.isdecimal() and int(value) < limit):
+        raise ValueError(f"{name} must be a number from 0 to {limit - 1}, got {value!r}")
+    return int(value)
 
 
 def _store_of_attempt(job: Any, rank: int, end: float) -> Any:

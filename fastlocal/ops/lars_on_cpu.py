@@ -136,5 +136,7 @@ def _ratio(weight_norm: float, norm: float, options: LarsOptions) -> float:
     ratio = options.trust_coefficient * weight_norm / denominator if weight_norm > 0 and norm > 0 else 1.0
     if options.trust_clip:
         lr = float(options.lr)
-        ratio = 1.0 if ratio >= lr else ratio / lr
+        if ratio >= lr:
+            return 1.0
+        return ratio / lr if lr else math.nan  # of weights that are not finite
     return ratio

@@ -222,17 +222,21 @@ class TrustRatioOptimizer(Optimizer):
         return state
 
     @staticmethod
-    def _new_moment(param: Tensor) -> Tensor:
+    def _require_no_capture(param: Tensor) -> None:
+        """Before any state is made: what is made in a capture has no value yet, and would stay after the error."""
         if param.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a step inside a CUDA graph capture needs its state made before, or every replay would begin it "
                 "anew: take one step before the capture"
             )
+
+    def _new_moment(self, param: Tensor) -> Tensor:
+        self._require_no_capture(param)
         dtype = torch.promote_types(param.dtype, torch.float32)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    @staticmethod
-    def _new_step(param: Tensor, count: float = 0.0) -> Tensor:
+    def _new_step(self, param: Tensor, count: float = 0.0) -> Tensor:
+        self._require_no_capture(param)
         return torch.full((), count, dtype=torch.float32, device=param.device)  # no copy from the host
 
     @staticmethod

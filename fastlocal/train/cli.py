@@ -53,8 +53,8 @@ app = App(
 @app.command
 def train(config: Annotated[Config, Parameter(name="*")] = Config()) -> None:  # noqa: B008  (frozen)
     """Train on CIFAR-100 or the synthetic set, and report accuracy beside bytes sent."""
-    first = int(os.environ.get("RANK", "0")) == 0
-    with Display(Console(quiet=not first)) as display:
+    _, rank = _launched()
+    with Display(Console(quiet=rank != 0)) as display:
         summary = run(config, display)
     display.summary(summary)
 
@@ -148,12 +148,20 @@ def study(
         )
 
 
+def _launched() -> tuple[int, int]:
+    """How many processes were started together, and which of them this is."""
+    try:
+        return comm.launched_processes(), comm.launched_rank()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def _shared_threads(threads: int | None, parallel: int, epochs: int | None) -> int | None:
     """Check what study and search have in common; returns the threads of a process for which none are asked for.
 
     None leaves them to PyTorch.
     """
-    if comm.launched_processes() > 1:
+    if _launched()[0] > 1:
         raise UsageError("a study or a search starts its own processes: run it without torchrun, and use --parallel")
     for name, value in (("--parallel", parallel), ("--threads", threads), ("--epochs", epochs)):
         if value is not None and value < 1:
@@ -314,5 +322,6 @@ def _without_a_value(error: MissingArgumentError) -> CycloptsError | UsageError:
 
 def _say(errors: Console, error: Exception) -> None:
     line = " ".join(str(error).split())
-    rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # some clusters number jobs that are no group
+    rank = "" if alone or "RANK" not in os.environ else f" on rank {os.environ['RANK']}"
     errors.print(f"error{rank}: {line}", highlight=False, markup=False, soft_wrap=True)

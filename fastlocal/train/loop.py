@@ -198,19 +198,21 @@ class Training:
 
     @torch.inference_mode()
     def evaluate(self, images: ImageSet) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy in percent of the averaged model; each process takes some of the images."""
+        """Mean cross-entropy and accuracy in percent of the averaged model; each process takes some of the batches.
+
+        Any number of processes comes to the same bits: a policy may read the loss.
+        """
         model = self.workers.mean().eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the losses, and correct ones
-        number, count = self.processes.rank, len(self.processes)
-        own = images.take(torch.arange(number * len(images) // count, (number + 1) * len(images) // count))
-        for start in range(0, len(own), _EVAL_BATCH):
-            labels = own.labels[start : start + _EVAL_BATCH]
-            batch = self.normalize(own.images[start : start + _EVAL_BATCH])
-            logits = forward(model, batch, self.config.precision)
-            totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            totals[1] += (logits.argmax(dim=1) == labels).sum()
+        starts = range(0, len(images), _EVAL_BATCH)
+        totals = torch.zeros(len(starts), 2, dtype=torch.float64, device=self.device)  # of the loss, and correct ones
+        for number in range(self.processes.rank, len(starts), len(self.processes)):
+            here = slice(starts[number], starts[number] + _EVAL_BATCH)
+            labels = images.labels[here]
+            logits = forward(model, self.normalize(images.images[here]), self.config.precision)
+            totals[number, 0] = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            totals[number, 1] = (logits.argmax(dim=1) == labels).sum()
         self.processes.sum_(totals)
-        loss, correct = totals.tolist()
+        loss, correct = totals.sum(dim=0).tolist()
         return loss / len(images), 100 * correct / len(images)
 
     def test(self) -> tuple[float, float]:

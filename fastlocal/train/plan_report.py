@@ -109,6 +109,7 @@ class PlanConfig:
         """
         for name, needs, holds in (
             ("interval", "a --method that syncs once an interval", self.method != "sync"),
+            ("within", "a --method that syncs once an interval", self.method != "sync"),
             ("fragments", "--method streaming", self.method == "streaming"),
             ("overlap_steps", "--method streaming", self.method == "streaming"),
         ):
