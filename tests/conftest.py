@@ -16,6 +16,28 @@ else:
 torch.set_num_threads(1)
 
 
+# What these start takes a GPU where there is one: processes would share it, and its sums differ in their last bits.
+ON_CPU = (
+    "test_train_",
+    "test_bench_run",
+    "test_examples",
+    "test_process_examples",
+    "test_swap_optimizer",
+    "test_readme",
+)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(request, monkeypatch):
+    """The trainer and the examples run on the CPU, in processes of their own too, but where the marker says gpu."""
+    if not torch.cuda.is_available() or request.node.get_closest_marker("gpu"):
+        return
+    if request.path.name.startswith(ON_CPU):
+        torch.cuda.init()  # which finds no GPU for good while the variable says so
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def pytest_collection_modifyitems(items):
     """Tests with the marker `gpu` are skipped, with the reason, where there is none."""
     if not torch.cuda.is_available():

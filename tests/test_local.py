@@ -379,7 +379,6 @@ def test_an_interval_counts_steps_and_not_the_batches_that_one_accumulates():
     assert optimizer.stats.local_steps == 4
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 def test_a_compiled_step_is_the_step():
     results = []
     for compiled in (False, True):
