@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
+from fastlocal.local.checksum import checksum
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
 from fastlocal.local.shared_buffers import merge_across_
@@ -84,12 +85,9 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        by_name = self._sent_buffers()
-        names, buffers = list(by_name), list(by_name.values())
-        frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
-        names += frozen
-        buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
-        kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
+        buffers, frozen = self._sent_buffers(), self._frozen()
+        others = [*buffers.items(), *frozen.items()]
+        kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
         compare(self.group, settings, slots + kinds, stats.local_steps)
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
@@ -101,7 +99,7 @@ class ManyProcesses(OneProcess):
                 for slot in block.slots
                 if slot.name in begin
             }
-            twins = [[*part] for part in parts.values()] + buffers[len(buffers) - len(frozen) :]
+            twins = [[*part] for part in parts.values()] + list(frozen.values())
             if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
                 stepped = {parameter for group in self.inner.param_groups for parameter in group["params"]}
                 twins = [[*part] for name, part in parts.items() if self.rows.parameters[0][name] in stepped]
@@ -115,15 +113,33 @@ class ManyProcesses(OneProcess):
                 self.rows.push()
                 for parameters in itertools.compress(self.rows.parameters, replaced):
                     drop_gradients(parameters.values())
-                buffers += self._kept_buffers()
-                merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
+                for own in frozen.values():
+                    self._take_first_(own)
+                merged = [*buffers.values(), *self._kept_buffers()]
+                merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
+
+    def _frozen(self) -> dict[str, list[Tensor]]:
+        """The parameters that nobody trains, by name, in each worker of this process; of DTensors the pieces."""
+        first, *others = (dict(module.named_parameters()) for module in self.rows.modules)
+        return {
+            name: [comm.held_here(own[name].detach()) for own in (first, *others)]
+            for name in first
+            if name not in self.rows.parameters[0]
+        }
 
     def _rows_differ(self, everything: list[list[Tensor]]) -> bool:
-        """Whether two workers of any processes differ in one of these tensors, as two sums over each tell."""
-        values = [torch.view_as_real(v) if v.is_complex() else v for twins in everything for v in twins]
-        sums = [torch.stack([v.sum(dtype=torch.float64), v.abs().sum(dtype=torch.float64)]) for v in values]
-        own = torch.cat([each.cpu() for each in sums]).tolist()
-        return len({row for said in self.group.gather(own) for row in _by_row(said, len(self.rows))}) > 1
+        """Whether two workers of any processes differ in one of these tensors, as a checksum of each tells."""
+        sums = [checksum(value) for twins in everything for value in twins]
+        own = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
+        halves = [half for each in own for half in (each >> 32, each & 0xFFFFFFFF)]  # which a float64 holds
+        return len({row for said in self.group.gather(halves) for row in _by_row(said, len(self.rows))}) > 1
+
+    def _take_first_(self, twins: list[Tensor]) -> None:
+        """Overwrite a tensor of each worker with that of the first process's first, byte by byte, of any dtype."""
+        message = twins[0].flatten().view(torch.uint8)
+        self.group.broadcast_(message, source=0)
+        for twin in twins:
+            twin.copy_(message.view(twin.dtype).view(twin.shape))
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""
@@ -350,6 +366,6 @@ def _divide_(total: Tensor, divisor: float) -> None:
 
 
 def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:
-    """Each row's two sums of every tensor; `sums` runs through the tensors, then the rows."""
+    """Each row's sums of every tensor, in halves; `sums` runs through the tensors, then the rows."""
     tensors = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
     return [tuple(value for tensor in tensors for value in tensor[2 * row : 2 * row + 2]) for row in range(rows)]
