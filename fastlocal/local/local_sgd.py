@@ -174,9 +174,11 @@ class LocalSGD(Checkpointed):
         if not self._round_is_open:
             self._begin_round(warming_up)
         seen = self._rates.look(self.steps_in_round)
+        self.rows.note_apart()
         if warming_up:
             loss = self._step_together(closure)
             self._rates.note(0, *seen)
+            self.rows.note_equal()
         else:
             loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
             self._rates.note(self.steps_in_round, *seen)
@@ -294,6 +296,7 @@ class LocalSGD(Checkpointed):
         rates = self._rates.of_blocks()
         closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
         outcome = self._team.close_round(closing)
+        self.rows.note_equal()
         self.stats.round_steps, self.steps_in_round = self.steps_in_round, 0
         self._round_is_open = self._buffers_apart = False
         self.stats.rounds += 1

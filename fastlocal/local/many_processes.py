@@ -101,8 +101,8 @@ class ManyProcesses(OneProcess):
             }
             twins = [[*part] for part in parts.values()] + list(frozen.values())
             if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
-                stepped = {parameter for group in self.inner.param_groups for parameter in group["params"]}
-                twins = [[*part] for name, part in parts.items() if self.rows.parameters[0][name] in stepped]
+                stepped = self.rows.stepped_by(self.inner)
+                twins = [[*part] for name, part in parts.items() if name in stepped]
             if self._rows_differ(twins):
                 replaced = [False] * len(self.rows)
                 for part in parts.values():
