@@ -18,7 +18,7 @@ from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.checksum import checksum
-from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, Header, compare, meet
+from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
@@ -62,6 +62,7 @@ class ManyProcesses(OneProcess):
             self.payload = self.gradients_payload
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
+        self._has_compared = False
         for owner in rows.owners():
             shared = sorted(comm.ranks_on_mesh(owner) & set(group.ranks))
             if len(shared) > 1:
@@ -85,10 +86,13 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
+        if self._has_compared:  # where some have loaded a state and others go on as before, messages would not fit
+            meet(self.group, self._header(LOADED, stats, 0))
         buffers, frozen = self._sent_buffers(), self._frozen()
         others = [*buffers.items(), *frozen.items()]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
         compare(self.group, settings, slots + kinds, stats.local_steps)
+        self._has_compared = True
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
         if fresh:
