@@ -180,7 +180,7 @@ class LocalSGD(Checkpointed):
             self._rates.note(0, *seen)
             self.rows.note_equal()
         else:
-            loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
+            loss = self.inner.step(closure) if closure else self._scaling().step(self.inner)
             self._rates.note(self.steps_in_round, *seen)
             self.steps_in_round += 1
         self.stats.local_steps += 1
@@ -257,10 +257,13 @@ class LocalSGD(Checkpointed):
         self._round_is_open, self._buffers_apart = False, True
         return loss
 
+    def _scaling(self) -> Scaling:
+        return Scaling(self, lambda flag: self._team.whether_anywhere(flag, self.stats))
+
     def _average_gradients(self) -> bool:
         """Give every worker the mean gradient; returns whether the step may be taken."""
         started = time.perf_counter()
-        scaling = Scaling(self, self.rows.owners())
+        scaling = self._scaling()
         finite = not scaling.overflowed()
         if finite:
             scaling.unscale_(self.inner)

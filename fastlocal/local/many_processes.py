@@ -19,7 +19,7 @@ from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.checksum import checksum
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
@@ -294,7 +294,7 @@ class ManyProcesses(OneProcess):
                 _divide_(mean, divisor)
             parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
-                squares += whole(parts, block.owner).cpu()
+                squares += self.whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]

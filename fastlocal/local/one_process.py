@@ -165,7 +165,7 @@ class OneProcess:
                 self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
-                squares += whole(own, block.owner).to(finite.device)
+                squares += self.whole(own, block.owner).to(finite.device)
         # Without a message to write, the one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
@@ -231,6 +231,22 @@ class OneProcess:
             group.reduce_(finite, "min")
         return finite.to(torch.bool)
 
+    def whole(self, squares: Tensor, owner: Tensor | None) -> Tensor:
+        """Sums of squares over a block, with those of the pieces that other processes hold."""
+        cuts = [] if owner is None else [cut.group_name for cut in comm.cuts_of(owner)]
+        for group, _ in self.pieces:
+            if group.process_group.group_name in cuts:
+                group.reduce_(squares, "sum")
+        return squares
+
+    def whether_anywhere(self, flag: Tensor, stats: Stats) -> Tensor:
+        """The greatest of what the processes say that hold pieces of one worker; the flag itself stays as it is."""
+        flag = flag.clone() if self.pieces else flag
+        for group, _ in self.pieces:
+            group.arrive("agree whether gradients overflowed", stats.local_steps)
+            group.reduce_(flag, "max")
+        return flag
+
     def twins(self) -> list[Twins]:
         """Each parameter in every worker of this process."""
         names = self.rows.parameters[0]
@@ -250,10 +266,3 @@ class OneProcess:
             everybody = self.choices.inner_state == "reset"
             if everybody or not counts:
                 reset_state_(self.inner, parameters.values(), everybody)
-
-
-def whole(squares: Tensor, owner: Tensor | None) -> Tensor:
-    """Sums of squares over a block, with those of the pieces that other processes hold."""
-    if owner is not None:
-        comm.sum_over_pieces_(squares.view(1, -1), [owner])
-    return squares
