@@ -19,13 +19,16 @@ from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.checksum import checksum
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
+
+_MOST_ROUNDED = 1e-3
+"""Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
 
 
 class ManyProcesses(OneProcess):
@@ -71,9 +74,10 @@ class ManyProcesses(OneProcess):
                     "same one: give the group of the other mesh dimension, such as mesh.get_group('replicate')"
                 )
 
-    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+    def begin(self, settings: dict[str, Any], stats: Stats, expected: Standing) -> None:
         """Compare settings and tensors; where a fresh round's rows differ, all begin from the first process's first,
-        except for what another optimizer over the same rows has stepped.
+        except for what another optimizer over the same rows has stepped. Where they need only be close, differences
+        no larger than roundings stay.
 
         Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already. Gradients
         of rows that were replaced, which were computed elsewhere, become zero.
@@ -95,7 +99,7 @@ class ManyProcesses(OneProcess):
         self._has_compared = True
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
-        if fresh:
+        if expected != "apart":
             self.rows.pull()
             parts = {
                 slot.name: block.rows[:, slot.start : slot.stop]
@@ -107,7 +111,7 @@ class ManyProcesses(OneProcess):
             if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
                 stepped = self.rows.stepped_by(self.inner)
                 twins = [[*part] for name, part in parts.items() if name in stepped]
-            if self._rows_differ(twins):
+            if self._rows_differ(twins) and (expected == "equal" or self._are_far_apart(twins)):
                 replaced = [False] * len(self.rows)
                 for part in parts.values():
                     before = part.clone()
@@ -137,6 +141,17 @@ class ManyProcesses(OneProcess):
         own = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
         halves = [half for each in own for half in (each >> 32, each & 0xFFFFFFFF)]  # which a float64 holds
         return len({row for said in self.group.gather(halves) for row in _by_row(said, len(self.rows))}) > 1
+
+    def _are_far_apart(self, everything: list[list[Tensor]]) -> bool:
+        """Whether one of these tensors is further from the first process's first than roundings may carry it."""
+        far = False
+        for twins in everything:
+            first = twins[0].clone()
+            self.group.broadcast_(first, source=0)
+            dtype = ops.accumulate_dtype(first.dtype)
+            most = max(_MOST_ROUNDED, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
+            far = far or not all((own - first).norm(dtype=dtype) <= most for own in twins)  # NaN is far
+        return any(any(said) for said in self.group.gather([far]))
 
     def _take_first_(self, twins: list[Tensor]) -> None:
         """Overwrite a tensor of each worker with that of the first process's first, byte by byte, of any dtype."""

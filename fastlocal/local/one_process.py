@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weig
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
+
+Standing = Literal["equal", "close", "apart"]
+"""How workers must stand to each other where an optimizer begins: before the first step and at a round's end, after
+steps together, which in several processes may differ in the last digits, or in a round."""
 
 
 class DivergedError(RuntimeError):
@@ -90,7 +94,7 @@ class OneProcess:
         if choices.wire_dtype is not None:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
-    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+    def begin(self, settings: dict[str, Any], stats: Stats, expected: Standing) -> None:
         """What was loaded into the first worker alone is where a fresh round begins. Settings are compared with those
         who hold pieces of the same worker, if anybody does.
 
@@ -99,7 +103,7 @@ class OneProcess:
         """
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
-        if fresh:
+        if expected != "apart":
             # Between two rounds only what this optimizer steps is equal for certain.
             self.rows.begin_alike(self.rows.stepped_by(self.inner) if stats.local_steps else begin)
 
