@@ -20,7 +20,7 @@ from fastlocal.inner import (
 )
 from fastlocal.local.meeting import compare
 from fastlocal.ops import progress
-from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights
+from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
@@ -155,18 +155,24 @@ class OneProcess:
         if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
         sent = None
-        if self.choices.wire_dtype is not None:
+        # Of float64 the weights must have all digits too, which those that the kernels take have not.
+        wide = any(block.rows.dtype == torch.float64 for block in self.rows.blocks) and set(relative) != {1.0}
+        if self.choices.wire_dtype is not None or wide:
             sent = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
             if not any(sent):
                 raise DivergedError(closing.stats.local_steps)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             mean = None
-            if sent is not None:
+            if sent is not None and (self.choices.wire_dtype is not None or block.rows.dtype == torch.float64):
                 mean = torch.empty(
                     block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
                 )
-                self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
+                if self.choices.wire_dtype is not None:
+                    self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
+                else:
+                    weighted_sum_(mean, block.rows, sent)
+                    mean /= math.fsum(sent)
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
                 squares += self.whole(own, block.owner).to(finite.device)
