@@ -8,7 +8,7 @@ This module moves no bytes between processes and does no arithmetic on parameter
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,40 +113,70 @@ class Rows:
                 if block.owner is None:
                     parameter.data = block.own(worker, slot)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
-        # Until training begins: the other workers' parameters, and how often they had been written to when made.
-        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = [
-            [(p, p._version) for p in module.parameters()] for module in self.modules[1:]
-        ]
+        self._others = [list(module.parameters()) for module in self.modules[1:]]
+        self.note_equal()
 
     def __len__(self) -> int:
         return len(self.modules)
 
+    def stepped_by(self, optimizer: torch.optim.Optimizer) -> set[str]:
+        """The names of the parameters that an optimizer steps."""
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        return {name for name, parameter in self.parameters[0].items() if parameter in stepped}
+
     def begin(self, optimizer: torch.optim.Optimizer) -> set[str]:
         """Note that an optimizer steps its parameters; returns the names of all that no other one has stepped yet."""
-        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        own = {name for name, parameter in self.parameters[0].items() if parameter in stepped}
+        own = self.stepped_by(optimizer)
         begin = self.parameters[0].keys() - (self._begun - own)
         self._begun |= own
         return begin
 
+    def note_equal(self) -> None:
+        """All workers hold the same now: what is written to the first one alone from here on is where all go on."""
+        # The other workers' parameters, and how often each had been written to. This is asked at every sync: no walk
+        # through the modules.
+        self._equal: Sequence[Sequence[tuple[Tensor, int]]] | None = [
+            [(p, p._version) for p in own] for own in self._others
+        ]
+
+    def note_apart(self) -> None:
+        """Each worker goes its own way, until note_equal is called again."""
+        self._equal = None
+
+    def _others_untouched(self) -> bool:
+        """Whether nobody has written to the other workers since all held the same."""
+        now = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
+        return self._equal is not None and _equal_pairs(self._equal, now)
+
+    def begin_alike(self, names: Set[str]) -> None:
+        """As take_first, if the first worker alone was written to since all were equal; frozen ones tell too."""
+        if len(self) == 1 or not self._others_untouched():
+            return
+        first, *others = (dict(module.named_parameters()) for module in self.modules)
+        names = names | (first.keys() - self.parameters[0].keys())
+        shared = [n for n in first if n in names and not first[n].is_meta and all(n in own for own in others)]
+        if _alike(others, shared):  # what is written through .data no version counts
+            self.take_first(names)
+
     @torch.no_grad()
-    def begin_alike(self) -> None:
-        """Give all workers the first one's parameters and buffers if it alone was written to since they were made.
+    def take_first(self, names: Set[str]) -> None:
+        """If workers differ in one of these parameters, all get the first one's, its frozen ones and its buffers.
 
         Gradients that the others have were computed elsewhere: they become zero.
         """
-        made, self._made = self._made, None
-        first, *others = (dict(module.named_parameters()) for module in self.modules)
-        now = [[(p, p._version) for p in own.values()] for own in others]
-        if made is None or not _equal_pairs(made, now):
-            return
-        first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
-        if _alike([first, *others], first):
-            return
-        if not _alike(others, first):  # written to through .data, which no version counts
+        workers = [dict(module.named_parameters()) for module in self.modules]
+        first, *others = workers
+        given = {
+            name: parameter
+            for name, parameter in first.items()
+            if (name in names or name not in self.parameters[0])
+            and not parameter.is_meta
+            and all(name in own for own in others)
+        }
+        if _alike(workers, names & given.keys()):
             return
         for own in others:
-            for name, parameter in first.items():
+            for name, parameter in given.items():
                 own[name].copy_(parameter)
             drop_gradients(own.values())
         for first_buffer, *buffers in collect(self.modules, "keep").values():
@@ -233,11 +263,18 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of views are no views: __setstate__ lays the rows out again, frozen meanwhile or not.
-        return {"modules": self.modules, "names": list(self.parameters[0]), "begun": sorted(self._begun)}
+        return {
+            "modules": self.modules,
+            "names": list(self.parameters[0]),
+            "begun": sorted(self._begun),
+            "equal": self._others_untouched(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
-        self._begun, self._made = set(state.get("begun", ())), None
+        self._begun = set(state.get("begun", ()))
+        if not state.get("equal"):
+            self.note_apart()
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:

@@ -491,3 +491,23 @@ def test_a_subclass_may_set_options_before_it_is_put_together():
 
     optimizer, _ = make(Mine, slow_lr=0.25)
     assert optimizer.slow_lr == 0.25
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+def test_weights_that_float32_does_not_hold_weigh_float64_rows_with_all_their_digits(kind):
+    weights, values = (0.1, 0.3, 0.7), (1.0, -2.0, 5.0)
+    model = nn.ParameterList([torch.zeros(3, dtype=torch.float64), torch.zeros(2)])
+    team = Workers(model, 3)
+    options = {"slow_momentum": 0.0} if kind is SlowMo else {}
+    inner = torch.optim.SGD(team.parameters(), lr=1.0)
+    optimizer = kind(inner, team, measured(1), weights=weights, **options)
+    for worker, value in zip(team, values, strict=True):
+        for parameter in worker.parameters():
+            parameter.grad = torch.full_like(parameter, -value)
+    optimizer.step()
+    exact = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+    for worker in team:
+        assert worker[0].tolist() == pytest.approx([exact] * 3, rel=1e-15)
+        assert worker[1].tolist() == pytest.approx([exact] * 2, rel=3e-7)
+    drifts = [math.sqrt(5) * abs(value - exact) for value in values]
+    assert optimizer.stats.drift == pytest.approx(sum(drifts) / 3, rel=1e-6)

@@ -1,5 +1,7 @@
 """Arguments, and options of the inner optimizer, that a wrapper refuses, and groups that come later."""
 
+import re
+
 import pytest
 import torch
 from local_runs import make, parameters_of, run, step_with
@@ -37,6 +39,12 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         LocalSGD(sgd(), team, 2, inner_state="drop")
     with pytest.raises(ValueError, match="buffers must be one of average, keep, broadcast, got 'sum'"):
         LocalSGD(sgd(), team, 2, buffers="sum")
+    for seconds in (0.0, float("nan"), float("inf"), 1e10):
+        with pytest.raises(
+            ValueError, match=f"timeout must be .* seconds, at most 1e9, got {re.escape(str(seconds))}"
+        ):
+            LocalSGD(sgd(), team, 2, timeout=seconds)
+    LocalSGD(sgd(), team, 2, timeout=1e9)
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         LocalSGD(sgd(), team, 2, warmup_steps=-1)
     with pytest.raises(ValueError, match="slow_lr must be positive and finite, got 0"):

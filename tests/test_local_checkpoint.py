@@ -288,3 +288,110 @@ def test_a_group_saved_before_there_was_an_option_takes_the_present_one():
     younger.load_state_dict(older.state_dict())
     assert younger.param_groups[0]["extra"] == 2.0
     assert younger.param_groups[0]["lr"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("steps", [4, 6])  # to a round's end, or into one
+@pytest.mark.parametrize("saved_after", [0, 8])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_model_rolled_back_in_worker_0_alone_is_where_all_go_on(kind, workers, steps, saved_after, model_first):
+    optimizer, team = make(kind, workers=workers)
+    run(optimizer, team, saved_after)
+    model, state = copy.deepcopy((team[0].state_dict(), optimizer.state_dict()))
+    run(optimizer, team, steps, first=saved_after)
+    if model_first:
+        team[0].load_state_dict(model)
+    optimizer.load_state_dict(state)
+    if not model_first:
+        team[0].load_state_dict(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for parameter in team.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for worker in team:
+        for name, value in worker.state_dict().items():
+            assert torch.equal(value, model[name])
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
+@pytest.mark.parametrize("steps", [4, 6, 8])
+def test_all_workers_rolled_back_go_on_bit_by_bit_in_a_round_too(kind, steps):
+    optimizer, team = make(kind)
+    run(optimizer, team, steps)
+    saved = copy.deepcopy((team.state_dict(), optimizer.state_dict()))
+    run(optimizer, team, 7, first=steps)
+    expected = parameters_of(team)
+    for model_first in (True, False):
+        if model_first:
+            team.load_state_dict(saved[0])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        if not model_first:
+            team.load_state_dict(saved[0])
+        run(optimizer, team, 7, first=steps)
+        assert torch.equal(parameters_of(team), expected)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 99])
+def test_a_model_loaded_into_worker_0_alone_is_where_a_second_optimizer_begins(warmup_steps):
+    first, team = make(LocalSGD, workers=2, warmup_steps=warmup_steps)
+    run(first, team, 4)
+    start = copy.deepcopy(team[0].state_dict())
+    run(first, team, 4, first=4)
+    team[0].load_state_dict(start)
+    second = SlowMo(torch.optim.SGD(team.parameters(), lr=0.0), team, 4)
+    for parameter in team.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    second.step()
+    for worker in team:
+        for name, value in worker.state_dict().items():
+            assert torch.equal(value, start[name])
+
+
+@pytest.mark.parametrize("written", ["in place", "by .data", "in a round"])
+def test_a_second_optimizer_leaves_workers_that_were_made_to_differ(written):
+    first, team = make(LocalSGD, workers=3)
+    run(first, team, 7 if written == "in a round" else 4)
+    with torch.no_grad():
+        for number, worker in enumerate(team):
+            value = worker[4].bias.data if written == "by .data" else worker[4].bias
+            if written != "in a round":
+                value.fill_(number)
+    before = parameters_of(team)
+    second = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 4)
+    run(second, team, 1)
+    assert torch.equal(parameters_of(team), before)
+
+
+def test_a_state_of_a_rounds_end_leaves_what_another_optimizer_has_stepped_in_its_round():
+    team = Workers(nn.Linear(2, 1), 2)
+    weights, biases = (
+        LocalSGD(torch.optim.SGD([p for p in team.parameters() if p.dim() == dim], lr=0.1), team, interval)
+        for dim, interval in ((2, 1), (1, 5))
+    )
+    for _ in range(3):
+        for number, worker in enumerate(team):
+            worker(torch.full((1, 2), 1.0 + number)).sum().backward()
+        for optimizer in (weights, biases):
+            optimizer.step()
+    with torch.no_grad():
+        team[1].bias.fill_(7.0)
+    before = [worker.bias.item() for worker in team]
+    weights.load_state_dict(weights.state_dict())
+    assert [worker.bias.item() for worker in team] == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda team: pickle.loads(pickle.dumps(team))])
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_a_model_loaded_into_worker_0_of_a_copy_is_where_all_begin(duplicate, loaded):
+    torch.manual_seed(0)
+    team, other = Workers(nn.Linear(2, 1), 2), nn.Linear(2, 1)
+    if loaded == "before":
+        team[0].load_state_dict(other.state_dict())
+    team = duplicate(team)
+    if loaded == "after":
+        team[0].load_state_dict(other.state_dict())
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 4)
+    step_with(optimizer, team)
+    for worker in team:
+        assert torch.equal(worker.weight, other.weight)

@@ -4,7 +4,6 @@ When a collective fails or takes too long, the notes in the group's store say wh
 """
 
 import ctypes
-import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,11 +67,11 @@ def find_group(process_group: Any, timeout: float, devices: Sequence[torch.devic
 
     Raises:
         TypeError: process_group is something else.
-        ValueError: this process is not in it, it has no backend for a device, or timeout is not positive.
+        ValueError: this process is not in it, it has no backend for a device, or timeout is not in (0, 1e9].
         RuntimeError: a group was given, and this torch was built without torch.distributed.
     """
-    if not (timeout > 0 and math.isfinite(timeout)):
-        raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
+    if not 0 < timeout <= 1e9:  # torch counts in nanoseconds, of which 64 bits hold 9e9 seconds
+        raise ValueError(f"timeout must be a positive number of seconds, at most 1e9, got {timeout}")
     if process_group is None:
         if not several_processes_run():
             return None

@@ -71,13 +71,13 @@ def cut_of(tensor: Tensor) -> tuple | None:
     return tensor.device_mesh, cut
 
 
-def take_least_on_mesh_(values: Tensor, owner: Tensor) -> None:
-    """`values` become the least that any process on the DTensor's mesh has: what one lacks, all lack."""
+def cuts_of(owner: Tensor) -> "list[dist.ProcessGroup]":
+    """The group along each dimension of the DTensor's mesh whose processes hold different pieces."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(owner, DTensor)
-    for dim in range(owner.device_mesh.ndim):
-        dist.all_reduce(lent(values), op=dist.ReduceOp.MIN, group=owner.device_mesh.get_group(dim))
+    cut = [dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate()]
+    return [owner.device_mesh.get_group(dim) for dim in cut]
 
 
 def dimensions_of(owner: Tensor) -> "list[tuple[dist.ProcessGroup, int]]":

@@ -148,7 +148,8 @@ class Checkpointed(Wrapper):
         """Take back what state_dict() returned; before the first step too. The argument is not changed.
 
         What may be set between rounds comes back too: an interval, slow_lr, slow_momentum. A state saved right
-        after a sync may go on in another number of processes.
+        after a sync may go on in another number of processes. All processes load one, and compare themselves before
+        the next step.
 
         Raises:
             ValueError: it comes from another method, policy, number of workers or model.
@@ -260,6 +261,7 @@ class Checkpointed(Wrapper):
         """Take back what _saved() returned."""
         for outer, state in zip(self._outers, own["outer"], strict=True):
             outer.load_state_dict(state)
+        has_stepped = self.stats.local_steps > 0
         self.stats = Stats(**own["stats"])
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
@@ -270,3 +272,8 @@ class Checkpointed(Wrapper):
         self._rates.find_groups()
         if self.stats.local_steps:
             self.rows.begin(self.inner)
+        if self.steps_in_round == 0:
+            self._compared = False  # what is loaded into rank 0 alone is where all go on
+            if self.stats.local_steps or has_stepped:  # the others may have come from anywhere
+                self.rows.take_first(self.rows.stepped_by(self.inner))
+                self.rows.note_equal()

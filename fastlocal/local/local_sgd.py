@@ -39,7 +39,8 @@ class LocalSGD(Checkpointed):
 
     In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
-    buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up. Rank 0's policy decides
+    buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up for differences no larger
+    than roundings, a thousandth of a tensor's norm. Rank 0's policy decides
     for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts there.
     DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole models
     are replicated, and rank 0's policy decides for all pieces.
@@ -174,11 +175,13 @@ class LocalSGD(Checkpointed):
         if not self._round_is_open:
             self._begin_round(warming_up)
         seen = self._rates.look(self.steps_in_round)
+        self.rows.note_apart()
         if warming_up:
             loss = self._step_together(closure)
             self._rates.note(0, *seen)
+            self.rows.note_equal()
         else:
-            loss = self.inner.step(closure) if closure else Scaling(self, self.rows.owners()).step(self.inner)
+            loss = self.inner.step(closure) if closure else self._scaling().step(self.inner)
             self._rates.note(self.steps_in_round, *seen)
             self.steps_in_round += 1
         self.stats.local_steps += 1
@@ -216,9 +219,10 @@ class LocalSGD(Checkpointed):
                 "torch.distributed was initialised after this optimizer was built, which averages the workers of "
                 "this process alone: build it after init_process_group"
             )
-        # At a round's end too all rows are equal, but for the last digits that steps together leave in processes.
-        alike = self.stats.local_steps == 0 or self._anchored or self._group is None
-        self._team.begin(self._settings(), self.stats, fresh=self.steps_in_round == 0 and alike)
+        # Steps together may leave the processes apart in the last digits; at a round's end all rows are equal.
+        exact = self.stats.local_steps == 0 or self._anchored
+        expected = "apart" if self.steps_in_round else "equal" if exact else "close"
+        self._team.begin(self._settings(), self.stats, expected)
         self._compared = True
 
     def _settings(self) -> dict[str, Any]:
@@ -255,10 +259,13 @@ class LocalSGD(Checkpointed):
         self._round_is_open, self._buffers_apart = False, True
         return loss
 
+    def _scaling(self) -> Scaling:
+        return Scaling(self, lambda flag: self._team.whether_anywhere(flag, self.stats))
+
     def _average_gradients(self) -> bool:
         """Give every worker the mean gradient; returns whether the step may be taken."""
         started = time.perf_counter()
-        scaling = Scaling(self, self.rows.owners())
+        scaling = self._scaling()
         finite = not scaling.overflowed()
         if finite:
             scaling.unscale_(self.inner)
@@ -294,6 +301,7 @@ class LocalSGD(Checkpointed):
         rates = self._rates.of_blocks()
         closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
         outcome = self._team.close_round(closing)
+        self.rows.note_equal()
         self.stats.round_steps, self.steps_in_round = self.steps_in_round, 0
         self._round_is_open = self._buffers_apart = False
         self.stats.rounds += 1

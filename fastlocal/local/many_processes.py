@@ -17,14 +17,18 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
-from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, whole
+from fastlocal.local.checksum import checksum
+from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
+
+_MOST_ROUNDED = 1e-3
+"""Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
 
 
 class ManyProcesses(OneProcess):
@@ -61,6 +65,7 @@ class ManyProcesses(OneProcess):
             self.payload = self.gradients_payload
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
+        self._has_compared = False
         for owner in rows.owners():
             shared = sorted(comm.ranks_on_mesh(owner) & set(group.ranks))
             if len(shared) > 1:
@@ -69,9 +74,10 @@ class ManyProcesses(OneProcess):
                     "same one: give the group of the other mesh dimension, such as mesh.get_group('replicate')"
                 )
 
-    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+    def begin(self, settings: dict[str, Any], stats: Stats, expected: Standing) -> None:
         """Compare settings and tensors; where a fresh round's rows differ, all begin from the first process's first,
-        except for what another optimizer over the same rows has stepped.
+        except for what another optimizer over the same rows has stepped. Where they need only be close, differences
+        no larger than roundings stay.
 
         Equal rows are left alone, and so are buffers then: they hold the first batch's statistics already. Gradients
         of rows that were replaced, which were computed elsewhere, become zero.
@@ -84,16 +90,16 @@ class ManyProcesses(OneProcess):
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        by_name = self._sent_buffers()
-        names, buffers = list(by_name), list(by_name.values())
-        frozen = [n for n, _ in self.rows.modules[0].named_parameters() if n not in self.rows.parameters[0]]
-        names += frozen
-        buffers += [[comm.held_here(m.get_parameter(n).detach()) for m in self.rows.modules] for n in frozen]
-        kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in zip(names, buffers, strict=True)]
+        if self._has_compared:  # where some have loaded a state and others go on as before, messages would not fit
+            meet(self.group, self._header(LOADED, stats, 0))
+        buffers, frozen = self._sent_buffers(), self._frozen()
+        others = [*buffers.items(), *frozen.items()]
+        kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
         compare(self.group, settings, slots + kinds, stats.local_steps)
+        self._has_compared = True
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
-        if fresh:
+        if expected != "apart":
             self.rows.pull()
             parts = {
                 slot.name: block.rows[:, slot.start : slot.stop]
@@ -101,11 +107,11 @@ class ManyProcesses(OneProcess):
                 for slot in block.slots
                 if slot.name in begin
             }
-            twins = [[*part] for part in parts.values()] + buffers[len(buffers) - len(frozen) :]
+            twins = [[*part] for part in parts.values()] + list(frozen.values())
             if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
-                stepped = {parameter for group in self.inner.param_groups for parameter in group["params"]}
-                twins = [[*part] for name, part in parts.items() if self.rows.parameters[0][name] in stepped]
-            if self._rows_differ(twins):
+                stepped = self.rows.stepped_by(self.inner)
+                twins = [[*part] for name, part in parts.items() if name in stepped]
+            if self._rows_differ(twins) and (expected == "equal" or self._are_far_apart(twins)):
                 replaced = [False] * len(self.rows)
                 for part in parts.values():
                     before = part.clone()
@@ -115,15 +121,44 @@ class ManyProcesses(OneProcess):
                 self.rows.push()
                 for parameters in itertools.compress(self.rows.parameters, replaced):
                     drop_gradients(parameters.values())
-                buffers += self._kept_buffers()
-                merge_across_(buffers, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
+                for own in frozen.values():
+                    self._take_first_(own)
+                merged = [*buffers.values(), *self._kept_buffers()]
+                merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
+
+    def _frozen(self) -> dict[str, list[Tensor]]:
+        """The parameters that nobody trains, by name, in each worker of this process; of DTensors the pieces."""
+        first, *others = (dict(module.named_parameters()) for module in self.rows.modules)
+        return {
+            name: [comm.held_here(own[name].detach()) for own in (first, *others)]
+            for name in first
+            if name not in self.rows.parameters[0]
+        }
 
     def _rows_differ(self, everything: list[list[Tensor]]) -> bool:
-        """Whether two workers of any processes differ in one of these tensors, as two sums over each tell."""
-        values = [torch.view_as_real(v) if v.is_complex() else v for twins in everything for v in twins]
-        sums = [torch.stack([v.sum(dtype=torch.float64), v.abs().sum(dtype=torch.float64)]) for v in values]
-        own = torch.cat([each.cpu() for each in sums]).tolist()
-        return len({row for said in self.group.gather(own) for row in _by_row(said, len(self.rows))}) > 1
+        """Whether two workers of any processes differ in one of these tensors, as a checksum of each tells."""
+        sums = [checksum(value) for twins in everything for value in twins]
+        own = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
+        halves = [half for each in own for half in (each >> 32, each & 0xFFFFFFFF)]  # which a float64 holds
+        return len({row for said in self.group.gather(halves) for row in _by_row(said, len(self.rows))}) > 1
+
+    def _are_far_apart(self, everything: list[list[Tensor]]) -> bool:
+        """Whether one of these tensors is further from the first process's first than roundings may carry it."""
+        far = False
+        for twins in everything:
+            first = twins[0].clone()
+            self.group.broadcast_(first, source=0)
+            dtype = ops.accumulate_dtype(first.dtype)
+            most = max(_MOST_ROUNDED, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
+            far = far or not all((own - first).norm(dtype=dtype) <= most for own in twins)  # NaN is far
+        return any(any(said) for said in self.group.gather([far]))
+
+    def _take_first_(self, twins: list[Tensor]) -> None:
+        """Overwrite a tensor of each worker with that of the first process's first, byte by byte, of any dtype."""
+        message = twins[0].flatten().view(torch.uint8)
+        self.group.broadcast_(message, source=0)
+        for twin in twins:
+            twin.copy_(message.view(twin.dtype).view(twin.shape))
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""
@@ -274,7 +309,7 @@ class ManyProcesses(OneProcess):
                 _divide_(mean, divisor)
             parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
-                squares += whole(parts, block.owner).cpu()
+                squares += self.whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]
@@ -350,6 +385,6 @@ def _divide_(total: Tensor, divisor: float) -> None:
 
 
 def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:
-    """Each row's two sums of every tensor; `sums` runs through the tensors, then the rows."""
+    """Each row's sums of every tensor, in halves; `sums` runs through the tensors, then the rows."""
     tensors = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
     return [tuple(value for tensor in tensors for value in tensor[2 * row : 2 * row + 2]) for row in range(rows)]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from fastlocal.comm import Group
 
-_PURPOSES = ("begin a round", "close a round", "average gradients")
-BEGIN, CLOSE, GRADIENTS = range(len(_PURPOSES))
+_PURPOSES = ("begin a round", "close a round", "average gradients", "go on from a loaded state")
+BEGIN, CLOSE, GRADIENTS, LOADED = range(len(_PURPOSES))
 _SHOWN = 6
 """How many differences an error lists."""
 
@@ -92,7 +92,7 @@ def compare(group: Group, settings: dict[str, Any], tensors: list[tuple], local_
         f"rank {rank} has {name} {theirs.get(name)!r}, rank {group.ranks[0]} has {first.get(name)!r}"
         for rank, (theirs, _) in zip(group.ranks, everybody, strict=True)
         for name in first | theirs
-        if theirs.get(name) != first.get(name)
+        if theirs.get(name) != first.get(name) and repr(theirs.get(name)) != repr(first.get(name))  # NaN is NaN
     ]
     if any(other != first_digest for _, other in everybody):
         tables = group.gather_objects(tensors)

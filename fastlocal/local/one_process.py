@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ from fastlocal.inner import (
 )
 from fastlocal.local.meeting import compare
 from fastlocal.ops import progress
-from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights
+from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
+
+Standing = Literal["equal", "close", "apart"]
+"""How workers must stand to each other where an optimizer begins: before the first step and at a round's end, after
+steps together, which in several processes may differ in the last digits, or in a round."""
 
 
 class DivergedError(RuntimeError):
@@ -90,7 +94,7 @@ class OneProcess:
         if choices.wire_dtype is not None:
             self.payload = rows.num_elements * choices.wire_dtype.itemsize
 
-    def begin(self, settings: dict[str, Any], stats: Stats, fresh: bool) -> None:
+    def begin(self, settings: dict[str, Any], stats: Stats, expected: Standing) -> None:
         """What was loaded into the first worker alone is where a fresh round begins. Settings are compared with those
         who hold pieces of the same worker, if anybody does.
 
@@ -98,8 +102,10 @@ class OneProcess:
             DisagreementError: on every process, if one was set up differently.
         """
         self.compare_pieces(settings, stats)
-        if fresh:
-            self.rows.begin_alike()
+        begin = self.rows.begin(self.inner)
+        if expected != "apart":
+            # Between two rounds only what this optimizer steps is equal for certain.
+            self.rows.begin_alike(self.rows.stepped_by(self.inner) if stats.local_steps else begin)
 
     def compare_pieces(self, settings: dict[str, Any], stats: Stats) -> None:
         """Raise DisagreementError unless all processes that hold pieces of one worker have these settings."""
@@ -149,21 +155,27 @@ class OneProcess:
         if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
         sent = None
-        if self.choices.wire_dtype is not None:
+        # Of float64 the weights must have all digits too, which those that the kernels take have not.
+        wide = any(block.rows.dtype == torch.float64 for block in self.rows.blocks) and set(relative) != {1.0}
+        if self.choices.wire_dtype is not None or wide:
             sent = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
             if not any(sent):
                 raise DivergedError(closing.stats.local_steps)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             mean = None
-            if sent is not None:
+            if sent is not None and (self.choices.wire_dtype is not None or block.rows.dtype == torch.float64):
                 mean = torch.empty(
                     block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
                 )
-                self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
+                if self.choices.wire_dtype is not None:
+                    self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
+                else:
+                    weighted_sum_(mean, block.rows, sent)
+                    mean /= math.fsum(sent)
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
-                squares += whole(own, block.owner).to(finite.device)
+                squares += self.whole(own, block.owner).to(finite.device)
         # Without a message to write, the one read from the device: which rows counted, and how far apart they were.
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
@@ -229,6 +241,22 @@ class OneProcess:
             group.reduce_(finite, "min")
         return finite.to(torch.bool)
 
+    def whole(self, squares: Tensor, owner: Tensor | None) -> Tensor:
+        """Sums of squares over a block, with those of the pieces that other processes hold."""
+        cuts = [] if owner is None else [cut.group_name for cut in comm.cuts_of(owner)]
+        for group, _ in self.pieces:
+            if group.process_group.group_name in cuts:
+                group.reduce_(squares, "sum")
+        return squares
+
+    def whether_anywhere(self, flag: Tensor, stats: Stats) -> Tensor:
+        """The greatest of what the processes say that hold pieces of one worker; the flag itself stays as it is."""
+        flag = flag.clone() if self.pieces else flag
+        for group, _ in self.pieces:
+            group.arrive("agree whether gradients overflowed", stats.local_steps)
+            group.reduce_(flag, "max")
+        return flag
+
     def twins(self) -> list[Twins]:
         """Each parameter in every worker of this process."""
         names = self.rows.parameters[0]
@@ -248,10 +276,3 @@ class OneProcess:
             everybody = self.choices.inner_state == "reset"
             if everybody or not counts:
                 reset_state_(self.inner, parameters.values(), everybody)
-
-
-def whole(squares: Tensor, owner: Tensor | None) -> Tensor:
-    """Sums of squares over a block, with those of the pieces that other processes hold."""
-    if owner is not None:
-        comm.sum_over_pieces_(squares.view(1, -1), [owner])
-    return squares

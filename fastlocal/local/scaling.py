@@ -1,6 +1,6 @@
 """A step under torch.amp.GradScaler, which hands a wrapper its scale and whether a gradient overflowed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,17 +14,14 @@ class Scaling:
 
     Args:
         optimizer: the wrapper that GradScaler calls.
-        owners: DTensors, all of whose pieces must agree whether the step is taken.
+        agree: makes one flag of those of all processes that hold pieces of one worker: they step together.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, owners: Sequence[Tensor]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, agree: Callable[[Tensor], Tensor]) -> None:
         self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if self.found_inf is not None:
-            for owner in owners:
-                least = -self.found_inf
-                comm.take_least_on_mesh_(least, owner)
-                self.found_inf = -least
+            self.found_inf = agree(self.found_inf)
 
     def overflowed(self) -> bool:
         """Whether a gradient is not finite; reads from the device, as GradScaler does."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fastlocal import AdaComm, ConsensusDistance, DiLoCo, LocalSGD, SlowMo
+from fastlocal import AdaComm, ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo
 from fastlocal.local import DisagreementError
 from fastlocal.policy import OriginalValidationLoss
 from tests.local_runs import parameters_of
@@ -41,6 +41,24 @@ def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
     run(optimizer, team, 1)
     with pytest.raises(DisagreementError, match="rank 1 is at sum of learning rates"):
         optimizer.sync()
+
+
+def a_state_that_one_rank_alone_loads_is_an_error_on_every_rank(rank, new_group):
+    for policy in (2, AdaComm(2)):
+        optimizer, team = build(LocalSGD, 1, policy, group=new_group())
+        run(optimizer, team, 4, worker=rank)
+        if rank == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+        with pytest.raises(DisagreementError, match="rank 2 is at purpose 'go on from a loaded state', rank 0 at"):
+            run(optimizer, team, 2, first=4, worker=rank)
+
+
+def a_policys_number_that_is_nan_everywhere_is_no_difference(rank, new_group):
+    policy = FixedInterval(2)
+    policy.best = float("nan")
+    optimizer, team = build(LocalSGD, 1, policy, group=new_group())
+    run(optimizer, team, 2, worker=rank)
+    assert optimizer.stats.rounds == 1
 
 
 def a_slow_rate_that_one_rank_alone_sets_is_an_error_on_every_rank(rank, new_group):

@@ -151,6 +151,55 @@ def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
     torch.testing.assert_close(parameters_of(team[0]), moved, **ROUNDED)
 
 
+def parameters_of_the_same_numbers_in_another_order_become_rank_0s(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4, bias=False)
+        start = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.copy_(start.roll(rank, 0))
+        optimizer, team = build(kind, 1, 100, group=group, model=model)
+        team[0].weight.grad = torch.zeros_like(start)
+        optimizer.step()
+        assert torch.equal(team[0].weight, start)
+
+
+def frozen_parameters_of_every_dtype_become_rank_0s_bit_by_bit(rank, new_group):
+    group = new_group()
+    dtypes = (
+        torch.bool,
+        torch.uint16,
+        torch.int64,
+        torch.float8_e4m3fn,
+        torch.bfloat16,
+        torch.float64,
+        torch.complex64,
+    )
+    for apart in (True, False):
+        model = nn.Linear(2, 2)
+        with torch.no_grad():
+            model.weight.fill_(apart * rank)
+            model.bias.zero_()
+        first = torch.tensor([[1, 0, 0], [0, 1, 1]])
+        numbers = 1 - first if apart and rank else first
+        model.frozen = nn.ParameterList([nn.Parameter(numbers.to(dtype), requires_grad=False) for dtype in dtypes])
+        model.frozen.append(
+            nn.Parameter(numbers.float().log().t(), requires_grad=False)
+        )  # -inf, and of other strides
+        model.frozen.append(nn.Parameter(numbers[0, 0] > 0, requires_grad=False))
+        optimizer, team = build(LocalSGD, 2, 100, group=group, model=model)
+        for parameter in team.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        for worker in team:
+            assert worker.weight.tolist() == [[0.0] * 2] * 2
+            *others, logarithms, one = worker.get_submodule("frozen").parameters()
+            assert all(torch.equal(own, first.to(own.dtype)) for own in others)
+            assert torch.equal(logarithms, first.float().log().t())
+            assert one.item() is True
+
+
 class Motley(nn.Module):
     """Everything that a flat exchange may trip over."""
 

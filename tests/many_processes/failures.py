@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo
 from fastlocal.comm import LostRankError, find_group
 from fastlocal.local import DivergedError
 from tests.local_runs import network, parameters_of, poison
-from tests.many_processes.team import ROUNDED, assert_equal_everywhere, build, run, stats_of, tensors_of
+from tests.many_processes.team import ALONE, ROUNDED, assert_equal_everywhere, build, run, stats_of, tensors_of
 
 SURVIVORS = []
 
@@ -117,6 +117,33 @@ def a_piece_of_a_sharded_worker_that_never_comes_is_named(rank, new_group):
         with pytest.raises(LostRankError, match=message):
             optimizer.step()
     dist.barrier()
+
+
+def a_piece_whose_overflow_nobody_hears_of_is_named_after_the_timeout(rank, new_group):
+    # Other pairs than those of the scenario before, which are broken.
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, net, 9, process_group=ALONE[0], timeout=2.0)
+    net(torch.ones(2, 4)).sum().backward()
+    optimizer.grad_scale = torch.ones(())  # as GradScaler leaves them
+    optimizer.found_inf = torch.tensor(float(rank == 3))
+    before = parameters_of_pieces(net)
+    optimizer.step()
+    assert torch.equal(parameters_of_pieces(net), before) == (rank % 2 == 1)  # rank 1 has its other piece
+    if rank < 2:
+        started = time.monotonic()
+        waited = rf"rank {rank} waited 2\.\d s to agree whether gradients overflowed at local step 1"
+        message = rf"{waited}: rank {rank + 2} has not arrived"
+        with pytest.raises(LostRankError, match=message):
+            optimizer.step()
+        assert time.monotonic() - started < 15
+    dist.barrier()
+
+
+def parameters_of_pieces(net):
+    return torch.cat([p.to_local().detach().flatten() for p in net.parameters()])
 
 
 def a_rank_that_stalls_is_named_by_the_others(rank, new_group):

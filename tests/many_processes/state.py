@@ -129,6 +129,26 @@ def resuming_with_the_model_on_rank_0_alone_is_resuming_with_it_on_all(rank, new
         assert not torch.equal(finished[0], parameters_of(first_team[0]))
 
 
+def a_model_that_rank_0_alone_rolls_back_is_where_all_go_on(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        for steps in (4, 6):  # to a round's end, or into one
+            optimizer, team = build(kind, 2, 4, group)
+            run(optimizer, team, 8, worker=2 * rank)
+            model, state = copy.deepcopy((team[0].state_dict(), optimizer.state_dict()))
+            run(optimizer, team, steps, first=8, worker=2 * rank)
+            if rank == 0:
+                team[0].load_state_dict(model)
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = 0.0
+            for parameter in team.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            for worker in team:
+                for name, value in worker.state_dict().items():
+                    assert torch.equal(value, model[name])
+
+
 def a_state_goes_on_in_another_number_of_processes_at_a_rounds_end(rank, new_group):
     first, team = build(SlowMo, 1, 4, new_group())
     run(first, team, 8, worker=rank)

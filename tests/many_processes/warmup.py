@@ -24,6 +24,39 @@ def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
         assert_equal_everywhere(parameters_of(team[0]), group)
 
 
+def a_state_of_the_warmup_goes_on_from_rank_0s_model_where_another_was_not_loaded(rank, new_group):
+    group = new_group()
+    for kind in (LocalSGD, SlowMo):
+        for apart, loads in ((0.0, True), (1e-5 * rank, True), (0.0, rank == 0)):
+            first, team = build(kind, 1, 4, group, warmup_steps=6)
+            run(first, team, 3, worker=rank)
+            with torch.no_grad():
+                for parameter in team.parameters():  # as CPUs that round otherwise leave them
+                    parameter.mul_(1 + apart)
+            model, state = copy.deepcopy((team.state_dict(), first.state_dict()))
+            run(first, team, 2, first=3, worker=rank)
+            second, again = build(kind, 1, 4, group, warmup_steps=6, seed=5 + rank)
+            if loads:
+                again.load_state_dict(model)
+            second.load_state_dict(state)
+            start = parameters_of(again[0])
+            second.zero_grad()
+            for parameter in again.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            second.param_groups[0]["lr"] = 0.0
+            second.step()
+            if loads:
+                assert torch.equal(parameters_of(again[0]), start)  # bit by bit, apart or not
+            else:
+                expected = torch.cat(
+                    [value.flatten() for name, value in model["workers"][0].items() if name in NAMES]
+                )
+                assert torch.equal(parameters_of(again[0]), expected)
+
+
+NAMES = {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}
+
+
 def warmup_averages_gradients_that_only_some_ranks_have(rank, new_group):
     model = nn.ParameterList([torch.zeros(2), torch.zeros(3), torch.zeros(4, dtype=torch.float64)])
     model[1].data.fill_(5.0)
