@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 Buffers = Literal["average", "keep", "broadcast"]
 """Average them, leave them to each worker, or give everybody the first worker's."""
@@ -28,6 +30,18 @@ def obstacle(buffer: Tensor) -> str | None:
     return None
 
 
+def unit_vectors(model: nn.Module) -> set[str]:
+    """Names of the buffers in which spectral_norm keeps singular vectors: a mean of several has another length."""
+    names = set()
+    for path, module in model.named_modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+        own = [f"{hook.name}_{which}" for hook in hooks for which in "uv"]
+        if isinstance(module, parametrizations._SpectralNorm):
+            own = ["_u", "_v"]
+        names.update(f"{path}.{name}" if path else name for name in own)
+    return names
+
+
 def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Tensor]]:
     """Each buffer in every module, by name; with "keep" those that all have in one shape and could overwrite.
 
@@ -35,6 +49,11 @@ def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Ten
         RuntimeError: without "keep" a module lacks one, has it in another shape, or it cannot be averaged or given
             to others.
     """
+    if choice == "average" and (vectors := sorted(unit_vectors(modules[0]))):
+        raise RuntimeError(
+            f"buffer {vectors[0]!r} is a unit vector of spectral_norm, and a mean of unit vectors is none: pass "
+            "buffers='broadcast', which gives every worker the first one's"
+        )
     workers = [dict(module.named_buffers()) for module in modules]
     buffers: dict[str, list[Tensor]] = {}
     for name, first in workers[0].items():

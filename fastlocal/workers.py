@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlocal.buffers import collect, merged
+from fastlocal.buffers import collect, merged, unit_vectors
 from fastlocal.flat import Rows
 from fastlocal.twin import copy_of, require_initialised, twin_of
 
@@ -81,7 +81,7 @@ class Workers:
         """A new model that holds the mean of all workers as they stand now, each counted alike.
 
         Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
-        such as sparse ones or those of several shapes, is worker 0's.
+        such as sparse ones, those of several shapes or the unit vectors of spectral_norm, is worker 0's.
 
         Raises:
             RuntimeError: a parameter no longer lies in its row.
@@ -93,8 +93,9 @@ class Workers:
             means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
+        vectors = unit_vectors(model)
         for name, buffers in collect(self.rows.modules, "keep").items():
-            model.get_buffer(name).copy_(merged(buffers, "average"))
+            model.get_buffer(name).copy_(merged(buffers, "broadcast" if name in vectors else "average"))
         return model
 
     def state_dict(self) -> dict[str, Any]:

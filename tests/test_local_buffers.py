@@ -6,6 +6,7 @@ import pytest
 import torch
 from local_runs import make, parameters_of, run, step_with
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from fastlocal import LocalSGD, SlowMo, Workers
 
@@ -19,6 +20,28 @@ def test_averaged_buffers_and_state_are_counted_as_bytes():
     momentum = sum(p.nbytes for p in team[0].parameters())
     assert more.stats.bytes_on_wire == 4 * (momentum * 2 + buffers) // 3
     assert plain.stats.bytes_on_wire == 4 * momentum // 3
+
+
+@pytest.mark.parametrize("normed", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_unit_vectors_of_spectral_norm_are_refused_as_means_and_stay_unit_vectors(normed):
+    torch.manual_seed(0)
+    workers = Workers(nn.Sequential(normed(nn.Linear(8, 6)), nn.ReLU()), 2)
+    name = "parametrizations.weight.0._u" if normed is parametrizations.spectral_norm else "weight_u"
+
+    def trained(choice, steps):
+        optimizer = LocalSGD(torch.optim.SGD(workers.parameters(), lr=0.5), workers, interval=2, buffers=choice)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for worker in workers:
+                worker(torch.randn(4, 8)).pow(2).sum().backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=f"buffer '0.{name}' is a unit vector of spectral_norm.*'broadcast'"):
+        trained("average", steps=2)
+    trained("broadcast", steps=3)  # to the middle of a round
+    for model in (workers.mean(), workers[0]):
+        vector = dict(model.named_buffers())[f"0.{name}"].double()
+        assert vector.norm().item() == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("choice", ["average", "broadcast", "keep"])

@@ -52,7 +52,7 @@ class LocalSGD(Checkpointed):
         inner_state: what a sync does to the inner optimizer's state: "keep" leaves each worker its own, "reset" drops
             it, "average" gives all the mean.
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
-            maximum of the others, "broadcast" copies the first finite worker's.
+            maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm needs.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
         impl: how the averaging is carried out: "triton", which takes CUDA, "portable" in PyTorch, or "reference", the
             readable definition; "auto" chooses Triton on CUDA.
