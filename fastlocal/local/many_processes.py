@@ -17,7 +17,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
-from fastlocal.local.checksum import checksum
+from fastlocal.local.alike import are_alike, are_close, take_first_
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.shared_buffers import merge_across_
@@ -26,9 +26,6 @@ from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
-
-_MOST_ROUNDED = 1e-3
-"""Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
 
 
 class ManyProcesses(OneProcess):
@@ -111,7 +108,8 @@ class ManyProcesses(OneProcess):
             if stats.local_steps:  # between two rounds only what this optimizer steps is equal for certain
                 stepped = self.rows.stepped_by(self.inner)
                 twins = [[*part] for name, part in parts.items() if name in stepped]
-            if self._rows_differ(twins) and (expected == "equal" or self._are_far_apart(twins)):
+            alike = are_alike(twins, self.group) or (expected == "close" and are_close(twins, self.group))
+            if not alike:
                 replaced = [False] * len(self.rows)
                 for part in parts.values():
                     before = part.clone()
@@ -122,7 +120,7 @@ class ManyProcesses(OneProcess):
                 for parameters in itertools.compress(self.rows.parameters, replaced):
                     drop_gradients(parameters.values())
                 for own in frozen.values():
-                    self._take_first_(own)
+                    take_first_(own, self.group)
                 merged = [*buffers.values(), *self._kept_buffers()]
                 merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 
@@ -134,31 +132,6 @@ class ManyProcesses(OneProcess):
             for name in first
             if name not in self.rows.parameters[0]
         }
-
-    def _rows_differ(self, everything: list[list[Tensor]]) -> bool:
-        """Whether two workers of any processes differ in one of these tensors, as a checksum of each tells."""
-        sums = [checksum(value) for twins in everything for value in twins]
-        own = torch.stack([each.to(sums[0].device) for each in sums]).tolist()
-        halves = [half for each in own for half in (each >> 32, each & 0xFFFFFFFF)]  # which a float64 holds
-        return len({row for said in self.group.gather(halves) for row in _by_row(said, len(self.rows))}) > 1
-
-    def _are_far_apart(self, everything: list[list[Tensor]]) -> bool:
-        """Whether one of these tensors is further from the first process's first than roundings may carry it."""
-        far = False
-        for twins in everything:
-            first = twins[0].clone()
-            self.group.broadcast_(first, source=0)
-            dtype = ops.accumulate_dtype(first.dtype)
-            most = max(_MOST_ROUNDED, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
-            far = far or not all((own - first).norm(dtype=dtype) <= most for own in twins)  # NaN is far
-        return any(any(said) for said in self.group.gather([far]))
-
-    def _take_first_(self, twins: list[Tensor]) -> None:
-        """Overwrite a tensor of each worker with that of the first process's first, byte by byte, of any dtype."""
-        message = twins[0].flatten().view(torch.uint8)
-        self.group.broadcast_(message, source=0)
-        for twin in twins:
-            twin.copy_(message.view(twin.dtype).view(twin.shape))
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""
@@ -382,9 +355,3 @@ def _divide_(total: Tensor, divisor: float) -> None:
     """Make the mean of a weighted sum: times 1/3 in float32 that of three equal rows would lie above them."""
     if divisor != 1:  # as a tensor: CUDA multiplies by the reciprocal of a number
         total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))
-
-
-def _by_row(sums: list[float], rows: int) -> list[tuple[float, ...]]:
-    """Each row's sums of every tensor, in halves; `sums` runs through the tensors, then the rows."""
-    tensors = [sums[start : start + 2 * rows] for start in range(0, len(sums), 2 * rows)]
-    return [tuple(value for tensor in tensors for value in tensor[2 * row : 2 * row + 2]) for row in range(rows)]

@@ -1,0 +1,52 @@
+"""Whether the workers of several processes hold the same, and giving all what the first one holds.
+
+Every function is called by all processes of the group alike. `everything` is a list of tensors, each a list of its
+twins in the workers of this process.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlocal.comm import Group
+from fastlocal.local.checksum import checksum
+from fastlocal.ops.averaging import accumulate_dtype
+
+_MOST_ROUNDED = 1e-3
+"""Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
+
+
+def are_alike(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
+    """Whether all workers hold the same bytes, as a checksum of each tensor tells."""
+    if not everything:
+        return True
+    home = everything[0][0].device  # a model may lie on several
+    sums = [torch.stack([checksum(twin).to(home) for twin in twins]) for twins in everything]
+    by_worker = torch.stack(sums, dim=1).tolist()  # one read from the device
+    # Numbers are gathered in float64, which holds half of a sum.
+    halves = [half for own in by_worker for each in own for half in (each >> 32, each & 0xFFFFFFFF)]
+    width = 2 * len(everything)
+    workers = {tuple(said[at : at + width]) for said in group.gather(halves) for at in range(0, len(said), width)}
+    return len(workers) == 1
+
+
+def are_close(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
+    """Whether each tensor is as near the first process's first one as roundings leave it."""
+    close = True
+    for twins in everything:
+        first = twins[0].clone()
+        group.broadcast_(first, source=0)
+        dtype = accumulate_dtype(first.dtype)
+        most = max(_MOST_ROUNDED, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
+        close = close and all((own - first).norm(dtype=dtype) <= most for own in twins)  # NaN is far
+    return all(all(said) for said in group.gather([close]))
+
+
+@torch.no_grad()
+def take_first_(twins: Sequence[Tensor], group: Group) -> None:
+    """Overwrite a tensor of each worker with that of the first process's first, byte by byte, of any dtype."""
+    message = twins[0].flatten().view(torch.uint8)
+    group.broadcast_(message, source=0)
+    for twin in twins:
+        twin.copy_(message.view(twin.dtype).view(twin.shape))
