@@ -37,8 +37,8 @@ def unit_vectors(model: nn.Module) -> set[str]:
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
         own = [f"{hook.name}_{which}" for hook in hooks for which in "uv"]
         if isinstance(module, parametrizations._SpectralNorm):
-            own = ["_u", "_v"]
-        names.update(f"{path}.{name}" if path else name for name in own)
+            own = ["_u", "_v"]  # which a vector's has not
+        names.update(f"{path}.{name}" if path else name for name in own if name in module._buffers)
     return names
 
 

@@ -8,7 +8,7 @@ This module moves no bytes between processes and does no arithmetic on parameter
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,8 @@ class Rows:
                 if block.owner is None:
                     parameter.data = block.own(worker, slot)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
-        self._others = [list(module.parameters()) for module in self.modules[1:]]
-        self.note_equal()
+        # Until training begins: the other workers' parameters, and how often they had been written to when made.
+        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = self._written()
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -131,52 +131,31 @@ class Rows:
         self._begun |= own
         return begin
 
-    def note_equal(self) -> None:
-        """All workers hold the same now: what is written to the first one alone from here on is where all go on."""
-        # The other workers' parameters, and how often each had been written to. This is asked at every sync: no walk
-        # through the modules.
-        self._equal: Sequence[Sequence[tuple[Tensor, int]]] | None = [
-            [(p, p._version) for p in own] for own in self._others
-        ]
+    def _written(self) -> list[list[tuple[Tensor, int]]]:
+        """The other workers' parameters, and how often each has been written to."""
+        return [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
 
-    def note_apart(self) -> None:
-        """Each worker goes its own way, until note_equal is called again."""
-        self._equal = None
-
-    def _others_untouched(self) -> bool:
-        """Whether nobody has written to the other workers since all held the same."""
-        now = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
-        return self._equal is not None and _equal_pairs(self._equal, now)
-
-    def begin_alike(self, names: Set[str]) -> None:
-        """As take_first, if the first worker alone was written to since all were equal; frozen ones tell too."""
-        if len(self) == 1 or not self._others_untouched():
-            return
-        first, *others = (dict(module.named_parameters()) for module in self.modules)
-        names = names | (first.keys() - self.parameters[0].keys())
-        shared = [n for n in first if n in names and not first[n].is_meta and all(n in own for own in others)]
-        if _alike(others, shared):  # what is written through .data no version counts
-            self.take_first(names)
+    def _are_as_made(self) -> bool:
+        """Whether training has not begun, and nobody has written to the other workers."""
+        return self._made is not None and _equal_pairs(self._made, self._written())
 
     @torch.no_grad()
-    def take_first(self, names: Set[str]) -> None:
-        """If workers differ in one of these parameters, all get the first one's, its frozen ones and its buffers.
+    def begin_alike(self) -> None:
+        """Give all workers the first one's parameters and buffers if it alone was written to since they were made.
 
         Gradients that the others have were computed elsewhere: they become zero.
         """
-        workers = [dict(module.named_parameters()) for module in self.modules]
-        first, *others = workers
-        given = {
-            name: parameter
-            for name, parameter in first.items()
-            if (name in names or name not in self.parameters[0])
-            and not parameter.is_meta
-            and all(name in own for own in others)
-        }
-        if _alike(workers, names & given.keys()):
+        untouched, self._made = self._are_as_made(), None
+        if not untouched:
+            return
+        first, *others = (dict(module.named_parameters()) for module in self.modules)
+        first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
+        if _alike([first, *others], first):
+            return
+        if not _alike(others, first):  # written to through .data, which no version counts
             return
         for own in others:
-            for name, parameter in given.items():
+            for name, parameter in first.items():
                 own[name].copy_(parameter)
             drop_gradients(own.values())
         for first_buffer, *buffers in collect(self.modules, "keep").values():
@@ -267,14 +246,14 @@ class Rows:
             "modules": self.modules,
             "names": list(self.parameters[0]),
             "begun": sorted(self._begun),
-            "equal": self._others_untouched(),
+            "as_made": self._are_as_made(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
         self._begun = set(state.get("begun", ()))
-        if not state.get("equal"):
-            self.note_apart()
+        if not state.get("as_made"):
+            self._made = None
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:

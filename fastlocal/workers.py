@@ -90,12 +90,15 @@ class Workers:
         model = copy_of(self[0])
         averaged = dict(model.named_parameters())
         for block in self.rows.blocks:
-            means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
+            means = block.rows[0]
+            if not block.rows.eq(means).all():  # else their mean would be off by a rounding
+                means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
         vectors = unit_vectors(model)
         for name, buffers in collect(self.rows.modules, "keep").items():
-            model.get_buffer(name).copy_(merged(buffers, "broadcast" if name in vectors else "average"))
+            alike = name in vectors or all(torch.equal(buffers[0], other) for other in buffers[1:])
+            model.get_buffer(name).copy_(merged(buffers, "broadcast" if alike else "average"))
         return model
 
     def state_dict(self) -> dict[str, Any]:

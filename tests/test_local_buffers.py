@@ -44,6 +44,13 @@ def test_unit_vectors_of_spectral_norm_are_refused_as_means_and_stay_unit_vector
         assert vector.norm().item() == pytest.approx(1.0, rel=1e-6)
 
 
+def test_spectral_norm_of_a_vector_keeps_no_unit_vectors_and_trains():
+    workers = Workers(parametrizations.spectral_norm(nn.Linear(2, 3), name="bias"), 2)
+    optimizer = LocalSGD(torch.optim.SGD(workers.parameters(), lr=0.5), workers, interval=1)
+    step_with(optimizer, workers)
+    assert optimizer.stats.rounds == 1
+
+
 @pytest.mark.parametrize("choice", ["average", "broadcast", "keep"])
 def test_buffers_are_merged_as_chosen(choice):
     optimizer, team = make(LocalSGD, workers=2, interval=100, buffers=choice)

@@ -291,30 +291,6 @@ def test_a_group_saved_before_there_was_an_option_takes_the_present_one():
 
 
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
-@pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("steps", [4, 6])  # to a round's end, or into one
-@pytest.mark.parametrize("saved_after", [0, 8])
-@pytest.mark.parametrize("model_first", [True, False])
-def test_a_model_rolled_back_in_worker_0_alone_is_where_all_go_on(kind, workers, steps, saved_after, model_first):
-    optimizer, team = make(kind, workers=workers)
-    run(optimizer, team, saved_after)
-    model, state = copy.deepcopy((team[0].state_dict(), optimizer.state_dict()))
-    run(optimizer, team, steps, first=saved_after)
-    if model_first:
-        team[0].load_state_dict(model)
-    optimizer.load_state_dict(state)
-    if not model_first:
-        team[0].load_state_dict(model)
-    optimizer.param_groups[0]["lr"] = 0.0
-    for parameter in team.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for worker in team:
-        for name, value in worker.state_dict().items():
-            assert torch.equal(value, model[name])
-
-
-@pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
 @pytest.mark.parametrize("steps", [4, 6, 8])
 def test_all_workers_rolled_back_go_on_bit_by_bit_in_a_round_too(kind, steps):
     optimizer, team = make(kind)
@@ -332,25 +308,10 @@ def test_all_workers_rolled_back_go_on_bit_by_bit_in_a_round_too(kind, steps):
         assert torch.equal(parameters_of(team), expected)
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 99])
-def test_a_model_loaded_into_worker_0_alone_is_where_a_second_optimizer_begins(warmup_steps):
-    first, team = make(LocalSGD, workers=2, warmup_steps=warmup_steps)
-    run(first, team, 4)
-    start = copy.deepcopy(team[0].state_dict())
-    run(first, team, 4, first=4)
-    team[0].load_state_dict(start)
-    second = SlowMo(torch.optim.SGD(team.parameters(), lr=0.0), team, 4)
-    for parameter in team.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    second.step()
-    for worker in team:
-        for name, value in worker.state_dict().items():
-            assert torch.equal(value, start[name])
-
-
+@pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("written", ["in place", "by .data", "in a round"])
-def test_a_second_optimizer_leaves_workers_that_were_made_to_differ(written):
-    first, team = make(LocalSGD, workers=3)
+def test_a_state_loaded_again_and_a_second_optimizer_leave_workers_that_were_made_to_differ(written, workers):
+    first, team = make(LocalSGD, workers=workers)
     run(first, team, 7 if written == "in a round" else 4)
     with torch.no_grad():
         for number, worker in enumerate(team):
@@ -358,6 +319,8 @@ def test_a_second_optimizer_leaves_workers_that_were_made_to_differ(written):
             if written != "in a round":
                 value.fill_(number)
     before = parameters_of(team)
+    first.load_state_dict(first.state_dict())
+    assert torch.equal(parameters_of(team), before)
     second = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 4)
     run(second, team, 1)
     assert torch.equal(parameters_of(team), before)

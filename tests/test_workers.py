@@ -100,7 +100,7 @@ def test_a_failed_load_into_all_leaves_one_into_worker_0_alone_where_all_begin()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         team.load_state_dict(state)
     team[0].load_state_dict(state["workers"][0], strict=False)
-    team.rows.begin_alike({"weight", "bias"})
+    team.rows.begin_alike()
     assert all(map(torch.equal, team[0].parameters(), team[1].parameters()))
 
 
@@ -144,3 +144,15 @@ def test_the_mean_of_a_model_that_was_moved_out_of_its_rows_is_an_error_and_a_st
     team[1].double()
     with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row"):
         team.mean()
+
+
+@pytest.mark.parametrize("k", [3, 8])
+def test_the_mean_of_equal_workers_is_each_of_them_to_the_bit(k):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
+    model[1].running_mean.normal_()
+    workers = Workers(model, k)
+    mean = workers.mean().state_dict()
+    assert all(torch.equal(mean[name], value) for name, value in workers[0].state_dict().items())
+    rows = workers.rows.blocks[0].rows
+    assert not torch.equal(rows.mean(dim=0), rows[0])  # summed and divided they are off

@@ -13,7 +13,7 @@ from fastlocal.comm import Group
 from fastlocal.local.checksum import checksum
 from fastlocal.ops.averaging import accumulate_dtype
 
-_MOST_ROUNDED = 1e-3
+_MOST_ROUNDED = 1e-4
 """Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
 
 

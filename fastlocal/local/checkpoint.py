@@ -261,7 +261,6 @@ class Checkpointed(Wrapper):
         """Take back what _saved() returned."""
         for outer, state in zip(self._outers, own["outer"], strict=True):
             outer.load_state_dict(state)
-        has_stepped = self.stats.local_steps > 0
         self.stats = Stats(**own["stats"])
         self.steps_in_round = own["steps_in_round"]
         self._anchored = own["anchored"]
@@ -273,7 +272,4 @@ class Checkpointed(Wrapper):
         if self.stats.local_steps:
             self.rows.begin(self.inner)
         if self.steps_in_round == 0:
-            self._compared = False  # what is loaded into rank 0 alone is where all go on
-            if self.stats.local_steps or has_stepped:  # the others may have come from anywhere
-                self.rows.take_first(self.rows.stepped_by(self.inner))
-                self.rows.note_equal()
+            self._compared = False  # what is loaded into rank 0 alone is where all processes go on

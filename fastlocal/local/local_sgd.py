@@ -35,13 +35,13 @@ class LocalSGD(Checkpointed):
     `param_groups` and `state` are the inner optimizer's own.
 
     What was loaded into worker 0 alone before the first step, also the first after `load_state_dict` of a state saved
-    at a round's end, is where all workers of a process begin.
+    at a round's end, is where all workers of a process begin that were just made or copied. Later load all of them.
 
     In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
     buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up for differences no larger
-    than roundings, a thousandth of a tensor's norm. Rank 0's policy decides
-    for all, on the losses that rank 0 observes. A step that GradScaler skips in one process still counts there.
+    than roundings, a ten-thousandth of a tensor's norm. Rank 0's policy decides for all, on the losses that it
+    observes. A step that GradScaler skips in one process still counts there.
     DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole models
     are replicated, and rank 0's policy decides for all pieces.
 
@@ -175,11 +175,9 @@ class LocalSGD(Checkpointed):
         if not self._round_is_open:
             self._begin_round(warming_up)
         seen = self._rates.look(self.steps_in_round)
-        self.rows.note_apart()
         if warming_up:
             loss = self._step_together(closure)
             self._rates.note(0, *seen)
-            self.rows.note_equal()
         else:
             loss = self.inner.step(closure) if closure else self._scaling().step(self.inner)
             self._rates.note(self.steps_in_round, *seen)
@@ -301,7 +299,6 @@ class LocalSGD(Checkpointed):
         rates = self._rates.of_blocks()
         closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
         outcome = self._team.close_round(closing)
-        self.rows.note_equal()
         self.stats.round_steps, self.steps_in_round = self.steps_in_round, 0
         self._round_is_open = self._buffers_apart = False
         self.stats.rounds += 1
