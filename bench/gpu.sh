@@ -7,7 +7,8 @@
 # installed or fetched. pytest, pytest-timeout, timm and pytorch-optimizer are used where they are. CIFAR-100 is used
 # if data/cifar-100-python is there (DATA=... names another folder), else synthetic images.
 #
-# Each part has a time limit of its own, all have one together, and a part that fails does not stop the others. OUT_FOLDER holds, as they come:
+# Each part has a time limit of its own, all have one together, and a part that fails does not stop the others.
+# OUT_FOLDER holds, as they come:
 #     summary.txt      each part, its return code (124: out of time) and seconds; the last line says if all is well
 #     log.txt          what the parts printed
 #     roofline.json    GB/s of every kernel by block size and warps

@@ -30,16 +30,16 @@ def obstacle(buffer: Tensor) -> str | None:
     return None
 
 
-def unit_vectors(model: nn.Module) -> set[str]:
-    """Names of the buffers in which spectral_norm keeps singular vectors: a mean of several has another length."""
-    names = set()
-    for path, module in model.named_modules():
-        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
-        own = [f"{hook.name}_{which}" for hook in hooks for which in "uv"]
-        if isinstance(module, parametrizations._SpectralNorm):
-            own = ["_u", "_v"]  # which a vector's has not
-        names.update(f"{path}.{name}" if path else name for name in own if name in module._buffers)
-    return names
+def is_unit_vector(model: nn.Module, name: str) -> bool:
+    """Whether spectral_norm keeps a singular vector in this buffer: a mean of several has another length."""
+    path, _, own = name.rpartition(".")
+    if not own.endswith(("_u", "_v")):
+        return False
+    module = model.get_submodule(path)
+    if isinstance(module, parametrizations._SpectralNorm):
+        return own in ("_u", "_v")
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    return own[:-2] in {hook.name for hook in hooks}
 
 
 def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Tensor]]:
@@ -49,14 +49,14 @@ def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Ten
         RuntimeError: without "keep" a module lacks one, has it in another shape, or it cannot be averaged or given
             to others.
     """
-    if choice == "average" and (vectors := sorted(unit_vectors(modules[0]))):
-        raise RuntimeError(
-            f"buffer {vectors[0]!r} is a unit vector of spectral_norm, and a mean of unit vectors is none: pass "
-            "buffers='broadcast', which gives every worker the first one's"
-        )
     workers = [dict(module.named_buffers()) for module in modules]
     buffers: dict[str, list[Tensor]] = {}
     for name, first in workers[0].items():
+        if choice == "average" and is_unit_vector(modules[0], name):
+            raise RuntimeError(
+                f"buffer {name!r} is a unit vector of spectral_norm, and a mean of unit vectors is none: pass "
+                "buffers='broadcast', which gives every worker the first one's"
+            )
         unlike = [w for w, own in enumerate(workers) if name not in own or own[name].shape != first.shape]
         reason = f"of worker {unlike[0]} is missing or shaped unlike worker 0's" if unlike else obstacle(first)
         if reason is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlocal.buffers import collect, merged, unit_vectors
+from fastlocal.buffers import collect, is_unit_vector, merged
 from fastlocal.flat import Rows
 from fastlocal.twin import copy_of, require_initialised, twin_of
 
@@ -95,9 +95,8 @@ class Workers:
                 means = block.rows.mean(dim=0, dtype=torch.promote_types(block.rows.dtype, torch.float32))
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
-        vectors = unit_vectors(model)
         for name, buffers in collect(self.rows.modules, "keep").items():
-            alike = name in vectors or all(torch.equal(buffers[0], other) for other in buffers[1:])
+            alike = is_unit_vector(model, name) or all(torch.equal(buffers[0], other) for other in buffers[1:])
             model.get_buffer(name).copy_(merged(buffers, "broadcast" if alike else "average"))
         return model
 

@@ -46,13 +46,11 @@ def sum_over_pieces_(values: Tensor, owners: Sequence[Tensor]) -> None:
 
     One all-reduce if all are cut alike along one mesh dimension, as by FSDP.
     """
-    from torch.distributed.tensor import DTensor
-
     alike: dict[tuple, list[int]] = {}
     for row, owner in enumerate(owners):
-        assert isinstance(owner, DTensor)
-        cut = tuple(dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate())
-        alike.setdefault((owner.device_mesh, cut), []).append(row)
+        cut = cut_of(owner)
+        assert cut is not None
+        alike.setdefault(cut, []).append(row)
     for (mesh, cut), rows in alike.items():
         part = values[rows]
         for dim in cut:
@@ -73,11 +71,10 @@ def cut_of(tensor: Tensor) -> tuple | None:
 
 def cuts_of(owner: Tensor) -> "list[dist.ProcessGroup]":
     """The group along each dimension of the DTensor's mesh whose processes hold different pieces."""
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(owner, DTensor)
-    cut = [dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate()]
-    return [owner.device_mesh.get_group(dim) for dim in cut]
+    cut = cut_of(owner)
+    assert cut is not None
+    mesh, dims = cut
+    return [mesh.get_group(dim) for dim in dims]
 
 
 def dimensions_of(owner: Tensor) -> "list[tuple[dist.ProcessGroup, int]]":

@@ -19,7 +19,7 @@ from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.alike import are_alike, are_close, take_first_
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
@@ -271,7 +271,7 @@ class ManyProcesses(OneProcess):
             elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
                 # A backend's own mean multiplies by 1/n.
                 self._reduce_in_place(block.rows[0], shares[0], alike and divisor == 1)
-                _divide_(block.rows[0], divisor)
+                divide_(block.rows[0], divisor)
                 outer.step_from_mean_(rates)
                 continue
             else:
@@ -279,7 +279,7 @@ class ManyProcesses(OneProcess):
                 mean = self._wire(block)
                 ops.weighted_sum_(mean, block.rows, shares)
                 self.group.reduce_(mean, "sum")
-                _divide_(mean, divisor)
+                divide_(mean, divisor)
             parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += self.whole(parts, block.owner).cpu()
@@ -349,9 +349,3 @@ class ManyProcesses(OneProcess):
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )
-
-
-def _divide_(total: Tensor, divisor: float) -> None:
-    """Make the mean of a weighted sum: times 1/3 in float32 that of three equal rows would lie above them."""
-    if divisor != 1:  # as a tensor: CUDA multiplies by the reciprocal of a number
-        total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))

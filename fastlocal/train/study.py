@@ -57,10 +57,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no UTF-8, no TOML, or a number or a nesting beyond Python's limits
+    except (ValueError, RecursionError) as error:
+        # No UTF-8, no TOML, or a number or a nesting beyond Python's limits.
         raise UsageError(f"{path} is no TOML file: {error}") from None
 
 
