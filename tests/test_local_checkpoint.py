@@ -199,18 +199,19 @@ def test_a_copy_made_after_a_layer_was_frozen_has_the_same_rows_and_takes_the_st
     twin.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
-def test_with_a_bfloat16_wire_a_run_that_is_resumed_or_copied_in_a_round_ends_the_same(kind):
-    whole, team = make(kind, interval=3, wire_dtype=torch.bfloat16)
+def test_with_a_low_precision_wire_a_run_that_is_resumed_or_copied_in_a_round_ends_the_same(kind, dtype):
+    whole, team = make(kind, interval=3, wire_dtype=dtype)
     run(whole, team, 10)
-    first, halves = make(kind, interval=3, wire_dtype=torch.bfloat16)
+    first, halves = make(kind, interval=3, wire_dtype=dtype)
     run(first, halves, 5)
     saved = copy.deepcopy((halves.state_dict(), first.state_dict()))
     copied, twins = copy.deepcopy((first, halves))
-    assert copied.wire_dtype == torch.bfloat16
+    assert copied.wire_dtype == dtype
     run(copied, twins, 5, first=5)
     assert torch.equal(parameters_of(twins), parameters_of(team))
-    second, again = make(kind, interval=3, wire_dtype=torch.bfloat16)
+    second, again = make(kind, interval=3, wire_dtype=dtype)
     again.load_state_dict(saved[0])
     second.load_state_dict(saved[1])
     run(second, again, 5, first=5)

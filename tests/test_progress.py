@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlocal.ops.averaging import relative_weights
-from fastlocal.ops.progress import mean_, progress_
+from fastlocal.ops.progress import empty_message, mean_, num_bytes, progress_
 from fastlocal.reference import averaging as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +57,32 @@ def test_a_lone_row_is_rounded_once_and_none_is_zero():
 
 def test_vectors_that_do_not_fit_the_rows_are_refused():
     with pytest.raises(
-        ValueError, match=r"must have 3, 3 and 2 entries for rows of the shape \(2, 3\), got \(3,\), \(4,\)"
+        ValueError, match=r"must have 3, 3 and 2 entries for rows of the shape \(2, 3\), got 3, \(4,\) and 2"
     ):
         progress_(torch.empty(3), torch.empty(2, 3), torch.empty(4), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 1000, 2**22 + 1029])
+def test_the_mean_of_a_float8_message_is_that_of_the_reference(dtype, columns):
+    anchor, rows = start_and_rows(dtype, columns)
+    rows[1, : columns // 2] = torch.nan
+    message = empty_message(columns, torch.float8_e4m3fn, rows.device).fill_(99)
+    weights = [0.25, 0.0, 1.0]
+    progress_(message, rows, anchor, weights)
+    mean = torch.empty_like(anchor)
+    mean_(mean, message, rows, anchor, 1.25)
+    said = reference.mean_of_progress(rows, anchor, torch.tensor(weights, device=DEVICE), torch.float8_e4m3fn)
+    torch.testing.assert_close(mean, said, rtol=1e-6, atol=1e-6)
+    progress_(message, rows * torch.nan, anchor, [0.0, 0.0, 0.0])
+    mean_(mean, message, rows, anchor, 1.0)
+    assert torch.equal(mean, anchor.to(dtype).to(mean.dtype))
+
+
+def test_a_message_takes_half_or_a_quarter_of_float32_and_a_byte_a_chunk():
+    assert num_bytes(1_000_000, torch.bfloat16) == 2_000_000
+    assert num_bytes(1_000_000, torch.float8_e4m3fn) == 1_000_977
+    assert num_bytes(0, torch.float8_e4m3fn) == 0
+    assert empty_message(2 * 1024, torch.float8_e4m3fn, torch.device("cpu")).nbytes == num_bytes(
+        2 * 1024, torch.float8_e4m3fn
+    )

@@ -52,13 +52,13 @@ def test_synchronous_training_is_as_fast_as_itself():
     assert result.outer_bytes_per_step == pytest.approx(1.5e9)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "fp4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8", "fp4"])
 def test_the_command_gives_synchronous_training_one_cost_whatever_it_sends(dtype, capsys):
     # 250e6 parameters of 8·dtype bits, 2·3/4 of them at 1 GB/s; 0.5 s of computing.
     flags = "plan --parameters 250e6 --workers 4 --gbps 8 --payload-share 1 --step-seconds 0.5 --method sync --json"
     assert main([*flags.split(), "--wire-dtype", dtype]) == 0
     result = json.loads(capsys.readouterr().out)["estimate"]
-    bits = {"fp32": 32, "bf16": 16, "int8": 8, "fp4": 4}[dtype]
+    bits = {"fp32": 32, "bf16": 16, "fp8": 8, "fp4": 4}[dtype]
     assert result["step_seconds"] == pytest.approx(0.5 + 1.5 * 0.25 * bits / 8)
     assert result["synchronous_step_seconds"] == result["step_seconds"]
     assert result["speedup"] == 1

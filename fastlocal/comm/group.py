@@ -264,34 +264,36 @@ class Group:
             options.reduceOp = operations[operation]
             self._run(lambda: self.process_group.allreduce([lent(tensor)], options), tensor.device)
 
-    def sum_rounding_once_(self, tensor: Tensor) -> None:
-        """Overwrite the vector with the sum over all processes, added in float32, for the bytes of an all_reduce.
+    def sum_rounding_once_(self, message: Tensor, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Overwrite a message of low precision with the sum over all processes, for the bytes of an all_reduce.
 
-        In an all_reduce of low precision each process on the way rounds; here each sums a part of the vector that all
-        have sent it, in the group's order, and gives all the result. The last part may be padded.
+        In an all_reduce each process on the way rounds; here each adds up a part that all have sent it, in the
+        group's order, and gives all the result. The last part may be padded with zeros.
+
+        Args:
+            message: contiguous; it is cut along its first dimension.
+            add_up: what of parts, shape (processes, …), is their sum.
         """
-        if not tensor.numel() or len(self) == 1:
+        if not message.numel() or len(self) == 1:
             return
-        if len(self) == 2:  # one addition rounds once
-            self.reduce_(tensor, "sum")
+        if len(self) == 2 and message.is_floating_point():  # one addition rounds once
+            self.reduce_(message, "sum")
             return
-        size = -(-len(tensor) // len(self))
-        whole = len(tensor) == size * len(self)
-        parts = tensor.view(len(self), size) if whole else tensor.new_zeros(len(self), size)
+        size = -(-len(message) // len(self))
+        shape = (len(self), size, *message.shape[1:])
+        whole = len(message) == size * len(self)
+        parts = message.view(shape) if whole else message.new_zeros(shape)
         if not whole:
-            parts.view(-1)[: len(tensor)] = tensor
+            parts.flatten(0, 1)[: len(message)] = message
         received = torch.empty_like(parts)
-        exchange = self._options("AllToAll", tensor.device)
+        exchange = self._options("AllToAll", message.device)
         self._run(
-            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], exchange), tensor.device
+            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], exchange), message.device
         )
-        total = received[0].to(torch.float32)
-        for part in received[1:]:
-            total.add_(part)
-        own = total.to(tensor.dtype)
-        self._run(lambda: self._all_gather(parts.unbind(), own), tensor.device)
+        own = add_up(received)
+        self._run(lambda: self._all_gather(parts.unbind(), own), message.device)
         if not whole:
-            tensor.copy_(parts.view(-1)[: len(tensor)])
+            message.copy_(parts.flatten(0, 1)[: len(message)])
 
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]

@@ -25,10 +25,10 @@ def check_model(model: object) -> None:
 
 
 def check_wire_dtype(wire_dtype: object) -> None:
-    """Raise TypeError or ValueError unless it is None or torch.bfloat16: float16 makes small steps 0."""
-    if wire_dtype not in (None, torch.bfloat16):
+    """Raise TypeError or ValueError unless it is None, bfloat16 or float8_e4m3fn: float16 makes small steps 0."""
+    if wire_dtype not in (None, torch.bfloat16, torch.float8_e4m3fn):
         kind = ValueError if isinstance(wire_dtype, torch.dtype) else TypeError
-        raise kind(f"wire_dtype must be None or torch.bfloat16, got {wire_dtype!r}")
+        raise kind(f"wire_dtype must be None, torch.bfloat16 or torch.float8_e4m3fn, got {wire_dtype!r}")
 
 
 def checked_slow_lr(slow_lr: object) -> float:

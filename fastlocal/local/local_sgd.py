@@ -59,11 +59,12 @@ class LocalSGD(Checkpointed):
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
         timeout: seconds that a process waits for the others at a sync before it raises an error that names who is
             missing. Give more where one process evaluates or saves for longer than that between two steps.
-        wire_dtype: torch.bfloat16 halves the bytes of a sync: each worker sends how far it has come since the last
-            one, rounded to 8 significant bits, and keeps a copy of where it started; a process with several workers
-            sends their sum, which is rounded too. What you set parameters to between two syncs counts as such
-            progress. None sends the parameters as they are. Buffers, inner state and the gradients of the warm-up
-            are not rounded.
+        wire_dtype: in which the workers send how far each has come since the last sync, from a copy of where it
+            started: torch.bfloat16 takes half the bytes and keeps 8 significant bits, torch.float8_e4m3fn a quarter
+            and 4 bits (each 1,024 values share a power of two, so that small steps are not lost). A process with
+            several workers sends their sum, which is rounded too. What you set parameters to between two syncs counts
+            as such progress. None sends the parameters as they are. Buffers, inner state and the gradients of the
+            warm-up are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
             the samples it sees; None weighs all alike. Buffers and inner state are not weighted. The attribute may be
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another

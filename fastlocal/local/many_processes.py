@@ -24,6 +24,7 @@ from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
+from fastlocal.ops import progress
 from fastlocal.outer import Average, SlowMomentum
 from fastlocal.policy import Policy, Stats
 
@@ -295,7 +296,7 @@ class ManyProcesses(OneProcess):
         return everybody[self.group.rank * k : (self.group.rank + 1) * k]
 
     def _add_others_(self, message: Tensor) -> None:
-        self.group.sum_rounding_once_(message)
+        self.group.sum_rounding_once_(message, progress.add_up)
 
     def _reduce_in_place(self, row: Tensor, share: float, by_backend: bool) -> None:
         if by_backend and self.group.in_stream_order and row.is_cuda:  # gloo has no mean

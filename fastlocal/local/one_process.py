@@ -92,7 +92,7 @@ class OneProcess:
         # The bytes of one worker as they are sent: its gradients, and its parameters or what it sends in their place.
         self.gradients_payload = self.payload = rows.num_bytes
         if choices.wire_dtype is not None:
-            self.payload = rows.num_elements * choices.wire_dtype.itemsize
+            self.payload = progress.num_bytes(rows.num_elements, choices.wire_dtype)
 
     def begin(self, settings: dict[str, Any], stats: Stats, expected: Standing) -> None:
         """What was loaded into the first worker alone is where a fresh round begins. Settings are compared with those
@@ -193,7 +193,8 @@ class OneProcess:
     ) -> None:
         """Overwrite `mean`, shape (n,), with the workers' mean as their rounded progress gives it."""
         assert outer.anchor is not None
-        message = torch.empty(block.rows.shape[1], dtype=self.choices.wire_dtype, device=block.rows.device)
+        assert self.choices.wire_dtype is not None
+        message = progress.empty_message(block.rows.shape[1], self.choices.wire_dtype, block.rows.device)
         progress.progress_(message, block.rows, outer.anchor, weights)
         self._add_others_(message)
         progress.mean_(mean, message, block.rows, outer.anchor, total_weight)

@@ -1,7 +1,8 @@
 """What workers send where messages have low precision: their progress since the anchor, not their parameters.
 
-A parameter rounded to bfloat16 loses every step below 1/256 of it; progress that is rounded loses 1/256 of itself.
-Plain PyTorch on every device: for a lone float32 row 10 bytes a parameter before the message, 10 after it.
+A parameter rounded to bfloat16 loses every step below 1/256 of it; progress that is rounded loses 1/256 of itself, in
+float8 1/16. A message is a vector of bfloat16, or one of float8 as the module of that name lays it out.
+Plain PyTorch on every device: for a lone float32 row 10 bytes a parameter before a message of bfloat16, 10 after it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastlocal.ops import float8
 from fastlocal.reference.averaging import accumulate_dtype
 
 _COLUMNS_AT_ONCE = 2**22
-"""The temporaries of progress_ stay small beside the model."""
+"""The temporaries stay small beside the model. Whole chunks of float8."""
+
+
+def empty_message(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for a message about `columns` parameters, in bfloat16 or float8_e4m3fn."""
+    if dtype == torch.float8_e4m3fn:
+        return float8.empty(columns, device)
+    return torch.empty(columns, dtype=dtype, device=device)
+
+
+def num_bytes(columns: int, dtype: torch.dtype) -> int:
+    """What a message about `columns` parameters takes, without the padding of a last chunk."""
+    return columns * dtype.itemsize + (-(-columns // float8.CHUNK) if dtype == torch.float8_e4m3fn else 0)
 
 
 def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[float]) -> None:
     """Overwrite `message` with Σ w_k Δ_k: each w_k (x_k − x₀) is rounded to the message's dtype, and so is the sum.
 
     Args:
-        message: shape (n,), in the dtype that is sent.
+        message: see empty_message.
         rows: shape (k, n), one row a worker.
         anchor: shape (n,): x₀ is what the rows' dtype holds of it, where the workers started.
         weights: of each row, see averaging.relative_weights. One of weight 0 is left out and may hold NaN.
@@ -28,27 +42,40 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
         ValueError: a shape or the number of weights is another.
     """
     k, n = rows.shape
-    if (tuple(message.shape), tuple(anchor.shape), len(weights)) != ((n,), (n,), k):
+    length = -(-n // float8.CHUNK) if _is_float8(message) else n
+    if (len(message), tuple(anchor.shape), len(weights)) != (length, (n,), k):
         raise ValueError(
-            f"message, anchor and weights must have {n}, {n} and {k} entries for rows of the shape {(k, n)}, "
-            f"got {tuple(message.shape)}, {tuple(anchor.shape)} and {len(weights)}"
+            f"message, anchor and weights must have {length}, {n} and {k} entries for rows of the shape {(k, n)}, "
+            f"got {len(message)}, {tuple(anchor.shape)} and {len(weights)}"
         )
     counted = [(row, weight) for row, weight in zip(rows.unbind(), weights, strict=True) if weight > 0]
     if not counted:
         message.zero_()
         return
     for part in _parts(n):
-        start, sent = _start(anchor[part], rows), message[part]
+        start, sent = _start(anchor[part], rows), _part_of(message, part)
         total = None
         for row, weight in counted:
-            if weight == 1:
+            if weight == 1 and not _is_float8(message):
                 torch.sub(row[part], start, out=sent)
             else:
-                sent.copy_(torch.sub(row[part], start).mul_(weight))
+                _write_(sent, torch.sub(row[part], start).mul_(weight))
             if len(counted) > 1:
-                total = sent.to(start.dtype) if total is None else total.add_(sent)
+                own = _read(sent, len(start))
+                total = own.to(start.dtype) if total is None else total.add_(own)
         if total is not None:
-            sent.copy_(total)
+            _write_(sent, total)
+
+
+def add_up(messages: Tensor) -> Tensor:
+    """The sum of messages, or of a part of each, shape (m, …): added in float32 in their order, and rounded once."""
+    columns = messages[0].numel()  # for float8 more than are read
+    total = _read(messages[0], columns).to(torch.float32)
+    for message in messages[1:]:
+        total.add_(_read(message, columns))
+    result = torch.empty_like(messages[0])
+    _write_(result, total)
+    return result
 
 
 def mean_(mean: Tensor, message: Tensor, rows: Tensor, anchor: Tensor, total_weight: float) -> None:
@@ -56,13 +83,14 @@ def mean_(mean: Tensor, message: Tensor, rows: Tensor, anchor: Tensor, total_wei
 
     Args:
         mean: shape (n,), in the dtype that rows are accumulated in.
-        message: shape (n,), what `progress_` wrote, summed over all processes.
+        message: what `progress_` wrote, summed over all processes.
         rows: shape (k, n), whose dtype tells x₀.
         anchor: shape (n,), as `progress_` had it.
         total_weight: Σ w_k, of all processes.
     """
     for part in _parts(len(mean)):
-        torch.add(_start(anchor[part], rows), message[part], alpha=1 / total_weight, out=mean[part])
+        start = _start(anchor[part], rows)
+        torch.add(start, _read(_part_of(message, part), len(start)), alpha=1 / total_weight, out=mean[part])
 
 
 def _start(anchor: Tensor, rows: Tensor) -> Tensor:
@@ -71,4 +99,25 @@ def _start(anchor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _parts(columns: int) -> Iterator[slice]:
-    return (slice(first, first + _COLUMNS_AT_ONCE) for first in range(0, columns, _COLUMNS_AT_ONCE))
+    return (slice(first, min(first + _COLUMNS_AT_ONCE, columns)) for first in range(0, columns, _COLUMNS_AT_ONCE))
+
+
+def _is_float8(message: Tensor) -> bool:
+    return message.dtype == torch.uint8
+
+
+def _part_of(message: Tensor, part: slice) -> Tensor:
+    if _is_float8(message):
+        return message[part.start // float8.CHUNK : -(-part.stop // float8.CHUNK)]
+    return message[part]
+
+
+def _write_(message: Tensor, values: Tensor) -> None:
+    if _is_float8(message):
+        float8.encode_(message, values)
+    else:
+        message.copy_(values)
+
+
+def _read(message: Tensor, columns: int) -> Tensor:
+    return float8.decode(message)[:columns] if _is_float8(message) else message

@@ -35,14 +35,41 @@ def weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
 def mean_of_progress(rows: Tensor, anchor: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """x̄ = x₀ + Σ w_k Δ_k / Σ w_k, shape (n,), of workers that send how far they came, Δ_k = x_k − x₀.
 
-    x₀ is the anchor as the rows' dtype holds it. Each w_k Δ_k is rounded to `dtype`, and so is their sum.
+    x₀ is the anchor as the rows' dtype holds it. Each w_k Δ_k is rounded to `dtype`, and so is their sum: to bfloat16
+    as torch does, to float8_e4m3fn as rounded_to_float8 does.
     """
     wide = accumulate_dtype(rows.dtype)
     start = anchor.to(rows.dtype).to(wide)
     total = torch.zeros_like(start)
     for row, weight in zip(rows, weights.to(wide), strict=True):
-        total += torch.where(weight > 0, weight * (row.to(wide) - start), 0.0).to(dtype).to(wide)
-    return start + total.to(dtype).to(wide) / weights.to(wide).sum()
+        total += _rounded(torch.where(weight > 0, weight * (row.to(wide) - start), 0.0), dtype)
+    return start + _rounded(total, dtype) / weights.to(wide).sum()
+
+
+def rounded_to_float8(values: Tensor) -> Tensor:
+    """Values of float32, rounded to 4 significant bits, ties to even, in chunks of 1,024 that share a power of two.
+
+    With the least power of two s for which a chunk is within ±448 s, values below s/64 are rounded to multiples of
+    s/512. A chunk with a value that is not finite becomes NaN.
+    """
+    if not len(values):
+        return values
+    chunks = []
+    for chunk in values.float().double().split(1024):
+        largest = chunk.abs().max()
+        if not largest.isfinite():
+            chunks.append(torch.full_like(chunk, torch.nan))
+            continue
+        scale = 2.0 ** torch.ceil(torch.log2(largest / 448)).clamp(min=-126)
+        step = 2.0 ** (torch.floor(torch.log2(chunk.abs() / scale)).clamp(min=-6) - 3) * scale
+        chunks.append(torch.round(chunk / step) * step)
+    return torch.cat(chunks).to(values.dtype)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float8_e4m3fn:
+        return rounded_to_float8(values)
+    return values.to(dtype).to(values.dtype)
 
 
 def squared_drift(rows: Tensor, mean: Tensor, weights: Tensor) -> Tensor:

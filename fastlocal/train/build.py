@@ -90,7 +90,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
     inner = _inner(config, over)
     if config.method == "sync" and group is not None and len(over) == 1:
         return DataParallel(inner, over, group)
-    wire = torch.bfloat16 if config.wire_dtype == "bf16" else None
+    wire = {"fp32": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[config.wire_dtype]
     match config.method:
         case "sync":
             return LocalSGD(inner, over, 1, warmup_steps=total_steps)

@@ -15,6 +15,7 @@ OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 ModelName = Literal["lenet", "resnet18"]
 Schedule = Literal["cosine", "warmup-cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
+WireDtype = Literal["fp32", "bf16", "fp8"]
 
 _OUTER_DEFAULTS = {"slowmo": (1.0, 0.5), "diloco": (0.7, 0.9)}  # slow_lr, slow_momentum
 
@@ -93,8 +94,8 @@ class Config:
     inner_state: Literal["keep", "reset", "average"] = "keep"
     """What a sync does to the inner optimizer's momentum."""
 
-    wire_dtype: Precision = "fp32"
-    """What a sync sends: the parameters, or in half the bytes how far they came since the last, rounded to bf16."""
+    wire_dtype: WireDtype = "fp32"
+    """What a sync sends: the parameters, or how far they came since the last, in half or a quarter of the bytes."""
 
     slow_lr: float | None = None
     """Outer step size. Default: 1 for slowmo, 0.7 for diloco."""

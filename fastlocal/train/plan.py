@@ -10,11 +10,11 @@ from typing import Literal
 from fastlocal.train.errors import UsageError
 
 PlanMethod = Literal["sync", "local-sgd", "slowmo", "diloco", "streaming"]
-WireDtype = Literal["fp32", "bf16", "int8", "fp4"]
+WireDtype = Literal["fp32", "bf16", "fp8", "fp4"]
 Overlap = Literal["none", "backward"]
 Within = Literal["round", "step"]
 
-BITS: dict[WireDtype, int] = {"fp32": 32, "bf16": 16, "int8": 8, "fp4": 4}
+BITS: dict[WireDtype, int] = {"fp32": 32, "bf16": 16, "fp8": 8, "fp4": 4}
 BACKWARD_SHARE = 2 / 3
 """Of a step: the backward pass multiplies twice as much as the forward pass does."""
 

@@ -142,7 +142,7 @@ class PlanConfig:
         return Link(self.inner_gbps, (self.inner_latency_ms or 0.0) / 1e3, payload_share=1.0)
 
     def _gradients_dtype(self) -> WireDtype:
-        return "bf16" if self.method != "sync" and self.wire_dtype in ("int8", "fp4") else self.wire_dtype
+        return "bf16" if self.method != "sync" and self.wire_dtype in ("fp8", "fp4") else self.wire_dtype
 
     def _step_seconds(self) -> float:
         if self.step_seconds is not None:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm import find_group
 from fastlocal.local import DisagreementError
+from fastlocal.reference.averaging import rounded_to_float8
 from fastlocal.train.data_parallel import DataParallel
 from tests.local_runs import network, parameters_of, poison
 from tests.many_processes.team import (
@@ -62,39 +63,45 @@ def two_times_one_is_bit_equal_to_one_times_two(rank, new_group):
     against_one_process(DiLoCo, rank, pairs[rank // 2], 1, exact, warmup_steps=3)
 
 
-def a_bfloat16_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, new_group):
+def a_low_precision_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(rank, new_group):
     group, pairs = new_group(), [new_group([0, 1]), new_group([2, 3])]
-    # The same roundings in the same order where each process has one worker; where it has two, it sends their sum.
-    exact, rounded = {"rtol": 0, "atol": 0}, {"rtol": 0, "atol": 1e-3}
+    for wire_dtype, digit, rounded in (
+        (torch.bfloat16, 2**-8, lambda values: values.bfloat16().double()),
+        (torch.float8_e4m3fn, 2**-4, rounded_to_float8),
+    ):
+        # The same roundings in one order where each process has one worker; where it has two, it sends their sum.
+        exact, close = {"rtol": 0, "atol": 0}, {"rtol": 0, "atol": digit / 4}
+        for kind in KINDS:
+            against_one_process(kind, rank, pairs[rank // 2], 1, exact, wire_dtype=wire_dtype)
+            against_one_process(kind, rank, pairs[rank // 2], 2, close, wire_dtype=wire_dtype)
+        outcomes = []
+        for k, own_group, weights in ((1, group, [WEIGHTS[rank]]), (WORLD, None, WEIGHTS)):
+            optimizer, team = build(SlowMo, k, 3, own_group, wire_dtype=wire_dtype, weights=weights)
+            run(optimizer, team, 7, worker=rank if k == 1 else 0)
+            optimizer.sync()
+            outcomes.append(parameters_of(team[0]))
+        assert torch.equal(*outcomes)
+        optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=wire_dtype)
+        start = parameters_of(team[0]).double()
+        run(optimizer, team, 4, worker=rank)
+        if rank == 2:
+            poison(team[0])
+        own = parameters_of(team[0]).double() - start
+        everybody = [torch.empty_like(own) for _ in range(WORLD)]
+        dist.all_gather(everybody, own, group=group)
+        optimizer.sync()
+        mean = start + sum(rounded(everybody[k]) for k in (0, 1, 3)) / 3
+        progress = torch.stack([everybody[k].abs() for k in (0, 1, 3)]).sum(0)
+        # The sum is rounded once, whatever the number of processes.
+        most = digit * progress / 3 + progress.max() * 2**-16 + 1e-7
+        assert ((parameters_of(team[0]).double() - mean).abs() <= most).all()
+        assert_equal_everywhere(parameters_of(team[0]), group)
+        assert optimizer.stats.excluded == 1
+        optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=wire_dtype if rank == 1 else None)
+        with pytest.raises(DisagreementError, match=f"rank 1 has wire_dtype '{wire_dtype}', rank 0 has 'None'"):
+            run(optimizer, team, 1)
     for kind in KINDS:
         against_one_process(kind, rank, group, 1, ROUNDED, wire_dtype=torch.bfloat16)  # the buffers differ
-        against_one_process(kind, rank, pairs[rank // 2], 1, exact, wire_dtype=torch.bfloat16)
-        against_one_process(kind, rank, pairs[rank // 2], 2, rounded, wire_dtype=torch.bfloat16)
-    outcomes = []
-    for k, own_group, weights in ((1, group, [WEIGHTS[rank]]), (WORLD, None, WEIGHTS)):
-        optimizer, team = build(SlowMo, k, 3, own_group, wire_dtype=torch.bfloat16, weights=weights)
-        run(optimizer, team, 7, worker=rank if k == 1 else 0)
-        optimizer.sync()
-        outcomes.append(parameters_of(team[0]))
-    assert torch.equal(*outcomes)
-    optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16)
-    start = parameters_of(team[0]).double()
-    run(optimizer, team, 4, worker=rank)
-    if rank == 2:
-        poison(team[0])
-    own = parameters_of(team[0]).double() - start
-    everybody = [torch.empty_like(own) for _ in range(WORLD)]
-    dist.all_gather(everybody, own, group=group)
-    optimizer.sync()
-    mean = start + sum(everybody[k].bfloat16().double() for k in (0, 1, 3)) / 3
-    progress = torch.stack([everybody[k].abs() for k in (0, 1, 3)]).sum(0)
-    # The sum is rounded once, whatever the number of processes.
-    assert ((parameters_of(team[0]).double() - mean).abs() <= 2**-8 * progress / 3 + 1e-7).all()
-    assert_equal_everywhere(parameters_of(team[0]), group)
-    assert optimizer.stats.excluded == 1
-    optimizer, team = build(LocalSGD, 1, 100, group=group, wire_dtype=torch.bfloat16 if rank == 1 else None)
-    with pytest.raises(DisagreementError, match="rank 1 has wire_dtype 'torch.bfloat16', rank 0 has 'None'"):
-        run(optimizer, team, 1)
 
 
 def another_default_device_or_dtype_changes_nothing(rank, new_group):
