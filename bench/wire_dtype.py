@@ -1,8 +1,8 @@
 """Seconds of a sync over a slow link, of parameters and of rounded progress: python bench/wire_dtype.py (as root).
 
 Gloo processes behind links of 100 Mb/s, laid as in plan_check.py. A round without gradients is a sync of LeNet-5's
-parameters and nothing else; those with wire_dtype=None and with torch.bfloat16 are timed in turn, from barrier to
-barrier. One JSON line a method and number of processes is appended to bench/results/wire_dtype_seconds.jsonl.
+parameters and nothing else; those with wire_dtype=None, torch.bfloat16 and torch.float8_e4m3fn are timed in turn, from
+barrier to barrier. One JSON line a method and number of processes is appended to bench/results/wire_dtype_seconds.jsonl.
 """
 
 import os
@@ -16,7 +16,8 @@ from fastlocal import LocalSGD, SlowMo
 from fastlocal.bench import machine
 from fastlocal.train.model import build
 
-METHODS, DTYPES, TURNS = {"LocalSGD": LocalSGD, "SlowMo": SlowMo}, (None, torch.bfloat16), 9
+METHODS, TURNS = {"LocalSGD": LocalSGD, "SlowMo": SlowMo}, 9
+DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
 RESULTS = ROOT / "bench" / "results" / "wire_dtype_seconds.jsonl"
 
 
@@ -42,7 +43,7 @@ def work(workers: int) -> dict:
 def lines(workers: int, measured: dict) -> Iterator[tuple[dict, str]]:
     """One record a method, and what to say of it."""
     for method, found in measured.items():
-        plain, rounded = (statistics.median(column) for column in zip(*found["seconds"], strict=True))
+        plain, halved, quartered = (statistics.median(column) for column in zip(*found["seconds"], strict=True))
         record = {
             **machine.origin("cpu"),
             "threads": 1,
@@ -53,10 +54,12 @@ def lines(workers: int, measured: dict) -> Iterator[tuple[dict, str]]:
             "parameters": found["parameters"],
             "bytes_a_sync": found["bytes"],
             "seconds": round(plain, 4),
-            "seconds_bfloat16": round(rounded, 4),
+            "seconds_bfloat16": round(halved, 4),
+            "seconds_float8": round(quartered, 4),
             "turns": [[round(value, 4) for value in turn] for turn in found["seconds"]],
         }
-        yield record, f"{workers} workers, {method}: {plain:.3f} s a sync, with a bfloat16 wire {rounded:.3f}"
+        said = f"{plain:.3f} s a sync, with a bfloat16 wire {halved:.3f}, with float8 {quartered:.3f}"
+        yield record, f"{workers} workers, {method}: {said}"
 
 
 if __name__ == "__main__":
