@@ -1,8 +1,8 @@
 """Seconds of a sync over a slow link, of parameters and of rounded progress: python bench/wire_dtype.py (as root).
 
 Gloo processes behind links of 100 Mb/s, laid as in plan_check.py. A round without gradients is a sync of LeNet-5's
-parameters and nothing else; those with wire_dtype=None, torch.bfloat16 and torch.float8_e4m3fn are timed in turn, from
-barrier to barrier. One JSON line a method and number of processes is appended to bench/results/wire_dtype_seconds.jsonl.
+parameters and nothing else; those with wire_dtype=None, bfloat16 and float8_e4m3fn are timed in turn, from barrier to
+barrier. One JSON line a method and number of processes is appended to bench/results/wire_dtype_seconds.jsonl.
 """
 
 import os
