@@ -72,10 +72,11 @@ def test_optimizers_step_where_their_parameters_lie(make, flags, default):
         (LocalSGD, {}),
         (LocalSGD, {"inner_state": "average", "weights": [1.0, 3.0, 2.0]}),
         (SlowMo, {"wire_dtype": torch.bfloat16}),
+        (SlowMo, {"wire_dtype": torch.float8_e4m3fn}),
         (DiLoCo, {"warmup_steps": 2, "impl": "reference"}),
         (SlowMo, {"impl": "triton"}),
     ],
-    ids=["LocalSGD", "weighted", "bfloat16 wire", "DiLoCo", "Triton"],
+    ids=["LocalSGD", "weighted", "bfloat16 wire", "float8 wire", "DiLoCo", "Triton"],
 )
 def test_wrappers_sync_where_their_workers_lie(kind, extra, default):
     def run():

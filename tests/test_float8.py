@@ -34,6 +34,13 @@ def test_values_are_rounded_to_four_bits_of_their_own_or_to_steps_of_the_chunk()
     assert sent(torch.tensor([-480.0, 2**-8])).tolist() == [-480.0, 2**-8]
 
 
+def test_what_is_a_14336th_of_the_largest_keeps_its_bits_and_a_458752nd_is_lost():
+    for largest in (448.0, 225.0, 300.0):
+        kept = torch.tensor([largest, largest / 14336, -largest / 14000])
+        torch.testing.assert_close(sent(kept), kept, rtol=2**-4, atol=0)
+        assert sent(torch.tensor([largest, largest / 458_752])).tolist()[1] == 0.0
+
+
 def test_chunks_do_not_share_a_power_of_two():
     values = torch.full((2048,), 1e-30)
     values[0] = 1e30

@@ -92,7 +92,7 @@ TRAIN_ARROWS = {
     "page": {"checkpoint", "collect", "config", "display", "errors", "plots", "tuned"},
     "cli": {
         *("bench", "cells", "config", "display", "errors", "lock", "page", "plan_report", "pool", "run", "search"),
-        *("ready", "study", "study_display", "trials"),
+        *("ready", "study", "study_display", "tables", "trials"),
     },
     "__init__": set(),
 }

@@ -60,8 +60,17 @@ def test_wrong_arguments_are_named_with_value_and_rule():
     apart = [{"params": team[0].parameters()}, {"params": team[1].parameters()}]
     with pytest.raises(ValueError, match=r"in the groups \[0, 1\] for the workers 0 to 1"):
         LocalSGD(torch.optim.SGD(apart, lr=0.1), team, 2)
-    with pytest.raises(TypeError, match="warmup_steps must be an int, got 1.5"):
-        LocalSGD(sgd(), team, 2, warmup_steps=1.5)
+    for steps in (1.5, True):
+        with pytest.raises(TypeError, match=f"warmup_steps must be an int, got {steps}"):
+            LocalSGD(sgd(), team, 2, warmup_steps=steps)
+    with pytest.raises(TypeError, match="timeout must be a number, got '5'"):
+        LocalSGD(sgd(), team, 2, timeout="5")
+    with pytest.raises(TypeError, match=r"weights must be a sequence of numbers, one a worker, got 3\.0"):
+        LocalSGD(sgd(), team, 2, weights=3.0)
+    with pytest.raises(TypeError, match="each of weights must be a number, got 'a'"):
+        LocalSGD(sgd(), team, 2, weights=["a"] * len(team))
+    with pytest.raises(TypeError, match="val_loss must be a number, got 'a'"):
+        LocalSGD(sgd(), team, 2).observe(val_loss="a")
     half = type("Half", (), {"next_interval": lambda self, stats: 2})()
     with pytest.raises(TypeError, match="interval is a Half that lacks state_dict and load_state_dict"):
         LocalSGD(sgd(), team, half)

@@ -43,6 +43,7 @@ def test_a_wrong_option_is_named_in_the_constructor_and_in_a_group(optimizer, op
         ({"trust_clip": (2.0, 1.0)}, r"trust_clip must be \(low, high\)"),
         ({"decay": "L2"}, "decay must be one of"),
         ({"bias_correction": "none"}, "bias_correction must be one of"),
+        ({"grad_averaging": "no"}, "grad_averaging must be one of True, False, got 'no'"),
     ],
 )
 def test_lamb_names_the_option_that_is_out_of_range(options, message):
@@ -57,6 +58,7 @@ def test_lamb_names_the_option_that_is_out_of_range(options, message):
         ({"dampening": 1.5}, r"dampening must be in \[0, 1\], got 1.5"),
         ({"trust_coefficient": 0.0}, "trust_coefficient must be positive, got 0.0"),
         ({"nesterov": True, "momentum": 0.0}, "Nesterov momentum requires a momentum and zero dampening"),
+        ({"nesterov": "no"}, "nesterov must be one of True, False, got 'no'"),
         ({"norm": "max"}, "norm must be one of"),
         ({"momentum_form": "paper"}, "momentum_form must be one of"),
     ],

@@ -250,8 +250,10 @@ def test_consensus_distance_steers_the_drift_to_its_target():
     [
         (lambda: FixedInterval(0), "interval must be at least 1, got 0"),
         (lambda: FixedInterval(True), "interval must be an int, got True"),
-        (lambda: PostLocal(-1, 4), "start_step must be at least 0, got -1"),
-        (lambda: ValidationLoss(16, total_epochs=0), "total_epochs must be at least 1, got 0"),
+        (lambda: PostLocal(-1, 4), "start_step must be a whole number of at least 0, got -1"),
+        (lambda: PostLocal(0.3, 4), "start_step must be a whole number of at least 0, got 0.3"),
+        (lambda: QSR(4, 0.1, start_step=math.inf), "start_step must be a whole number of at least 0, got inf"),
+        (lambda: ValidationLoss(16, total_epochs=0), "total_epochs must be a whole number of at least 1, got 0"),
         (lambda: ValidationLoss(2, total_epochs=5), r"initial must lie in .* \[4, 64\], got 2"),
         (
             lambda: ValidationLoss(8, total_epochs=5, minimum=8, maximum=4),
@@ -269,9 +271,9 @@ def test_wrong_settings_are_named_with_value_and_rule(build, message):
         build()
 
 
-@pytest.mark.parametrize("total", [0, -3, math.nan])
+@pytest.mark.parametrize("total", [0, -3, 1.9, math.nan, math.inf])
 def test_a_run_has_at_least_one_observation(total):
-    with pytest.raises(ValueError, match=f"total_epochs must be at least 1, got {total}"):
+    with pytest.raises(ValueError, match=f"total_epochs must be a whole number of at least 1, got {total}"):
         ValidationLoss(16, total_epochs=total)
 
 

@@ -68,7 +68,7 @@ class SaveAndStop:
 @pytest.mark.parametrize(
     "values",
     [
-        {"method": "slowmo", "policy": "val-loss"},
+        {"method": "slowmo", "policy": "val-loss", "wire_dtype": "fp8"},
         {"method": "diloco", "optimizer": "adamw", "lr": 1e-3},
         {
             "method": "local-sgd",

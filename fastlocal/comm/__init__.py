@@ -21,6 +21,5 @@ from fastlocal.comm.pieces import cut_of as cut_of
 from fastlocal.comm.pieces import cuts_of as cuts_of
 from fastlocal.comm.pieces import held_here as held_here
 from fastlocal.comm.pieces import is_sharded as is_sharded
-from fastlocal.comm.pieces import local_piece as local_piece
 from fastlocal.comm.pieces import ranks_on_mesh as ranks_on_mesh
 from fastlocal.comm.pieces import sum_over_pieces_ as sum_over_pieces_

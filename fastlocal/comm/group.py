@@ -274,7 +274,7 @@ class Group:
             message: contiguous; it is cut along its first dimension.
             add_up: what of parts, shape (processes, …), is their sum.
         """
-        if not message.numel() or len(self) == 1:
+        if not message.numel():
             return
         if len(self) == 2 and message.is_floating_point():  # one addition rounds once
             self.reduce_(message, "sum")

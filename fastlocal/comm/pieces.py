@@ -13,23 +13,20 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(type(tensor), "device_mesh")
 
 
-def local_piece(tensor: Tensor) -> Tensor:
-    """This process's piece of a DTensor, sharing its memory.
+def held_here(tensor: Tensor) -> Tensor:
+    """This process's piece of a DTensor, sharing its memory; a plain tensor itself.
 
     Raises:
         TypeError: the DTensor is a sum still to be taken.
     """
+    if not is_sharded(tensor):
+        return tensor
     from torch.distributed.tensor import DTensor  # costs half a second, which most programs need not pay
 
     assert isinstance(tensor, DTensor)
     if any(placement.is_partial() for placement in tensor.placements):
         raise TypeError(f"DTensors must be sharded or replicated, got placements {tensor.placements}")
     return tensor.to_local()
-
-
-def held_here(tensor: Tensor) -> Tensor:
-    """This process's piece of a DTensor; a plain tensor itself."""
-    return local_piece(tensor) if is_sharded(tensor) else tensor
 
 
 def are_cut_alike(first: Tensor, second: Tensor) -> bool:

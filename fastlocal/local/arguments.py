@@ -33,7 +33,7 @@ def check_wire_dtype(wire_dtype: object) -> None:
 
 def checked_slow_lr(slow_lr: object) -> float:
     """The slow rate as a float, or TypeError or ValueError unless it is a positive, finite number."""
-    value = _as_float("slow_lr", slow_lr)
+    value = as_float("slow_lr", slow_lr)
     if not 0 < value < math.inf:
         raise ValueError(f"slow_lr must be positive and finite, got {slow_lr}")
     return value
@@ -41,13 +41,14 @@ def checked_slow_lr(slow_lr: object) -> float:
 
 def checked_slow_momentum(slow_momentum: object) -> float:
     """The slow momentum as a float, or TypeError or ValueError unless it is a number in [0, 1)."""
-    value = _as_float("slow_momentum", slow_momentum)
+    value = as_float("slow_momentum", slow_momentum)
     if not 0 <= value < 1:
         raise ValueError(f"slow_momentum must be in [0, 1), got {slow_momentum}")
     return value
 
 
-def _as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
+    """The value as a float, or TypeError unless it is a number or a tensor of one."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -81,9 +82,12 @@ def plain_settings(policy: Policy) -> dict[str, Any]:
 
 
 def checked_weights(weights: Sequence[float], num_rows: int) -> tuple[float, ...]:
-    """The weights, or ValueError unless they are positive, finite and one a row."""
+    """The weights, or TypeError or ValueError unless they are numbers, positive, finite and one a row."""
+    if not hasattr(weights, "__len__"):
+        raise TypeError(f"weights must be a sequence of numbers, one a worker, got {weights!r}")
     if len(weights) != num_rows:
         raise ValueError(f"weights must be one for each of {num_rows} workers, got {len(weights)}")
-    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+    values = tuple(as_float("each of weights", weight) for weight in weights)
+    if not all(weight > 0 and math.isfinite(weight) for weight in values):
         raise ValueError(f"weights must be positive and finite, got {list(weights)}")
-    return tuple(map(float, weights))
+    return values

@@ -152,7 +152,8 @@ class Checkpointed(Wrapper):
         the next step.
 
         Raises:
-            ValueError: it comes from another method, policy, number of workers or model.
+            ValueError: it comes from another method, policy, number of workers or model, from LocalSGD without a
+                wire_dtype where this one has one or the reverse, or from no wrapper.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
@@ -254,7 +255,10 @@ class Checkpointed(Wrapper):
         self.rows.require_layout(own["layout"])
         first = own["outer"][0] if isinstance(own["outer"], list) and own["outer"] else None
         if isinstance(first, dict) and ("anchor" in first) != (self._outers[0].anchor is not None):
-            raise ValueError(f"state_dict was saved with another wire_dtype than {self.wire_dtype}")
+            raise ValueError(
+                f"state_dict was saved {'with' if 'anchor' in first else 'without'} a wire_dtype, this optimizer has "
+                f"{self.wire_dtype}: only one low precision may take the place of another"
+            )
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 
     def _restore(self, own: dict[str, Any]) -> None:

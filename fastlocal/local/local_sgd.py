@@ -61,8 +61,9 @@ class LocalSGD(Checkpointed):
             missing. Give more where one process evaluates or saves for longer than that between two steps.
         wire_dtype: in which the workers send how far each has come since the last sync, from a copy of where it
             started: torch.bfloat16 takes half the bytes and keeps 8 significant bits, torch.float8_e4m3fn a quarter
-            and 4 bits (each 1,024 values share a power of two, so that small steps are not lost). A process with
-            several workers sends their sum, which is rounded too. What you set parameters to between two syncs counts
+            and 4 bits, where each 1,024 neighbours share a power of two: beside one of them that goes half a million
+            times further a parameter stands still. A process with several workers sends their sum, which is rounded
+            too. What you set parameters to between two syncs counts
             as such progress. None sends the parameters as they are. Buffers, inner state and the gradients of the
             warm-up are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
@@ -102,12 +103,13 @@ class LocalSGD(Checkpointed):
         arguments.check_choice("inner_state", inner_state, get_args(InnerState))
         arguments.check_choice("buffers", buffers, get_args(Buffers))
         check_implementation(impl)
-        if not isinstance(warmup_steps, int):
+        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool):
             raise TypeError(f"warmup_steps must be an int, got {warmup_steps!r}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         arguments.check_model(model)
         arguments.check_wire_dtype(wire_dtype)
+        timeout = arguments.as_float("timeout", timeout)
         policy = arguments.policy_of(interval)
         super().__init__(inner)
         self.policy = policy
@@ -168,7 +170,8 @@ class LocalSGD(Checkpointed):
             DivergedError: a sync was due and no worker's parameters are finite.
             LostRankError: a process has ended or stalled; seen at the first step, and where a round begins or closes.
             DisagreementError: the processes differ in settings or step counts; likewise.
-            RuntimeError: a parameter has left its row.
+            RuntimeError: a parameter has left its row, buffers differ or cannot be averaged, a gradient of the
+                warm-up is sparse, or torch.distributed was initialised after this optimizer was built.
             TypeError: the policy's interval is no int.
             ValueError: it is below 1.
         """
@@ -285,7 +288,8 @@ class LocalSGD(Checkpointed):
             DivergedError: no worker's parameters are finite; then nothing is written.
             LostRankError: a process has ended or stalled.
             DisagreementError: the processes are not at the same step.
-            RuntimeError: a parameter has left its row, or the workers' buffers differ.
+            RuntimeError: a parameter has left its row, buffers differ or cannot be averaged, or torch.distributed was
+                initialised after this optimizer was built.
         """
         if self.steps_in_round == 0:
             if self._buffers_apart:
@@ -317,10 +321,11 @@ class LocalSGD(Checkpointed):
         In several processes only what rank 0 observes counts; the others' observations are replaced by it.
 
         Raises:
-            ValueError: a loss is not finite; then neither is taken.
+            TypeError: a loss is no number.
+            ValueError: it is not finite; then neither is taken.
         """
         for name, loss in (("val_loss", val_loss), ("train_loss", train_loss)):
-            if loss is not None and not math.isfinite(loss):
+            if loss is not None and not math.isfinite(arguments.as_float(name, loss)):
                 if self._group is not None and self._group.rank != 0:  # a worker that will be left out and healed
                     return
                 raise ValueError(f"{name} must be finite, got {loss}: training has diverged")

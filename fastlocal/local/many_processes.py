@@ -1,7 +1,8 @@
 """A sync among the workers of several processes: k rows in each.
 
 Messages of a round: a header when it begins (and the policy's state if it has changed), a header when it closes,
-then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged.
+then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged. In low precision
+parameters take an all-to-all and an all-gather instead, but for bfloat16 between two.
 """
 
 import itertools

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
+from fastlocal.local.one_process import divide_
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def average_gradients_across_(
             has_gradient[index] = 1
     group.reduce_(wire, "sum")
     anybody = has_gradient.tolist()
-    wire.mul_(1 / total_weight)
+    divide_(wire, total_weight)
     for slot, count in zip(block.slots, anybody, strict=True):
         if not count:
             continue

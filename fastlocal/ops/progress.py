@@ -1,8 +1,9 @@
 """What workers send where messages have low precision: their progress since the anchor, not their parameters.
 
-A parameter rounded to bfloat16 loses every step below 1/256 of it; progress that is rounded loses 1/256 of itself, in
-float8 1/16. A message is a vector of bfloat16, or one of float8 as the module of that name lays it out.
-Plain PyTorch on every device: for a lone float32 row 10 bytes a parameter before a message of bfloat16, 10 after it.
+A parameter rounded to bfloat16 loses every step below 1/256 of it. Progress that is rounded loses 1/256 of itself, in
+float8 1/16, or all of it beside progress half a million times larger in the same chunk.
+A message is a vector of bfloat16, or one of float8 as the module of that name lays it out. Plain PyTorch on every
+device: for a lone float32 row 10 bytes a parameter before a message of bfloat16, 10 after it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ def empty_message(columns: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def num_bytes(columns: int, dtype: torch.dtype) -> int:
-    """What a message about `columns` parameters takes, without the padding of a last chunk."""
+    """What a message about `columns` parameters takes, without what pads the last chunk and the last part."""
     return columns * dtype.itemsize + (-(-columns // float8.CHUNK) if dtype == torch.float8_e4m3fn else 0)
 
 
@@ -69,12 +70,14 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
 
 def add_up(messages: Tensor) -> Tensor:
     """The sum of messages, or of a part of each, shape (m, …): added in float32 in their order, and rounded once."""
-    columns = messages[0].numel()  # for float8 more than are read
-    total = _read(messages[0], columns).to(torch.float32)
-    for message in messages[1:]:
-        total.add_(_read(message, columns))
     result = torch.empty_like(messages[0])
-    _write_(result, total)
+    at_once = _COLUMNS_AT_ONCE // float8.CHUNK if _is_float8(messages) else _COLUMNS_AT_ONCE
+    for sent, *parts in zip(result.split(at_once), *(message.split(at_once) for message in messages), strict=True):
+        columns = sent.numel()  # for float8 more than are read
+        total = _read(parts[0], columns).to(torch.float32)
+        for part in parts[1:]:
+            total.add_(_read(part, columns))
+        _write_(sent, total)
     return result
 
 

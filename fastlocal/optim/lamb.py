@@ -120,11 +120,13 @@ class LAMB(TrustRatioOptimizer):
         if clip is not None and not 0.0 <= clip[0] <= clip[1]:
             raise ValueError(f"trust_clip must be (low, high) with 0 <= low <= high, got {clip}")
         check_choice(group, "bias_correction", True, False, "step")
+        check_choice(group, "grad_averaging", True, False)
         check_choice(group, "decay", "update", "l2", "decoupled")
 
     def _translate_group(self, group: Group) -> None:
-        if group.get("bias_correction") in (0, 1):  # apex keeps integers
-            group["bias_correction"] = bool(group["bias_correction"])
+        for name in ("bias_correction", "grad_averaging"):
+            if group.get(name) in (0, 1):  # apex keeps integers
+                group[name] = bool(group[name])
         if isinstance(group.get("trust_clip"), bool):  # timm bounds the ratio by 1
             group["trust_clip"] = (0.0, 1.0) if group["trust_clip"] else None
         if "decoupled_decay" in group:

@@ -120,6 +120,7 @@ class LARS(TrustRatioOptimizer):
         if group["nesterov"] and (momentum == 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         check_choice(group, "trust_clip", True, False)
+        check_choice(group, "nesterov", True, False)
         check_choice(group, "norm", "sum", "joint")
         check_choice(group, "momentum_form", "torch", "lr_in_buffer")
 

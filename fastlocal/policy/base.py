@@ -1,5 +1,6 @@
 """What a policy is, and the numbers it decides from. Standard library only."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,6 +90,13 @@ def require_interval(name: str, interval: int) -> int:
     if interval < 1:
         raise ValueError(f"{name} must be at least 1, got {interval}")
     return interval
+
+
+def require_count(name: str, count: float, least: int) -> int:
+    """Return `count` as an int, or raise ValueError if it is not a whole number of at least `least`."""
+    if not least <= count < math.inf or count != int(count):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {count}")
+    return int(count)
 
 
 def require_bounds(minimum: int, maximum: int, name: str = "minimum") -> tuple[int, int]:

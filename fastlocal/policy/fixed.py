@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastlocal.policy.base import Stateless, Stats, require_interval
+from fastlocal.policy.base import Stateless, Stats, require_count, require_interval
 
 
 class FixedInterval(Stateless):
@@ -49,9 +49,7 @@ class PostLocal(Stateless):
     """
 
     def __init__(self, start_step: int, interval: int) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step must be at least 0, got {start_step}")
-        self.start_step = int(start_step)
+        self.start_step = require_count("start_step", start_step, 0)
         self.interval = require_interval("interval", interval)
 
     def next_interval(self, stats: Stats) -> int:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fastlocal.policy.base import Stats, require_bounds
+from fastlocal.policy.base import Stats, require_bounds, require_count
 
 
 class QSR:
@@ -33,10 +33,9 @@ class QSR:
         self.base, self.maximum = require_bounds(base, maximum, "base")
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
-        if start_step is not None and start_step < 0:
-            raise ValueError(f"start_step must be at least 0, got {start_step}")
         # NumPy's numbers are none that torch.load(weights_only=True) takes back.
-        self.alpha, self.start_step = float(alpha), None if start_step is None else int(start_step)
+        self.alpha = float(alpha)
+        self.start_step = None if start_step is None else require_count("start_step", start_step, 0)
         self._highest, self._has_fallen = 0.0, False  # the rate so far
 
     def next_interval(self, stats: Stats) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastlocal.policy.base import Stats, require_bounds, require_interval, require_within
+from fastlocal.policy.base import Stats, require_bounds, require_count, require_interval, require_within
 
 _RISE = 0.02
 """A loss this much higher has risen."""
@@ -23,9 +23,7 @@ class _FromValidationLoss:
     reads_drift = False
 
     def __init__(self, initial: int, *, total_epochs: int, minimum: int, maximum: int) -> None:
-        if not total_epochs >= 1:
-            raise ValueError(f"total_epochs must be at least 1, got {total_epochs}")
-        self.total_epochs = int(total_epochs)
+        self.total_epochs = require_count("total_epochs", total_epochs, 1)
         self.minimum, self.maximum = require_bounds(minimum, maximum)
         self.interval = require_within("initial", initial, minimum, maximum)
         self.observations = 0

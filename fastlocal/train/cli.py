@@ -27,6 +27,7 @@ from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
+from fastlocal.train.tables import print_line
 
 
 def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -178,7 +179,7 @@ def report(folder: Path, /) -> None:
     """Write FOLDER/report/index.html: tables and plots of all runs below a folder, on one page."""
     from fastlocal.train import page  # jinja2 and the drawing are for this command alone
 
-    Console().print(f"written: {page.write(folder)}", highlight=False, markup=False, soft_wrap=True)
+    print_line(Console(), f"written: {page.write(folder)}")
 
 
 @app.command
@@ -324,4 +325,4 @@ def _say(errors: Console, error: Exception) -> None:
     line = " ".join(str(error).split())
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # some clusters number jobs that are no group
     rank = "" if alone or "RANK" not in os.environ else f" on rank {os.environ['RANK']}"
-    errors.print(f"error{rank}: {line}", highlight=False, markup=False, soft_wrap=True)
+    print_line(errors, f"error{rank}: {line}")

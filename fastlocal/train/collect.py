@@ -38,12 +38,11 @@ class Spread:
 
     mean: float
     std: float | None
-    n: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Of at least one value."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlocal.train.record import Record, Standing
-from fastlocal.train.tables import print_whole
+from fastlocal.train.tables import print_line, print_whole
 
 
 def megabytes(num_bytes: int) -> str:
@@ -55,7 +55,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line of what is going on."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, text)
 
     def step(self, standing: Standing) -> None:
         """Move the bar."""

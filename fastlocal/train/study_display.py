@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlocal.train.pool import Place, State
-from fastlocal.train.tables import print_whole
+from fastlocal.train.tables import print_line, print_whole
 
 
 class StudyDisplay:
@@ -67,7 +67,7 @@ class StudyDisplay:
 
     def note(self, text: str) -> None:
         """One line of what is going on."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, text)
 
     def plan(self) -> None:
         """The cells and where they stand, their number and their epochs."""

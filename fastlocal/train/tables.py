@@ -1,8 +1,13 @@
-"""Tables on a console of any width."""
+"""Lines and tables on a console of any width."""
 
 from rich.console import Console
 from rich.segment import Segments
 from rich.table import Table
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print plain text that is never wrapped, so that a path in it can be copied."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_whole(console: Console, table: Table) -> None:

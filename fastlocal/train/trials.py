@@ -26,7 +26,7 @@ from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
 from fastlocal.train.search import Search, grid
 from fastlocal.train.study import folder_name
 from fastlocal.train.study_display import StudyDisplay
-from fastlocal.train.tables import print_whole
+from fastlocal.train.tables import print_line, print_whole
 from fastlocal.train.values import config_from
 
 _LEFT_OUT = "left out"
@@ -43,8 +43,8 @@ def search(
     default_threads: int | None = None,
     device: str | None = None,
     parallel: int = 1,
-) -> Config:
-    """Make the trials that are missing, each in a process of its own; returns the best trial's Config.
+) -> None:
+    """Make the trials that are missing, each in a process of its own.
 
     A trial that diverges is pruned. best.toml and best.json are written at the end.
 
@@ -80,7 +80,7 @@ def search(
         trials = _Trials(asked, study, root, console, base)
         left = asked.trials - len(_tried(study))
         if left > 0 and (slow := what_is_slow([base])):
-            console.print(slow, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, slow)
         with StudyDisplay(console, trials.places, epochs=max(0, left) * base.epochs) as display:
 
             def on_change(ended: list[Place]) -> None:
@@ -89,7 +89,7 @@ def search(
                 display.update()
 
             run_all(trials.ask(), parallel, on_change)
-        return _finish(asked, study, root, console)
+        _finish(asked, study, root, console)
 
 
 def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, device: str | None) -> None:
@@ -119,7 +119,7 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
     elif slow := what_is_slow([base]):
         notes.append(slow)
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, note)
 
 
 def _values(choice: BaseDistribution) -> str:
@@ -169,11 +169,11 @@ class _Trials:
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             trial = self.study.ask(self.asked.space)
             name = folder_name(trial.params)
-            self._note(f"trial {trial.number}: {name}")
+            print_line(self.console, f"trial {trial.number}: {name}")
             try:
                 config = config_from(self.asked.base | trial.params)
             except UsageError as error:  # these values do not go together; others may
-                self._note(f"left out: {error}")
+                print_line(self.console, f"left out: {error}")
                 trial.set_user_attr(_LEFT_OUT, str(error))
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
@@ -204,9 +204,6 @@ class _Trials:
             value = report.read_json(place.folder / "summary.json")[self.asked.objective]
             self.study.tell(trial, value)
             place.message = f"{self.asked.objective} {value:.2f} %"
-
-    def _note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _require_only(asked: Search, root: Path) -> bool:
@@ -245,7 +242,7 @@ def _take_up_interrupted(study: optuna.Study, asked: Search) -> None:
             study.enqueue_trial(trial.params)
 
 
-def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) -> Config:
+def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) -> None:
     ended = study.get_trials(states=[TrialState.COMPLETE])
     pruned = study.get_trials(states=[TrialState.PRUNED])
     left_out = [trial.user_attrs[_LEFT_OUT] for trial in pruned if _LEFT_OUT in trial.user_attrs]
@@ -261,7 +258,7 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
         table.add_row(str(trial.number), f"{trial.value:.2f}", *(Text(value) for value in values))
     print_whole(console, table)
     counts = f"{len(ended)} trials ended, {diverged} diverged" + (f", {len(left_out)} left out" if left_out else "")
-    console.print(f"{counts}; kept in {root}", highlight=False, markup=False)
+    print_line(console, f"{counts}; kept in {root}")
     best = ended[0]
     report.write_json(
         root / "best.json",
@@ -272,7 +269,6 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
     lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
     lines += ["[[cells]]", 'name = "best"']  # so that `fastlocal study` trains it, and tests it
     write_bytes(root / "best.toml", ("\n".join(lines) + "\n").encode())
-    return config_from(asked.base | best.params)
 
 
 def _toml(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm import find_group
 from fastlocal.local import DisagreementError
+from fastlocal.ops import progress
 from fastlocal.reference.averaging import rounded_to_float8
 from fastlocal.train.data_parallel import DataParallel
 from tests.local_runs import network, parameters_of, poison
@@ -91,9 +92,9 @@ def a_low_precision_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(ra
         dist.all_gather(everybody, own, group=group)
         optimizer.sync()
         mean = start + sum(rounded(everybody[k]) for k in (0, 1, 3)) / 3
-        progress = torch.stack([everybody[k].abs() for k in (0, 1, 3)]).sum(0)
+        distance = torch.stack([everybody[k].abs() for k in (0, 1, 3)]).sum(0)
         # The sum is rounded once, whatever the number of processes.
-        most = digit * progress / 3 + progress.max() * 2**-16 + 1e-7
+        most = digit * distance / 3 + distance.max() * 2**-16 + 1e-7
         assert ((parameters_of(team[0]).double() - mean).abs() <= most).all()
         assert_equal_everywhere(parameters_of(team[0]), group)
         assert optimizer.stats.excluded == 1
@@ -102,11 +103,22 @@ def a_low_precision_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(ra
             run(optimizer, team, 1)
     for kind in KINDS:
         against_one_process(kind, rank, group, 1, ROUNDED, wire_dtype=torch.bfloat16)  # the buffers differ
+    processes = find_group(group, 20.0, [torch.device("cpu")])
+    assert processes is not None
+    for columns in (10, 5000, WORLD * 2 * 1024):  # fewer chunks than processes, a padded last part, whole parts
+        anchor = torch.zeros(columns)
+        rows = torch.randn(WORLD, columns, generator=torch.Generator().manual_seed(columns))
+        for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            message, alone = (progress.empty_message(columns, wire_dtype, anchor.device) for _ in range(2))
+            progress.progress_(message, rows[rank : rank + 1], anchor, [1.0])
+            processes.sum_rounding_once_(message, progress.add_up)
+            progress.progress_(alone, rows, anchor, [1.0] * WORLD)
+            assert torch.equal(message, alone)
 
 
 def another_default_device_or_dtype_changes_nothing(rank, new_group):
     group = new_group()
-    for options in ({}, {"wire_dtype": torch.bfloat16}, {"warmup_steps": 2, "inner_state": "average"}):
+    for options in ({}, {"wire_dtype": torch.float8_e4m3fn}, {"warmup_steps": 2, "inner_state": "average"}):
         policy = FixedInterval(3)
         policy.reads_drift = True
         optimizer, team = build(SlowMo, 1, policy, group, **options)
@@ -385,9 +397,12 @@ def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group
             (True, {}),
             (True, {"inner_state": "average"}),
             (True, {"wire_dtype": torch.bfloat16}),
+            (True, {"wire_dtype": torch.float8_e4m3fn}),
         ):
-            # Gradients whose last digit differs may be rounded to the other side: by 1/128 of a round's progress.
-            tolerance = {"rtol": 0, "atol": 2e-3} if "wire_dtype" in options else ROUNDED
+            # Gradients whose last digit differs may be rounded to the other side, and pieces are cut in other chunks:
+            # by 1/128 or 1/8 of a round's progress.
+            digits = {torch.bfloat16: 2e-3, torch.float8_e4m3fn: 3e-2}
+            tolerance = {"rtol": 0, "atol": digits[options["wire_dtype"]]} if "wire_dtype" in options else ROUNDED
             net, optimizer = sharded(kind, ConsensusDistance(1.0, initial=3), **options)
             places = [p.to_local().data_ptr() for p in net.parameters()]
             train(optimizer, [net], own, poisoned)

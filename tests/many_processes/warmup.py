@@ -9,7 +9,7 @@ from torch import nn
 
 from fastlocal import LocalSGD, SlowMo, Workers
 from tests.local_runs import parameters_of
-from tests.many_processes.team import ROUNDED, WORLD, against_one_process, assert_equal_everywhere, build, run
+from tests.many_processes.team import ALONE, ROUNDED, WORLD, against_one_process, assert_equal_everywhere, build, run
 
 
 def ranks_that_left_the_warmup_apart_meet_again(rank, new_group):
@@ -97,6 +97,24 @@ def weights_weigh_the_gradients_of_the_warmup(rank, new_group):
         for model in team:
             torch.testing.assert_close(model[0].detach().double(), exact, rtol=3e-7, atol=3e-7)
             assert model[1].tolist() == [-1.5] * 3
+
+
+def three_equal_gradients_have_the_mean_that_one_process_gives(rank, new_group):
+    trio = new_group([0, 1, 2])  # times 1/3 in float32 a third of the means would lie above, and none below
+    if rank == 3:
+        return
+    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for k, group in ((1, trio), (3, ALONE[0])):
+        team = Workers(nn.ParameterList([torch.zeros(1000)]), k)
+        optimizer = LocalSGD(
+            torch.optim.SGD(team.parameters(), lr=1.0), team, 5, process_group=group, timeout=20.0, warmup_steps=1
+        )
+        for model in team:
+            model[0].grad = gradient.clone()
+        optimizer.step()
+        outcomes.append(parameters_of(team[0]))
+    assert torch.equal(*outcomes)
 
 
 def a_line_search_in_the_warmup_takes_the_same_step_on_every_rank(rank, new_group):
