@@ -257,7 +257,7 @@ class Checkpointed(Wrapper):
         if isinstance(first, dict) and ("anchor" in first) != (self._outers[0].anchor is not None):
             raise ValueError(
                 f"state_dict was saved {'with' if 'anchor' in first else 'without'} a wire_dtype, this optimizer has "
-                f"{self.wire_dtype}: only one low precision may take the place of another"
+                f"{self.wire_dtype}: bfloat16 and float8_e4m3fn may take each other's place, and no other"
             )
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 

@@ -61,11 +61,10 @@ class LocalSGD(Checkpointed):
             missing. Give more where one process evaluates or saves for longer than that between two steps.
         wire_dtype: in which the workers send how far each has come since the last sync, from a copy of where it
             started: torch.bfloat16 takes half the bytes and keeps 8 significant bits, torch.float8_e4m3fn a quarter
-            and 4 bits, where each 1,024 neighbours share a power of two: beside one of them that goes half a million
-            times further a parameter stands still. A process with several workers sends their sum, which is rounded
-            too. What you set parameters to between two syncs counts
-            as such progress. None sends the parameters as they are. Buffers, inner state and the gradients of the
-            warm-up are not rounded.
+            and 4 bits, where each 1,024 neighbours share a power of two: beside one that goes a quarter of a million
+            times further a parameter may stand still. A process with several workers sends their sum, which is
+            rounded too. What you set parameters to between two syncs counts as such progress. None sends the
+            parameters as they are. Buffers, inner state and the gradients of the warm-up are not rounded.
         weights: of each worker of this process in the mean of parameters, and of gradients in the warm-up, such as
             the samples it sees; None weighs all alike. Buffers and inner state are not weighted. The attribute may be
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another

@@ -1,7 +1,7 @@
 """Vectors in float8: a byte a value, and one more for the power of two that each chunk of 1,024 values shares.
 
 float8_e4m3fn holds 4 significant bits between 2⁻⁶ and 448, and steps of 2⁻⁹ below, and the largest value of a chunk
-comes to lie between 224 and 448: what is 1/14,336 of it or more keeps its bits, what is below 1/458,752 becomes 0.
+comes to lie between 224 and 448: what is 1/14,336 of it or more keeps its bits, what is below 1/229,376 may become 0.
 Plain PyTorch on every device; the format is that of OCP's Microscaling Formats specification 1.0, with larger chunks.
 """
 

@@ -1,7 +1,7 @@
 """What workers send where messages have low precision: their progress since the anchor, not their parameters.
 
 A parameter rounded to bfloat16 loses every step below 1/256 of it. Progress that is rounded loses 1/256 of itself, in
-float8 1/16, or all of it beside progress half a million times larger in the same chunk.
+float8 1/16, or all of it beside progress a quarter of a million times larger in the same chunk.
 A message is a vector of bfloat16, or one of float8 as the module of that name lays it out. Plain PyTorch on every
 device: for a lone float32 row 10 bytes a parameter before a message of bfloat16, 10 after it.
 """
