@@ -76,7 +76,8 @@ if has pytest; then
   has xdist && settings+=(-n 8) # most of the time goes into compiling
   if [ "$device" = cuda ]; then
     part kernels 110 "$python" -m pytest "${settings[@]}" \
-      tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py
+      tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py \
+      tests/test_progress.py tests/test_float8.py
     # By itself: programs that wait for each other could hang. What has failed is not adopted.
     part queue 60 "$python" -m pytest "${settings[@]}" -m gpu tests/test_trust_ratio_queue.py || steps=(--no-steps)
   fi
