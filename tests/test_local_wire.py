@@ -61,7 +61,9 @@ def test_a_wire_dtype_that_loses_small_steps_is_refused():
         ValueError, match=r"wire_dtype must be None, torch.bfloat16 or torch.float8_e4m3fn, got torch.float16"
     ):
         make(LocalSGD, wire_dtype=torch.float16)
-    with pytest.raises(TypeError, match=r"wire_dtype must be None, .* got 'bfloat16'"):
+    with pytest.raises(
+        TypeError, match=r"wire_dtype must be None, torch.bfloat16 or torch.float8_e4m3fn, got 'bfloat16'"
+    ):
         make(LocalSGD, wire_dtype="bfloat16")
 
 

@@ -17,9 +17,14 @@ _BIAS = 127
 _NOT_FINITE = 255
 
 
+def num_chunks(columns: int) -> int:
+    """How many chunks hold so many values; the last may have room left."""
+    return -(-columns // CHUNK)
+
+
 def empty(columns: int, device: torch.device) -> Tensor:
     """Room for a vector: uint8, shape (chunks, 1 + CHUNK). A row is the exponent + 127, then the values."""
-    return torch.empty(-(-columns // CHUNK), 1 + CHUNK, dtype=torch.uint8, device=device)
+    return torch.empty(num_chunks(columns), 1 + CHUNK, dtype=torch.uint8, device=device)
 
 
 def encode_(message: Tensor, values: Tensor) -> None:

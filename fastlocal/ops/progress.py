@@ -27,7 +27,7 @@ def empty_message(columns: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 def num_bytes(columns: int, dtype: torch.dtype) -> int:
     """What a message about `columns` parameters takes, without what pads the last chunk and the last part."""
-    return columns * dtype.itemsize + (-(-columns // float8.CHUNK) if dtype == torch.float8_e4m3fn else 0)
+    return columns * dtype.itemsize + (float8.num_chunks(columns) if dtype == torch.float8_e4m3fn else 0)
 
 
 def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[float]) -> None:
@@ -43,7 +43,7 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
         ValueError: a shape or the number of weights is another.
     """
     k, n = rows.shape
-    length = -(-n // float8.CHUNK) if _is_float8(message) else n
+    length = float8.num_chunks(n) if _is_float8(message) else n
     if (len(message), tuple(anchor.shape), len(weights)) != (length, (n,), k):
         raise ValueError(
             f"message, anchor and weights must have {length}, {n} and {k} entries for rows of the shape {(k, n)}, "
@@ -60,9 +60,10 @@ def progress_(message: Tensor, rows: Tensor, anchor: Tensor, weights: Sequence[f
             if weight == 1 and not _is_float8(message):
                 torch.sub(row[part], start, out=sent)
             else:
-                _write_(sent, torch.sub(row[part], start).mul_(weight))
+                come = torch.sub(row[part], start)
+                _write_(sent, come if weight == 1 else come.mul_(weight))
             if len(counted) > 1:
-                own = _read(sent, len(start))
+                own = _read(sent)[: len(start)]
                 total = own.to(start.dtype) if total is None else total.add_(own)
         if total is not None:
             _write_(sent, total)
@@ -73,10 +74,9 @@ def add_up(messages: Tensor) -> Tensor:
     result = torch.empty_like(messages[0])
     at_once = _COLUMNS_AT_ONCE // float8.CHUNK if _is_float8(messages) else _COLUMNS_AT_ONCE
     for sent, *parts in zip(result.split(at_once), *(message.split(at_once) for message in messages), strict=True):
-        columns = sent.numel()  # for float8 more than are read
-        total = _read(parts[0], columns).to(torch.float32)
+        total = _read(parts[0]).to(torch.float32)
         for part in parts[1:]:
-            total.add_(_read(part, columns))
+            total.add_(_read(part))
         _write_(sent, total)
     return result
 
@@ -93,7 +93,8 @@ def mean_(mean: Tensor, message: Tensor, rows: Tensor, anchor: Tensor, total_wei
     """
     for part in _parts(len(mean)):
         start = _start(anchor[part], rows)
-        torch.add(start, _read(_part_of(message, part), len(start)), alpha=1 / total_weight, out=mean[part])
+        come = _read(_part_of(message, part))[: len(start)]
+        torch.add(start, come, alpha=1 / total_weight, out=mean[part])
 
 
 def _start(anchor: Tensor, rows: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def _start(anchor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _parts(columns: int) -> Iterator[slice]:
-    return (slice(first, min(first + _COLUMNS_AT_ONCE, columns)) for first in range(0, columns, _COLUMNS_AT_ONCE))
+    return (slice(first, first + _COLUMNS_AT_ONCE) for first in range(0, columns, _COLUMNS_AT_ONCE))
 
 
 def _is_float8(message: Tensor) -> bool:
@@ -111,7 +112,7 @@ def _is_float8(message: Tensor) -> bool:
 
 def _part_of(message: Tensor, part: slice) -> Tensor:
     if _is_float8(message):
-        return message[part.start // float8.CHUNK : -(-part.stop // float8.CHUNK)]
+        return message[part.start // float8.CHUNK : part.stop // float8.CHUNK]
     return message[part]
 
 
@@ -122,5 +123,6 @@ def _write_(message: Tensor, values: Tensor) -> None:
         message.copy_(values)
 
 
-def _read(message: Tensor, columns: int) -> Tensor:
-    return float8.decode(message)[:columns] if _is_float8(message) else message
+def _read(message: Tensor) -> Tensor:
+    """The values; of float8 those that fill the last chunk too."""
+    return float8.decode(message) if _is_float8(message) else message
