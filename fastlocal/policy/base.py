@@ -57,22 +57,31 @@ class Stats:
 class Policy(Protocol):
     """What a wrapper asks for its interval. Anything with these three methods will do.
 
-    The drift costs passes over the parameters, and a message in several processes: a policy that does not read it
-    says so with `reads_drift = False`, as all of fastlocal's but ConsensusDistance do; set it on a policy to have the
-    drift in the stats. In several processes rank 0's decides, and the others' load its state. One that decides from
-    the steps and the learning rate alone, the same everywhere, says `decides_alike = True` and needs no message.
+    In several processes rank 0's decides, and its state is sent to the others' when it has changed. Before the first
+    step the class and its public numbers and strings are compared: a difference is an error on every rank.
+
+    Two attributes, where a policy has them, save time and messages. `reads_drift = False` says that it does not read
+    `stats.drift`, which costs passes over the parameters and a message and is then not measured; all of fastlocal's
+    but ConsensusDistance say so, and True set on one of them brings the drift into the stats. `decides_alike = True`
+    says that it decides from the steps and the learning rate alone, the same everywhere, and needs no message.
     """
 
     def next_interval(self, stats: Stats) -> int:
-        """Local steps of the round that begins now, at least 1."""
+        """Local steps of the round that begins now, an int of at least 1; asked once a round.
+
+        It depends on the stats and on the policy's own state, never on the clock or a random number: a resumed run
+        must come to the same answer. Losses given to `observe`, which must be finite, count from the next round on.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be kept to go on after a restart: plain numbers, strings and lists."""
+        """All that the next answer depends on, as numbers, strings and lists: `torch.load(weights_only=True)` refuses
+        the rest.
+        """
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what state_dict() returned."""
+        """Take back what state_dict() returned. If it raises, the wrapper says so and keeps the state it had."""
         ...
 
 

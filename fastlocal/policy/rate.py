@@ -13,7 +13,8 @@ class QSR:
 
     Args:
         base: the least number of local steps.
-        alpha: the rate at which the rule gives 1; larger is rarer.
+        alpha: the rate at which the rule gives 1; a larger one syncs less often. With peak rate · √base the rule
+            begins at `base`.
         maximum: the interval never rises above it.
         start_step: local steps before the rule applies; until then, base. None waits until the rate is lower than it
             has been: the small rates of a warm-up are no reason to sync rarely.
