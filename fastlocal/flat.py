@@ -131,6 +131,10 @@ class Rows:
         self._begun |= own
         return begin
 
+    def others_have_begun(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether parameters have been stepped that are not this optimizer's."""
+        return not self._begun <= self.stepped_by(optimizer)
+
     def _written(self) -> list[list[tuple[Tensor, int]]]:
         """The other workers' parameters, and how often each has been written to."""
         return [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]

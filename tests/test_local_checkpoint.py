@@ -324,6 +324,34 @@ def test_all_workers_rolled_back_go_on_bit_by_bit_in_a_round_too(kind, steps):
         assert torch.equal(parameters_of(team), expected)
 
 
+@pytest.mark.parametrize("loaded", ["worker 0", "all workers"])
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("kind", "momentum"), [(LocalSGD, 0.0), (SlowMo, 0.25 + 0.125), (DiLoCo, 0.7 * 0.9 * (0.45 + 0.405))]
+)
+def test_outer_steps_count_from_the_model_that_is_loaded_beside_a_state(kind, momentum, wire_dtype, loaded):
+    def step(optimizer, team, grad):
+        for parameter in team.parameters():
+            parameter.grad = torch.full_like(parameter, grad)
+        optimizer.step()
+
+    def build():
+        team = Workers(nn.Linear(1, 1, bias=False, dtype=torch.float64), 2)
+        inner = torch.optim.SGD(team.parameters(), lr=0.5)
+        return kind(inner, team, 1, wire_dtype=wire_dtype), team
+
+    first, team = build()
+    step(first, team, 1.0)  # Δ = 0.5, in every precision; v = 0.5
+    optimizer, team = build()
+    optimizer.load_state_dict(first.state_dict())
+    for worker in [team[0]] if loaded == "worker 0" else team:
+        nn.init.constant_(worker.weight, 10.3)
+    for _ in range(2):  # Δ = 0: momentum alone moves them, v = 0.25 and 0.125, or 0.45 and 0.405
+        step(optimizer, team, 0.0)
+    for worker in team:
+        assert worker.weight.item() == pytest.approx(10.3 - momentum, abs=1e-12)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("written", ["in place", "by .data", "in a round"])
 def test_a_state_loaded_again_and_a_second_optimizer_leave_workers_that_were_made_to_differ(written, workers):

@@ -595,9 +595,12 @@ def test_every_run_that_was_recorded_by_any_version_can_be_reported(path):
     assert [kinds.wrong(run, kinds.SUMMARY) for run in runs] == [None] * len(runs)
 
 
-def test_the_config_of_another_tool_is_no_cell(tmp_path):
+@pytest.mark.parametrize("summary", [None, '{"loss": 1}', "no JSON"])
+def test_the_files_of_another_tool_are_no_cell(tmp_path, summary):
     (place, *_) = begun(tmp_path / "study").values()
     finish(place, 40.0)
     (tmp_path / "study" / "model").mkdir()
     (tmp_path / "study" / "model" / "config.json").write_text('{"hidden_size": 768}')
+    if summary is not None:
+        (tmp_path / "study" / "model" / "summary.json").write_text(summary)
     assert not [cell for cell in collect(tmp_path / "study").unfinished if cell.name == "model"]

@@ -345,6 +345,10 @@ def test_bad_requests_are_one_line_with_exit_code_2_and_write_nothing(tmp_path, 
     (tmp_path / "mine" / "checkpoint.pt").write_text("precious")
     assert "mine holds checkpoint.pt of something else" in fails(capsys, [*ONE_EPOCH, "--out", "mine"])
     assert (tmp_path / "mine" / "checkpoint.pt").read_text() == "precious"
+    said = fails(
+        capsys, [*ONE_EPOCH, "--warmup-steps", "10", "--out", "warm"]
+    )  # of 320 images two workers take 10 steps
+    assert "--warmup-steps must be below the run's 10 local steps, got 10" in said
     assert "data/cifar-100-python/train is missing" in fails(capsys, ["--dataset", "cifar100"])
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as where it is not installed
     assert "--download needs torchvision" in fails(capsys, ["--dataset", "cifar100", "--download"])

@@ -12,6 +12,7 @@ from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_weights, policy_of
+from fastlocal.local.checksum import checksum
 from fastlocal.local.form import require_form
 from fastlocal.local.kept import Kept
 from fastlocal.local.many_processes import ManyProcesses
@@ -65,6 +66,9 @@ class Checkpointed(Wrapper):
     _round_is_open = Kept[bool]()
     _buffers_apart = Kept[bool]()  # whether steps of the warm-up have changed them since they were last merged
     _compared = Kept[bool]()  # whether the processes have found that they agree
+    _rows_saved = Kept[
+        list[int]
+    ]()  # checksums of the rows that a loaded state went with, until its first round begins
 
     _own_attributes: tuple[str, ...] = (
         "defaults",
@@ -81,6 +85,7 @@ class Checkpointed(Wrapper):
         "_anchored",
         "_round_is_open",
         "_buffers_apart",
+        "_rows_saved",
         "_group",
         "_chose_group",
         "_timeout",
@@ -213,6 +218,7 @@ class Checkpointed(Wrapper):
             "steps_in_round": self.steps_in_round,
             "anchored": self._anchored,
             "buffers_apart": self._buffers_apart,
+            "rows": [] if self.steps_in_round or not self._anchored else self._checksums(),
             "rates": [float(rate) for rate in self._rates.last],
             "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
@@ -221,7 +227,14 @@ class Checkpointed(Wrapper):
         """What old entries lack, as it stands or as it must have been."""
         stats = own.get("stats")
         steps = stats.get("local_steps") if isinstance(stats, dict) else None
-        return {"resting": [], "buffers_apart": isinstance(steps, int) and 0 < steps <= self.warmup_steps}
+        apart = isinstance(steps, int) and 0 < steps <= self.warmup_steps
+        return {"resting": [], "buffers_apart": apart, "rows": []}
+
+    def _checksums(self) -> list[int]:
+        """Of the first worker's parameters, one a block that has an anchor."""
+        self.rows.pull()
+        blocks = zip(self.rows.blocks, self._outers, strict=True)
+        return [int(checksum(block.rows[0])) for block, outer in blocks if outer.anchor is not None]
 
     def _names(self) -> list[str]:
         return list(self.rows.parameters[0])
@@ -270,6 +283,7 @@ class Checkpointed(Wrapper):
         self._anchored = own["anchored"]
         self._round_is_open = self.steps_in_round > 0
         self._buffers_apart = own["buffers_apart"]
+        self._rows_saved = list(own["rows"])
         self._rates.last = list(own["rates"])
         self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()

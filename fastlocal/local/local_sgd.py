@@ -35,7 +35,8 @@ class LocalSGD(Checkpointed):
     `param_groups` and `state` are the inner optimizer's own.
 
     What is loaded into worker 0 alone before the first step is where all workers of a process begin that were just
-    made or copied; so before the first after `load_state_dict` of a state saved at a round's end. Later load all.
+    made or copied; so before the first after `load_state_dict` of a state saved at a round's end. Later load all,
+    and what parameters are set to counts as progress of the round.
 
     In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
@@ -122,6 +123,7 @@ class LocalSGD(Checkpointed):
         self.stats = Stats()
         self.steps_in_round = 0
         self._anchored = self._round_is_open = self._buffers_apart = False
+        self._rows_saved = []
         self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
@@ -196,16 +198,22 @@ class LocalSGD(Checkpointed):
             self.rows.check()
         self._compare()
         if not warming_up:
-            if not self._anchored:
-                self.rows.pull()
-                for outer in self._outers:
-                    outer.begin()
-                if self.stats.local_steps:  # steps together may have left the processes' rows apart in the last digit
-                    self._team.share_anchors()
-                self._anchored = True
+            if not self._anchored or self._rows_saved:
+                self._anchor()
             self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
             self.stats.interval = self._team.next_interval(self._decide, self.policy, self.stats)
         self._round_is_open = True
+
+    def _anchor(self) -> None:
+        """The rows are where the outer steps begin, unless a loaded state's anchors are of the same rows."""
+        self.rows.pull()
+        if not self._anchored or self._rows_saved != self._checksums():
+            for outer in self._outers:
+                outer.begin()
+        # Processes' rows differ in the last digit after steps together, and by a step where another optimizer began.
+        if self.stats.local_steps or self.rows.others_have_begun(self.inner):
+            self._team.share_anchors()
+        self._anchored, self._rows_saved = True, []
 
     def _decide(self) -> int:
         interval = self.policy.next_interval(self.stats)

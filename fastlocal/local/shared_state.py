@@ -44,11 +44,7 @@ def average_state_across_(
     for parameters in donors:
         for (name, key, _, _), mean in zip(entries, means, strict=True):
             comm.held_here(inner.state[parameters[name]][key]).copy_(mean)
-    for parameters, counts in zip(rows.parameters, own, strict=True):
-        for name, parameter in parameters.items():
-            if donors and not counts and parameter in inner.state:
-                inner.state[parameter] = copy.deepcopy(inner.state[donors[0][name]])
-    if not all(map(any, included)):
+    if not all(map(all, included)):
         _take_over(inner, rows, donors, dict(zip(entries, means, strict=True)), included, group)
     return sum(_num_elements(rows.parameters[0][name], shape) * dtype.itemsize for name, _, dtype, shape in entries)
 
@@ -113,7 +109,7 @@ def _take_over(
     included: Sequence[Sequence[bool]],
     group: Group,
 ) -> None:
-    """Processes without a worker that counts take the first one's state that does: its mean is known already."""
+    """Workers that do not count take over the state of the first in all processes that does: its mean is known."""
     source = next(rank for rank, flags in enumerate(included) if any(flags))
     known = {(name, key) for name, key, _, _ in averaged}
     packed = b""
@@ -122,22 +118,29 @@ def _take_over(
             name: {
                 key: value.cpu() if isinstance(value, Tensor) else value
                 for key, value in inner.state.get(parameter, {}).items()
-                if (name, key) not in known and not (isinstance(value, Tensor) and comm.is_sharded(value))
+                if (name, key) not in known and not _is_piece(value)
             }
             for name, parameter in donors[0].items()
         }
         packed = pickle.dumps(rest)
     size = int(group.gather([len(packed)])[source][0])
     packed = group.broadcast_bytes(packed or None, size, source)
-    if donors:
+    if all(included[group.rank]):
         return
     rest = pickle.loads(packed)
-    for parameters in rows.parameters:
-        for name, parameter in parameters.items():
-            before = inner.state.pop(parameter, {})
+    for parameters, counts in zip(rows.parameters, included[group.rank], strict=True):
+        begun = {} if counts else {name: p for name, p in parameters.items() if p in inner.state}
+        for name, parameter in begun.items():
+            before = inner.state.pop(parameter)
+            if donors:  # pieces that have no mean are not sent
+                own = inner.state.get(donors[0][name], {}).items()
+                pieces = {key: value for key, value in own if (name, key) not in known and _is_piece(value)}
+                inner.state[parameter] = copy.deepcopy(pieces)
             for key, value in rest[name].items():
                 inner.state[parameter][key] = _placed(value, before.get(key), parameter)
         for (name, key, dtype, shape), mean in averaged.items():
+            if name not in begun:
+                continue
             parameter = parameters[name]
             if _is_like(parameter, shape):
                 value = torch.zeros_like(parameter, dtype=dtype)
@@ -145,6 +148,10 @@ def _take_over(
                 value = torch.zeros(shape, dtype=dtype, device=parameter.device)
             comm.held_here(value).copy_(mean)
             inner.state[parameter][key] = value
+
+
+def _is_piece(value: Any) -> bool:
+    return isinstance(value, Tensor) and comm.is_sharded(value)
 
 
 def _is_like(parameter: Tensor, shape: tuple[int, ...]) -> bool:

@@ -23,7 +23,7 @@ class Stats:
     """Sent by one worker."""
 
     bytes_synchronous: int = 0
-    """What averaging the gradients in every step would have sent."""
+    """What averaging the gradients in every step would have sent, in the parameters' own dtypes."""
 
     seconds_in_sync: float = 0.0
     """Wall time; on CUDA without the local steps that a sync waits for, and of the warm-up the host's alone."""

@@ -105,7 +105,11 @@ def collect(root: Path) -> Collection:
         folder = path.parent
         name = _readable(folder.relative_to(root) if folder != root else folder.resolve().name)
         if (folder / "summary.json").exists():
-            runs.append(_run(name, folder))
+            try:
+                runs.append(_run(name, folder))
+            except UsageError:
+                if _config(path) is not None:  # else another tool's, as below
+                    raise
         elif (config := _config(path)) is None:
             continue  # another tool's
         elif (folder / FAILED).exists():

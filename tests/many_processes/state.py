@@ -54,6 +54,55 @@ def an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped(rank
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+def two_optimizers_of_one_model_leave_all_ranks_equal_with_every_wire(rank, new_group):
+    for kind in (LocalSGD, SlowMo):
+        for wire_dtype in (None, torch.bfloat16, torch.float8_e4m3fn):
+            torch.manual_seed(0)
+            team = Workers(nn.Linear(3, 2), 1)
+            group = new_group()
+            wrapped = []
+            for dim, make_inner in ((2, torch.optim.SGD), (1, torch.optim.AdamW)):
+                inner = make_inner([p for p in team.parameters() if p.dim() == dim], lr=0.1)
+                wrapped.append(kind(inner, team, 3, process_group=group, timeout=20.0, wire_dtype=wire_dtype))
+            torch.manual_seed(rank)
+            for _ in range(8):
+                for parameter in team.parameters():
+                    parameter.grad = torch.randn_like(parameter)
+                for optimizer in wrapped:
+                    optimizer.step()
+            for optimizer in wrapped:
+                optimizer.sync()
+            assert_equal_everywhere(parameters_of(team[0]), group)
+
+
+def a_healed_worker_has_the_step_counts_of_the_first_of_all_that_count(rank, new_group):
+    pair = [new_group([0, 1]), new_group([2, 3])][rank // 2]
+    finished = []
+    for group, k, first in ((pair, 2, 2 * (rank % 2)), (ALONE[0], 4, 0)):
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(2, 1, dtype=torch.float64), k)
+        inner = torch.optim.Adam(team.parameters(), lr=0.1)
+        options = {"inner_state": "average", "process_group": group, "timeout": 20.0}
+        optimizer = LocalSGD(inner, team, 4, **options)
+        for step in range(8):
+            optimizer.zero_grad()
+            for number, worker in enumerate(team, start=first):
+                if number == 2 and step < 2:  # it has no batch then
+                    continue
+                for parameter in worker.parameters():
+                    parameter.grad = torch.full_like(parameter, 1.0 + number * step)
+                if number in (0, 3) and step == 2:
+                    worker.weight.data.fill_(torch.nan)
+            optimizer.step()
+        own = 2 * (rank % 2) if k == 4 else 0
+        mine = [team[own], team[own + 1]]
+        counts = [int(optimizer.state[worker.weight]["step"]) for worker in mine]
+        finished.append((counts, torch.stack([parameters_of(worker) for worker in mine])))
+    # Worker 0 and 3 went on from worker 1's four steps; worker 2 took two less.
+    assert finished[0][0] == finished[1][0] == ([6, 8] if rank % 2 else [8, 8])
+    torch.testing.assert_close(finished[0][1], finished[1][1], rtol=1e-12, atol=1e-12)
+
+
 def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new_group):
     finished = []
     for group, k in ((new_group(), 1), (ALONE[0], WORLD)):
@@ -147,6 +196,25 @@ def a_model_that_rank_0_alone_rolls_back_is_where_all_go_on(rank, new_group):
             for worker in team:
                 for name, value in worker.state_dict().items():
                     assert torch.equal(value, model[name])
+
+
+def outer_steps_count_from_a_model_that_rank_0_alone_loads(rank, new_group):
+    group = new_group()
+    for kind in KINDS:
+        for wire_dtype in (None, torch.float8_e4m3fn):
+            first, team = build(kind, 1, 1, group, wire_dtype=wire_dtype)
+            for parameter in team.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            first.step()
+            second, team = build(kind, 1, 1, group, wire_dtype=wire_dtype, seed=5 if rank == 0 else 0)
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+            loaded = [copy.deepcopy([*team[0].parameters()])]
+            dist.broadcast_object_list(loaded, src=0, group=group)
+            for _ in range(3):
+                for parameter in team.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                second.step()
+            assert all(map(torch.equal, team[0].parameters(), loaded[0]))
 
 
 def a_state_goes_on_in_another_number_of_processes_at_a_rounds_end(rank, new_group):
