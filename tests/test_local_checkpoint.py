@@ -29,7 +29,8 @@ def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states
     assert again.stats.rounds == optimizer.stats.rounds == 4
 
     old = copy.deepcopy(saved["optimizer"])
-    del old["fastlocal"]["slow_lr"], old["fastlocal"]["slow_momentum"], old["fastlocal"]["resting"]
+    for younger in ("slow_lr", "slow_momentum", "resting", "buffers_apart", "rows"):
+        del old["fastlocal"][younger]
     old["fastlocal"]["policy"]["state"] = {}
     fresh, _ = make(interval=5, slow_lr=0.9)
     fresh.load_state_dict(old)
