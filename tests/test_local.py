@@ -511,3 +511,40 @@ def test_weights_that_float32_does_not_hold_weigh_float64_rows_with_all_their_di
         assert worker[1].tolist() == pytest.approx([exact] * 2, rel=3e-7)
     drifts = [math.sqrt(5) * abs(value - exact) for value in values]
     assert optimizer.stats.drift == pytest.approx(sum(drifts) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+def test_parameters_of_other_rates_take_their_own_part_of_the_mean_and_all_make_the_drift(wire_dtype):
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    groups = [{"params": [model[index] for model in team]} for index in (0, 1)]
+    optimizer = SlowMo(torch.optim.SGD(groups, lr=1.0), team, measured(1), wire_dtype=wire_dtype)
+    for rates in ((1.0, 1.0), (1.0, 0.5)):
+        for index, (rate, moves) in enumerate(zip(rates, ((1.0, 3.0), (2.0, 6.0)), strict=True)):
+            optimizer.param_groups[index]["lr"] = rate
+            for model, move in zip(team, moves, strict=True):
+                model[index].grad = torch.tensor([-move / rate])
+        optimizer.step()
+    # Means of 2 and 4 a round; what is kept of the first round's is 0.5 of it, and 0.5 * 0.5 where the rate fell.
+    assert [parameter.item() for parameter in team[1].parameters()] == [2 + 2 + 1, 4 + 4 + 1]
+    assert optimizer.stats.drift == pytest.approx(math.sqrt(1 + 4))
+
+
+def test_a_round_cut_short_counts_its_own_steps_and_adds_its_seconds():
+    optimizer, team = make(LocalSGD, interval=4)
+    optimizer.stats.seconds_in_sync = 1000.0
+    run(optimizer, team, 3)
+    optimizer.sync()
+    assert optimizer.stats.seconds_in_sync > 1000
+    assert optimizer.stats.round_steps == 3
+
+
+def test_a_group_added_in_a_round_steps_at_its_own_rate():
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD([model[0] for model in team], lr=1.0), team, 2)
+    for step in range(2):
+        for parameter in team.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        if step == 0:
+            optimizer.add_param_group({"params": [model[1] for model in team], "lr": 0.5})
+    assert [parameter.item() for parameter in team[1].parameters()] == [-2.0, -0.5]

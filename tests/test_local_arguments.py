@@ -1,5 +1,6 @@
 """Arguments, and options of the inner optimizer, that a wrapper refuses, and groups that come later."""
 
+import math
 import re
 
 import pytest
@@ -138,3 +139,9 @@ def test_options_that_would_be_wrong_are_found_in_groups_that_were_edited():
 
     with pytest.raises(ValueError, match="inner's param group 0 has no 'lr'"):
         LocalSGD(WithoutRate(team.parameters()), team, 1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_must_be_positive_and_finite(weight):
+    with pytest.raises(ValueError, match=r"weights must be positive and finite, got \[1.0, "):
+        make(LocalSGD, workers=2, weights=[1.0, weight])

@@ -12,7 +12,7 @@ from local_runs import make, parameters_of, run, step_with
 from torch import nn
 from torch.nn.utils import prune
 
-from fastlocal import DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal import AdaComm, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
 
 
 def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states_leave_it():
@@ -403,3 +403,24 @@ def test_a_model_loaded_into_worker_0_of_a_copy_is_where_all_begin(duplicate, lo
     step_with(optimizer, team)
     for worker in team:
         assert torch.equal(worker.weight, other.weight)
+
+
+def test_a_round_that_is_resumed_keeps_its_interval():
+    optimizer, team = make(LocalSGD, interval=AdaComm(8))
+    optimizer.observe(train_loss=4.0)
+    run(optimizer, team, 2)
+    optimizer.observe(train_loss=1.0)
+    resumed, again = make(LocalSGD, interval=AdaComm(8))
+    again.load_state_dict(team.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(resumed, again, 6, first=2)
+    assert (resumed.stats.rounds, resumed.stats.round_steps) == (1, 8)
+
+
+def test_what_hooks_of_the_state_return_takes_its_place():
+    optimizer, _ = make()
+    optimizer.register_state_dict_post_hook(lambda _, state: {"outside": state})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state["outside"])
+    saved = optimizer.state_dict()
+    assert list(saved) == ["outside"]
+    optimizer.load_state_dict(saved)

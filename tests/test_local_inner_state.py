@@ -1,6 +1,7 @@
 """The inner optimizer's state at a sync: kept, reset or averaged."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -187,3 +188,27 @@ def test_sparse_state_that_cannot_be_averaged_is_named_before_anything_is_writte
     with pytest.raises(ValueError, match="momentum_buffer of parameter 'weight' is sparse"):
         optimizer.step()
     assert not torch.equal(parameters_of(team[0]), parameters_of(team[1]))
+
+
+def test_a_reset_adagrad_counts_its_steps_anew():
+    team = Workers(nn.Linear(1, 1, bias=False, dtype=torch.float64), 2)
+    inner = torch.optim.Adagrad(team.parameters(), lr=0.1, lr_decay=0.5)
+    optimizer = LocalSGD(inner, team, 2, inner_state="reset")
+    start = team[0].weight.item()
+    for _ in range(4):
+        for parameter in team.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert team[0].weight.item() == pytest.approx(start - 2 * (0.1 + 0.1 / 1.5 / math.sqrt(2)), rel=1e-8)
+
+
+def test_a_healed_worker_of_lamb_steps_the_state_that_it_took_over():
+    team = Workers(nn.Linear(3, 1, bias=False), 2)
+    inner = LAMB(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 2, inner_state="average")
+    for step in range(4):
+        for worker, parameter in enumerate(team.parameters()):
+            parameter.grad = torch.full_like(parameter, torch.nan if (step, worker) == (1, 1) else 1.0)
+        optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert [inner.state[p]["step"].item() for p in team.parameters()] == [4.0, 4.0]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from local_runs import parameters_of
+from local_runs import make, parameters_of, run
 from torch import nn
 
 from fastlocal import LocalSGD, Workers
@@ -92,3 +92,21 @@ def test_one_lbfgs_for_several_workers_is_refused():
     team = Workers(nn.Linear(2, 1), 2)
     with pytest.raises(ValueError, match="LBFGS takes one step for all workers' parameters together"):
         LocalSGD(torch.optim.LBFGS(list(team.parameters())), team, 1)
+
+
+def test_a_worker_without_a_gradient_gets_one_of_its_own_and_it_may_be_zeroed_in_place():
+    team = Workers(nn.Linear(2, 1, bias=False), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 5, warmup_steps=1)
+    team[0].weight.grad = torch.tensor([[2.0, 4.0]])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    team[0].weight.grad += 1
+    assert team[1].weight.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_buffers_that_a_sync_merged_after_the_warmup_are_not_sent_again():
+    optimizer, team = make(LocalSGD, interval=2, warmup_steps=2)
+    run(optimizer, team, 4)
+    sent = optimizer.stats.bytes_on_wire
+    optimizer.sync()
+    assert optimizer.stats.bytes_on_wire == sent

@@ -75,3 +75,15 @@ def test_a_lone_worker_sends_nothing_so_nothing_of_it_is_rounded():
         results.append(parameters_of(team))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_a_low_precision_wire_each_round_sends_the_progress_since_the_last_one(dtype):
+    optimizer, team = make(LocalSGD, workers=2, interval=100, wire_dtype=dtype)
+    for first in (0, 4):
+        start = parameters_of(team[0]).double()
+        run(optimizer, team, 4, first=first)
+        sent = [ROUND[dtype](parameters_of(model).double() - start) for model in team]
+        optimizer.sync()
+        mean = start + ROUND[dtype](sent[0] + sent[1]) / 2
+        torch.testing.assert_close(parameters_of(team[1]).double(), mean, rtol=0, atol=3e-7)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from functools import partial
 
@@ -413,3 +414,49 @@ def test_a_capture_that_is_refused_leaves_no_state_behind(make, monkeypatch):
     assert optimizer.state[param] == {}
     optimizer.step()
     assert optimizer.state[param]["step"] == 1
+
+
+@EVERY_FORM
+def test_state_that_was_replaced_is_what_the_next_step_steps(optimizer, options):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, weight_decay=0.1, **options)
+    train(opt, params, [1, 2])
+    for p in params:
+        opt.state[p] = copy.deepcopy(opt.state[p])
+    before = copy.deepcopy([opt.state[p] for p in params])
+    train(opt, params, [3])
+    for p, old in zip(params, before, strict=True):
+        assert all(not torch.equal(opt.state[p][name], value) for name, value in old.items() if value.numel())
+
+
+def test_a_momentum_buffer_set_to_none_begins_anew():
+    params = [nn.Parameter(torch.ones(3))]
+    opt = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.0)
+    for _ in range(2):
+        params[0].grad = torch.full((3,), 2.0)
+        opt.step()
+        opt.state[params[0]]["momentum_buffer"] = None
+    opt.step()
+    assert opt.state[params[0]]["momentum_buffer"].tolist() == [2.0] * 3
+
+
+def test_an_option_that_needs_more_state_may_be_set_later():
+    params = [nn.Parameter(torch.ones(3))]
+    opt = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.0)
+    for dampening in (0.0, 0.5):
+        opt.param_groups[0]["dampening"] = dampening
+        params[0].grad = torch.full((3,), 2.0)
+        opt.step()
+    assert opt.state[params[0]]["momentum_buffer"].tolist() == pytest.approx([0.9 * 2 + 0.5 * 2] * 3)
+
+
+@BOTH
+def test_a_step_count_below_zero_or_nan_is_refused(optimizer):
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    for wrong in (-1.0, math.nan):
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0]["step"] = torch.tensor(wrong)
+        with pytest.raises(ValueError, match=f"step must be at least 0, got {wrong}"):
+            LAMB(params).load_state_dict(saved)

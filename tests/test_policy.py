@@ -314,3 +314,27 @@ def test_settings_that_are_numpys_numbers_can_be_loaded_from_a_checkpoint(policy
     torch.save((policy.state_dict(), dict(vars(policy))), file)
     file.seek(0)
     assert torch.load(file, weights_only=True)[0] == policy.state_dict()
+
+
+def test_the_original_rule_doubles_on_falls_of_less_than_its_last_threshold():
+    losses = [4.0, 3.5, 3.0, 2.5, 2.2, 2.0, 1.8]
+    for _ in range(3):
+        losses.append(losses[-1] * 0.997)
+    assert replay(OriginalValidationLoss(4, total_epochs=10), losses) == [4] * 7 + [8, 8, 8]
+
+
+def test_the_original_rule_does_not_double_on_equal_losses():
+    assert replay(OriginalValidationLoss(8, total_epochs=10), [2.0] * 10) == [8] * 10
+
+
+def test_adacomm_takes_no_root_of_a_loss_below_zero_and_refuses_to_begin_at_zero():
+    policy = AdaComm(16)
+    assert [policy.next_interval(Stats(train_loss=loss)) for loss in (4.0, -0.5)] == [16, 1]
+    with pytest.raises(ValueError, match="train_loss must be positive at first, got 0.0"):
+        AdaComm(16).next_interval(Stats(train_loss=0.0))
+
+
+def test_a_consensus_interval_at_most_doubles_and_one_at_its_target_stays():
+    policy = ConsensusDistance(1.0, initial=16)
+    assert policy.next_interval(Stats(rounds=1, drift=0.25, round_steps=8)) == 32
+    assert policy.next_interval(Stats(rounds=2, drift=1.0, round_steps=2)) == 32

@@ -296,3 +296,20 @@ def test_the_seconds_of_a_step_must_be_given(capsys):
     assert "--utilisation must be in (0, 1], got 1.5" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--step-seconds must be positive and finite, got nan"):
         estimate(make(step_seconds=math.nan))
+
+
+def test_what_groups_add_to_a_sync_and_to_a_step_is_by_hand():
+    two = {"workers": 8, "group_size": 4, "inner_link": Link(80.0, 0.0, 1.0)}
+    assert estimate(make(**two, shared_link=True)).sync_seconds == pytest.approx(0.15 + 2 * 1.0)
+    replicas = make(**two, within="step", method="streaming", fragments=5, step_seconds=0.1)
+    assert estimate(replicas).step_seconds == pytest.approx(0.1 + 0.15 + 5 * (0.2 - 0.1) / 10)
+    hidden = make(**two, within="step", overlap="backward", step_seconds=0.15, wire_dtype="bf16")
+    assert estimate(hidden).step_seconds == pytest.approx(0.15 + (0.15 - 0.1) + 0.5 / 10)
+
+
+def test_fragments_without_a_rest_no_delay_and_an_empty_payload_are_ends_of_their_ranges():
+    assert estimate(make(method="streaming", fragments=10)).communication_share == 0
+    late = make(method="streaming", fragments=5, overlap_steps=0, step_seconds=0.1)
+    assert estimate(late).step_seconds == pytest.approx(0.1 + 5 * 0.3 / 10)
+    with pytest.raises(UsageError, match=r"--payload-share must be in \(0, 1\], got 0.0"):
+        estimate(make(link=Link(8.0, 0.0, 0.0)))

@@ -604,3 +604,46 @@ def test_the_files_of_another_tool_are_no_cell(tmp_path, summary):
     if summary is not None:
         (tmp_path / "study" / "model" / "summary.json").write_text(summary)
     assert not [cell for cell in collect(tmp_path / "study").unfinished if cell.name == "model"]
+
+
+def test_a_run_without_a_summary_has_started_or_broken_and_its_damaged_config_is_named(tmp_path):
+    place, *_ = begun(tmp_path / "study").values()
+    finish(place, 50.0)
+    (place.folder / "summary.json").unlink()
+    (cell,) = [cell for cell in collect(tmp_path).unfinished if cell.name.endswith(place.name)]
+    assert (cell.state, cell.message) == ("started", "4 of 4 epochs")
+    place.log.write_text("process started\nerror: the disk is gone\n")
+    (cell,) = [cell for cell in collect(tmp_path).unfinished if cell.name.endswith(place.name)]
+    assert (cell.state, cell.message) == ("broken", "4 of 4 epochs: the disk is gone")
+    (place.folder / "config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"config.json"):
+        collect(tmp_path)
+
+
+def test_a_config_of_another_tool_need_not_be_json(tmp_path):
+    (place, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    (tmp_path / "study" / "model").mkdir()
+    (tmp_path / "study" / "model" / "config.json").write_text("// not JSON")
+    assert len(collect(tmp_path).groups) == 1
+
+
+def test_runs_outside_of_studies_come_last(tmp_path):
+    places = begun(tmp_path / "z")
+    finish(places["k2-j8", 0], 40.0)
+    (alone,) = begun(
+        tmp_path / "a", "[base]\ndataset = 'cifar100'\nepochs = 4\n[[cells]]\nname = 'alone'\nworkers = 3\n"
+    ).values()
+    finish(alone, 30.0)
+    (tmp_path / "a" / "study.json").unlink()
+    assert [group.name for group in collect(tmp_path).groups] == ["k2-j8", "a/alone"]
+
+
+def test_a_cell_of_another_version_does_not_hinder_a_report(tmp_path):
+    place, *_ = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    path = tmp_path / "study" / "study.json"
+    saved = json.loads(path.read_text())
+    saved["cells"][-1]["config"]["policy"] = "of-another-version"
+    path.write_text(json.dumps(saved))
+    assert [group.name for group in collect(tmp_path).groups] == ["k2-j8"]

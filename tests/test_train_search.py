@@ -230,3 +230,27 @@ def test_a_search_takes_another_precision_than_its_files(tmp_path):
     text = BASE + "precision = 'bf16'\n[space]\nlr = [0.1]\n"
     assert load(written(tmp_path, text)).base["precision"] == "bf16"
     assert load(written(tmp_path, text), precision="fp32").base["precision"] == "fp32"
+
+
+def test_the_best_trial_is_the_one_of_the_highest_accuracy_and_runs_that_ended_are_taken_up(tmp_path):
+    text = "sampler = 'grid'\nobjective = 'val_accuracy'\n" + BASE + "[space]\nlr = [0.01, 0.02, 0.03, 0.04]\n"
+    root, reached = tmp_path / "out", {0.01: 20.0, 0.02: 30.0, 0.03: 25.0, 0.04: None}
+    for lr, accuracy in reached.items():  # runs that have ended are taken up
+        config = Config(lr=lr, test=False, synthetic_images=60, batch_size=16, workers=2, interval=2, epochs=1)
+        (root / f"lr{lr}").mkdir(parents=True)
+        (root / f"lr{lr}" / "config.json").write_text(json.dumps(config.as_dict()))
+        name, content = "summary.json", {"val_accuracy": accuracy, "best_val_accuracy": 40.0}
+        if accuracy is None:
+            name, content = "failed.json", {"message": "the loss is nan"}
+        (root / f"lr{lr}" / name).write_text(json.dumps(content))
+    search(load(written(tmp_path, text)), root, Console(quiet=True), data_dir=None, threads=1)
+    made, _ = trials(root)
+    assert [trial.state.name for trial in made.trials] == ["COMPLETE"] * 3 + ["PRUNED"]
+    assert made.best_trial.params == {"lr": 0.02}  # what TPE takes for the best
+    best = json.loads((root / "best.json").read_text())
+    assert (best["params"], best["val_accuracy"]) == ({"lr": 0.02}, 30.0)
+    for change in (("val_accuracy", "best_val_accuracy"), ("'grid'", "'tpe'")):
+        with pytest.raises(UsageError, match="holds a search with another (objective|sampler): choose another --out"):
+            search(
+                load(written(tmp_path, text.replace(*change))), root, Console(quiet=True), data_dir=None, threads=1
+            )

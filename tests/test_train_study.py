@@ -425,3 +425,23 @@ def test_a_log_that_cannot_be_written_is_named_and_so_is_a_name_that_is_too_long
     long = written(tmp_path, SMALL + f"[[cells]]\nname = '{'a' * 250}'\n")
     with pytest.raises(UsageError, match="a cell's name must have at most 240 bytes, got a"):
         study.load(long)
+
+
+def test_a_cells_name_is_measured_in_bytes(tmp_path):
+    with pytest.raises(UsageError, match="a cell's name must have at most 240 bytes"):
+        study.load(written(tmp_path, SMALL + f"[[cells]]\nname = '{'é' * 130}'\n"))
+
+
+def test_a_slash_is_refused_in_a_cells_name_and_replaced_in_one_made_of_values(tmp_path):
+    with pytest.raises(UsageError, match="name must be a string that can be a folder's name, got 'a/b'"):
+        study.load(written(tmp_path, SMALL + "[[cells]]\nname = 'a/b'\n"))
+    (cell,) = study.load(written(tmp_path, SMALL + "[grid]\ndata_dir = ['a/b']\n")).cells
+    assert cell.name == "a_b-s0"
+
+
+def test_a_cell_has_the_figures_and_notes_of_all_that_reported_it(tmp_path):
+    text = "[grid]\nworkers = [2]\n"
+    text += "[[original]]\ntest_accuracy = 50\nnote = 'One.'\n[[original]]\nbest_val_accuracy = 51\nnote = 'Two.'\n"
+    (cell,) = study.load(written(tmp_path, text)).cells
+    assert cell.original == {"test_accuracy": 50, "best_val_accuracy": 51}
+    assert cell.note == "One. Two."
