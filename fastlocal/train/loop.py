@@ -73,10 +73,6 @@ class Training:
         # A last batch that is not full is left for another epoch's order.
         self.steps_per_epoch = per_worker // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        if 0 < config.warmup_steps >= self.total_steps:
-            raise UsageError(
-                f"--warmup-steps must be below the run's {self.total_steps} local steps, got {config.warmup_steps}"
-            )
         self.workers = build.workers(config, len(self.here), device)
         self.optimizer = build.optimizer(config, self.workers, self.total_steps, processes.group)
         parallel = self.optimizer if isinstance(self.optimizer, DataParallel) else None

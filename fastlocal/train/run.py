@@ -92,6 +92,8 @@ def _run(
     )
     if slow := what_is_slow([config]):
         display.note(slow)
+    if config.warmup_steps >= training.total_steps:
+        display.note(f"--warmup-steps {config.warmup_steps} is the whole run: each step averages gradients")
     if len(processes) > 1:
         display.note(f"{len(processes)} processes with {config.workers // len(processes)} workers each")
     for record in training.epochs():
