@@ -66,9 +66,7 @@ class Checkpointed(Wrapper):
     _round_is_open = Kept[bool]()
     _buffers_apart = Kept[bool]()  # whether steps of the warm-up have changed them since they were last merged
     _compared = Kept[bool]()  # whether the processes have found that they agree
-    _rows_saved = Kept[
-        list[int]
-    ]()  # checksums of the rows that a loaded state went with, until its first round begins
+    _rows_saved = Kept[list[int]]()  # checksums of what a loaded state's anchors go with, until a round begins
 
     _own_attributes: tuple[str, ...] = (
         "defaults",
