@@ -325,12 +325,15 @@ def test_all_workers_rolled_back_go_on_bit_by_bit_in_a_round_too(kind, steps):
         assert torch.equal(parameters_of(team), expected)
 
 
+@pytest.mark.parametrize("saved_again", [False, True])
 @pytest.mark.parametrize("loaded", ["worker 0", "all workers"])
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
     ("kind", "momentum"), [(LocalSGD, 0.0), (SlowMo, 0.25 + 0.125), (DiLoCo, 0.7 * 0.9 * (0.45 + 0.405))]
 )
-def test_outer_steps_count_from_the_model_that_is_loaded_beside_a_state(kind, momentum, wire_dtype, loaded):
+def test_outer_steps_count_from_the_model_that_is_loaded_beside_a_state(
+    kind, momentum, wire_dtype, loaded, saved_again
+):
     def step(optimizer, team, grad):
         for parameter in team.parameters():
             parameter.grad = torch.full_like(parameter, grad)
@@ -347,6 +350,8 @@ def test_outer_steps_count_from_the_model_that_is_loaded_beside_a_state(kind, mo
     optimizer.load_state_dict(first.state_dict())
     for worker in [team[0]] if loaded == "worker 0" else team:
         nn.init.constant_(worker.weight, 10.3)
+    if saved_again:
+        optimizer.load_state_dict(optimizer.state_dict())
     for _ in range(2):  # Δ = 0: momentum alone moves them, v = 0.25 and 0.125, or 0.45 and 0.405
         step(optimizer, team, 0.0)
     for worker in team:

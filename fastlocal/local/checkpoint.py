@@ -141,7 +141,8 @@ class Checkpointed(Wrapper):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state = {**self.inner.state_dict(), "fastlocal": self._saved()}
+        own = {**self._saved(), "rows": self._rows_of_anchors()}
+        state = {**self.inner.state_dict(), "fastlocal": own}
         for hook in self._optimizer_state_dict_post_hooks.values():
             replaced = hook(self, state)
             state = state if replaced is None else replaced
@@ -204,7 +205,7 @@ class Checkpointed(Wrapper):
             outer.load_state_dict(own)
 
     def _saved(self) -> dict[str, Any]:
-        """The entry "fastlocal": this process's rows' share of everything that the next step depends on."""
+        """The entry "fastlocal" but for its "rows": this process's share of all that the next step depends on."""
         return {
             "method": self._method,
             "num_workers": self.num_workers,
@@ -216,7 +217,6 @@ class Checkpointed(Wrapper):
             "steps_in_round": self.steps_in_round,
             "anchored": self._anchored,
             "buffers_apart": self._buffers_apart,
-            "rows": [] if self.steps_in_round or not self._anchored else self._checksums(),
             "rates": [float(rate) for rate in self._rates.last],
             "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
@@ -228,9 +228,15 @@ class Checkpointed(Wrapper):
         apart = isinstance(steps, int) and 0 < steps <= self.warmup_steps
         return {"resting": [], "buffers_apart": apart, "rows": []}
 
-    def _checksums(self) -> list[int]:
-        """Of the first worker's parameters, one a block that has an anchor."""
+    def _rows_of_anchors(self) -> list[int]:
+        """Checksums of the rows that the anchors go with; none in a round, or before there are anchors."""
+        if self._rows_saved or self.steps_in_round or not self._anchored:
+            return self._rows_saved
         self.rows.pull()
+        return self._checksums()
+
+    def _checksums(self) -> list[int]:
+        """Of the first row of each block that has an anchor."""
         blocks = zip(self.rows.blocks, self._outers, strict=True)
         return [int(checksum(block.rows[0])) for block, outer in blocks if outer.anchor is not None]
 
@@ -239,7 +245,7 @@ class Checkpointed(Wrapper):
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
-        present = self._saved() | {"stats": asdict(Stats())}
+        present = self._saved() | {"stats": asdict(Stats()), "rows": []}
         # What a policy keeps is its own affair, and the layout has an error of its own, before the tensors.
         skipped: dict[str, Any] = {"layout": [], "policy": {}, "outer": []}
         saved = {key: skipped.get(key, value) for key, value in own.items()} if isinstance(own, dict) else own
@@ -273,7 +279,7 @@ class Checkpointed(Wrapper):
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
 
     def _restore(self, own: dict[str, Any]) -> None:
-        """Take back what _saved() returned."""
+        """Take back what _saved() returned, and its rows."""
         for outer, state in zip(self._outers, own["outer"], strict=True):
             outer.load_state_dict(state)
         self.stats = Stats(**own["stats"])
