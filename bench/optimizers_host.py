@@ -10,7 +10,8 @@ this one in the same process, so that a noisy neighbour hits both.
 "reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the layout of
 every weight and gradient, the dtype, size and pending sign of every gradient, and autograd's version counters.
 PyTorch has no call that reads them of a whole list.
-Appends one JSON line to bench/results/optimizers_host.jsonl.
+"torch" is torch.optim.AdamW(fused=True) beside LAMB, and SGD(fused=True) with momentum beside LARS, their kernels
+left out likewise. Appends one JSON line to bench/results/optimizers_host.jsonl.
 """
 
 import argparse
@@ -61,6 +62,15 @@ def load(checkout: Path) -> dict[str, Any]:
     return {n: m for n, m in sys.modules.items() if n.split(".")[0] == "fastlocal"}
 
 
+def torchs_own(label: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """PyTorch's fused optimizer that is most like ours, its kernels replaced."""
+    for name in ("_fused_adamw_", "_fused_sgd_", "_foreach_add_"):
+        setattr(torch, name, lambda *arguments, **options: None)
+    if label == "LAMB":
+        return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01, fused=True)
+    return torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=0.01, fused=True)
+
+
 class ReadsAlone:
     """What a step must ask of its tensors, and nothing else."""
 
@@ -93,6 +103,8 @@ def measure(
         grads = [[torch.randn(8) for _ in params] for _ in range(2)]
         optimizer = getattr(modules["fastlocal"], label)(params, weight_decay=0.01, fused=True, **options)
         steppers[checkout] = (optimizer, params, grads)
+    _, params, grads = steppers["this"]
+    steppers["torch"] = (torchs_own(label, params), params, grads)
     times: dict[str, list[float]] = {name: [] for name in (*steppers, "reads alone")}
     for number in range(rounds + 4):
         for checkout, (optimizer, params, grads) in list(steppers.items()):

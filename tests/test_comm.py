@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from fastlocal import comm
 from fastlocal.comm import launch
 from fastlocal.comm.group import _bytes_of
+from fastlocal.comm.notes import Notes
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,6 +240,32 @@ def test_a_process_whose_group_is_broken_ends_before_the_one_it_waited_for(store
     assert time.monotonic() - began < 15  # gloo's own thread would wait for 100 s, or until rank 1 wakes
     second.kill()
     finish(second)
+
+
+def test_a_process_that_comes_a_little_late_is_not_named_for_one_that_has_ended(store):
+    first, second, third = (Notes(store, rank, [4, 5, 6]) for rank in range(3))
+    first.arrive(7)
+    third.arrive(7)
+    assert first.find_missing(late=True, grace_seconds=0.1) == "rank 5 has not arrived (never seen)"
+
+    def come_and_fail():
+        second.arrive(7)
+        second.find_missing(late=False, grace_seconds=0.0)
+
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(first.find_missing, late=False, grace_seconds=0.5)
+        time.sleep(0.15)
+        come_and_fail()
+        assert asked.result() == "rank 6 arrived and fell silent"
+
+
+def test_a_process_that_waits_on_is_not_named_and_one_that_has_ceased_to_is(store):
+    first, second = (Notes(store, rank, [4, 5]) for rank in range(2))
+    first.arrive(7)
+    second.arrive(7)
+    with second.waiting():
+        assert first.find_missing(late=False, grace_seconds=0.6) is None
+    assert first.find_missing(late=False, grace_seconds=0.3) == "rank 5 arrived and fell silent"
 
 
 # By gloo, but waited for as for NCCL, which is asked again and again whether it is done.

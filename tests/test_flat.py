@@ -98,6 +98,16 @@ def test_a_parameter_that_left_its_row_is_found_at_the_next_sync():
         optimizer.step()
 
 
+def test_a_parameter_that_was_transposed_where_it_lies_is_found_at_the_next_sync():
+    team = Workers(nn.Linear(3, 3, bias=False), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1)
+    team[1].weight.data = team[1].weight.data.t()  # its rows would be averaged with the other's columns
+    for worker in team:
+        worker(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="'weight' of worker 1 no longer lies in its row"):
+        optimizer.step()
+
+
 def test_parameters_without_elements_are_accepted():
     class Odd(nn.Module):
         def __init__(self):

@@ -189,6 +189,15 @@ def test_drift_is_the_mean_distance_from_the_mean():
     assert optimizer.stats.drift == pytest.approx(expected, rel=1e-5)
 
 
+def test_drift_is_that_of_the_workers_that_count():
+    team = Workers(nn.ParameterList([torch.zeros(1)]), 3)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, measured(1))
+    for model, value in zip(team, (1.0, 5.0, torch.nan), strict=True):
+        model[0].grad = torch.tensor([value])
+    optimizer.step()
+    assert optimizer.stats.drift == 2.0
+
+
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo, DiLoCo])
 def test_a_sync_whose_drift_nobody_reads_measures_none_and_gives_the_same_parameters(kind):
     results = []
@@ -317,6 +326,16 @@ def test_gradients_of_workers_that_begin_elsewhere_are_none_of_where_they_begin(
         model(torch.ones(1, 4, dtype=torch.float64)).square().sum().backward()  # 0 is the minimum
     optimizer.step()
     assert all((parameters_of(model) == 0).all() for model in team)
+
+
+def test_workers_that_are_equal_but_for_nan_in_a_frozen_parameter_keep_their_gradients():
+    model = nn.ParameterList([torch.zeros(1), torch.tensor([torch.nan])])
+    model[1].requires_grad_(False)
+    team = Workers(model, 2)
+    optimizer = LocalSGD(torch.optim.SGD([worker[0] for worker in team], lr=1.0), team, 1)
+    team[0][0].grad, team[1][0].grad = torch.tensor([1.0]), torch.tensor([3.0])
+    optimizer.step()
+    assert [worker[0].item() for worker in team] == [-2.0, -2.0]
 
 
 def test_workers_written_to_past_autograd_keep_what_they_were_given():

@@ -84,6 +84,66 @@ def test_resume_is_bit_exact_at_every_phase_of_a_round(kind, steps, optimizer_na
     assert ours == theirs
 
 
+def test_workers_written_to_past_autograd_stay_apart_until_the_sync_of_a_round_that_is_resumed():
+    first, team = make(LocalSGD, workers=2, interval=4)
+    run(first, team, 2)
+    second, other = make(LocalSGD, workers=2, interval=4, seed=1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for ours, theirs in zip(other.parameters(), team.parameters(), strict=True):
+        ours.data.copy_(theirs)
+    first.sync()
+    second.sync()
+    assert torch.equal(parameters_of(other), parameters_of(team))
+
+
+def test_a_copy_made_in_a_round_knows_the_rates_of_the_steps_before_it():
+    optimizer, team = make(SlowMo, interval=4)
+    run(optimizer, team, 2)
+    for group in optimizer.param_groups:
+        group["lr"] /= 16
+    twin = copy.deepcopy(optimizer)
+    run(optimizer, team, 6, first=2)
+    run(twin, twin.rows.modules, 6, first=2)
+    assert torch.equal(parameters_of(team[0]), parameters_of(twin.rows.modules[0]))
+
+
+def test_an_old_state_of_the_last_step_of_the_warmup_leaves_its_buffers_to_be_merged():
+    first, team = make(LocalSGD, workers=2, warmup_steps=2)
+    run(first, team, 2)
+    state = copy.deepcopy(first.state_dict())
+    del state["fastlocal"]["buffers_apart"]
+    second, other = make(LocalSGD, workers=2, warmup_steps=2)
+    other.load_state_dict(team.state_dict())
+    second.load_state_dict(state)
+    assert not torch.equal(other[0][1].running_mean, other[1][1].running_mean)
+    second.sync()
+    assert torch.equal(other[0][1].running_mean, other[1][1].running_mean)
+
+
+@pytest.mark.parametrize("loaded", range(2))
+def test_outer_steps_count_from_a_loaded_model_that_differs_in_one_dtype_alone(loaded):
+    def build():
+        dtypes = torch.float32, torch.float64
+        team = Workers(nn.ParameterList([torch.zeros(1, dtype=dtype) for dtype in dtypes]), 2)
+        return SlowMo(torch.optim.SGD(team.parameters(), lr=0.5), team, 1), team
+
+    def stand_still(optimizer, team):
+        for parameter in team.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    first, team = build()
+    stand_still(first, team)
+    second, team = build()
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for worker in team:
+            worker[loaded].fill_(5.0)
+    for _ in range(3):
+        stand_still(second, team)
+    assert [parameter.item() for parameter in team[1].parameters()] == [5.0 * (index == loaded) for index in range(2)]
+
+
 def test_loading_does_not_change_the_callers_dict_and_keeps_schedulers_alive():
     optimizer, team = make()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)

@@ -28,6 +28,20 @@ def test_a_worker_with_one_bad_value_is_left_out_whole_and_healed(kind, bad):
     assert parameters_of(team).isfinite().all()
 
 
+@pytest.mark.parametrize("bad", range(3))
+def test_a_worker_is_left_out_of_all_dtypes_whichever_of_them_has_the_bad_value(bad):
+    dtypes = torch.float32, torch.bfloat16, torch.float64
+    team = Workers(nn.ParameterList([torch.zeros(2, dtype=dtype) for dtype in dtypes]), 3)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, 1)
+    for model, value in zip(team, (-1.0, -3.0, -8.0), strict=True):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+    team[2][bad].grad[1] = torch.nan
+    optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert (parameters_of(team) == 2).all()
+
+
 def test_without_a_finite_worker_sync_raises_and_writes_nothing():
     optimizer, team = make(workers=2, interval=100)
     run(optimizer, team, 2)

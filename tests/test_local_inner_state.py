@@ -155,6 +155,20 @@ def test_averaged_inner_state_leaves_alone_what_is_neither_like_its_parameter_no
     assert optimizer.stats.bytes_on_wire == 4 * (15 + 15 + 3 + 5)
 
 
+def test_averaged_inner_state_leaves_alone_what_a_vector_has_as_a_whole():
+    team = Workers(nn.ParameterList([torch.zeros(3)]), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 1, inner_state="average")
+    shapes = {"like": (3,), "number": (), "one": (1,)}
+    for number, parameter in enumerate(team.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+        inner.state[parameter] = {name: torch.full(shape, 2.0 * number) for name, shape in shapes.items()}
+    optimizer.step()
+    held = inner.state[team[1][0]]
+    assert {name: value.unique().item() for name, value in held.items()} == {"like": 1.0, "number": 2.0, "one": 2.0}
+    assert optimizer.stats.bytes_on_wire == 4 * (3 + 3)
+
+
 def test_bytes_of_averaged_inner_state_are_those_that_every_worker_has():
     team = Workers(nn.ParameterList([torch.ones(10), torch.ones(1000)]), 2)
     inner = torch.optim.SGD(team.parameters(), lr=0.1, momentum=0.9)
@@ -212,3 +226,17 @@ def test_a_healed_worker_of_lamb_steps_the_state_that_it_took_over():
         optimizer.step()
     assert optimizer.stats.excluded == 1
     assert [inner.state[p]["step"].item() for p in team.parameters()] == [4.0, 4.0]
+
+
+def test_a_healed_worker_that_has_never_stepped_begins_its_state_itself():
+    team = Workers(nn.Linear(3, 1, bias=False), 2)
+    inner = torch.optim.Adam(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 2, inner_state="average")
+    with torch.no_grad():
+        team[1].weight.fill_(torch.nan)
+    for step in range(3):
+        team[0].weight.grad = torch.ones(1, 3)
+        team[1].weight.grad = None if step < 2 else torch.ones(1, 3)
+        optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert [inner.state[p]["step"].item() for p in team.parameters()] == [3.0, 1.0]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
@@ -119,6 +119,10 @@ def check_errors(mesh):
     with pytest.raises(RuntimeError, match="has no kernels for DTensors"):
         LAMB([param], fused=True).step()
     param.grad = distribute_tensor(torch.ones(4, 2), mesh, [Replicate()])
+    with pytest.raises(TypeError, match="with the parameter's placements"):
+        LAMB([param]).step()
+    turned = DeviceMesh("cpu", [1, 0])  # the pieces change places
+    param.grad = distribute_tensor(torch.ones(4, 2), turned, [Shard(0)])
     with pytest.raises(TypeError, match="with the parameter's placements"):
         LAMB([param]).step()
 

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
 from test_ops_trust_ratio import LAMB_CHANGES, LARS_CHANGES
 from test_ops_trust_ratio import LARS as LARS_OPTIONS
 
 from fastlocal import LAMB, LARS
+from fastlocal.kernels import lamb
+from fastlocal.kernels.rounding import round_to
 from fastlocal.kernels.trust_ratio_common import CHUNK
+from fastlocal.kernels.trust_ratio_tables import buckets
 from fastlocal.ops import trust_ratio as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,6 +113,22 @@ def test_kernels_step_low_precision_weights_as_the_reference_does(dtype):
             torch.testing.assert_close(p.cpu(), e, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         same = [(p.cpu() == e).double().mean() for p, e in zip(params, expected, strict=True) if p.numel() > 100]
         assert min(same) > 0.99
+
+
+@triton.jit
+def round_kernel(values, rounded, N: tl.constexpr):
+    places = tl.arange(0, N)
+    tl.store(rounded + places, round_to(tl.load(values + places), tl.bfloat16))
+
+
+def test_every_nan_stays_one_where_it_is_rounded_to_bfloat16_and_ties_go_to_even():
+    # The NaN that a GPU computes has all its digits set; of another the upper half is an infinity's.
+    bits = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800001 - 2**31, 0x7F800000, 0x7F7FFFFF, 0x3F808000, 0x3F818000]
+    values = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    rounded = torch.empty(8, dtype=torch.bfloat16, device=DEVICE)
+    round_kernel[(1,)](values, rounded, 8)
+    assert rounded.isnan().tolist() == [True] * 4 + [False] * 4
+    assert rounded[4:].tolist() == [math.inf, math.inf, 1.0, 1 + 2**-6]
 
 
 def test_a_step_repeated_gives_the_same_bits():
@@ -241,6 +262,24 @@ def test_fused_steps_take_mixed_dtypes_in_one_group(optimizer):
         torch.testing.assert_close(
             p.detach().cpu().double(), e.detach(), rtol=2 * torch.finfo(p.dtype).eps, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_the_matrices_alone_have_a_ratio_in_a_group_of_several_dtypes_too(optimizer):
+    torch.manual_seed(0)
+    kinds = ((3,), torch.float32), ((3,), torch.bfloat16), ((3, 2), torch.float32)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=DEVICE)) for shape, dtype in kinds]
+    exact = [torch.nn.Parameter(param.detach().cpu().double()) for param in params]
+    options = {"lr": 0.1, "weight_decay": 0.1, "adapt": "matrices"}
+    fused, plain = optimizer(params, fused=True, **options), optimizer(exact, foreach=False, **options)
+    for param, twin in zip(params, exact, strict=True):
+        param.grad = torch.randn_like(param)
+        twin.grad = param.grad.cpu().double()
+    fused.step()
+    plain.step()
+    for param, twin in zip(params, exact, strict=True):
+        digit = 2**-8 if param.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(param.detach().cpu().double(), twin.detach(), rtol=digit, atol=1e-6)
 
 
 def test_the_norm_of_gradients_of_several_dtypes_is_that_of_their_concatenation():
@@ -484,6 +523,28 @@ def test_a_parameter_cut_in_place_is_refused_and_nothing_beyond_it_is_written(op
     with pytest.raises(ValueError, match=r"must have their parameter's shape \(5,\), got \(10,\)"):
         fused.step()
     assert torch.equal(whole, before)
+
+
+def test_a_gradient_that_moves_off_a_multiple_of_16_bytes_leaves_the_bucket_whose_loads_need_one():
+    param, memory = torch.zeros(64, device=DEVICE), torch.zeros(65, device=DEVICE)
+    cache: dict = {}
+    for grad, aligned in ((memory[:64], True), (memory[1:], False)):
+        (bucket,) = buckets(cache, "step", [[param], [grad]], (0,), None, lambda _: True)
+        assert bucket.aligned == aligned
+        assert bucket.pointers.tolist() == [[param.data_ptr()], [grad.data_ptr()]]
+
+
+def test_more_tensors_than_one_program_prepares_are_all_stepped(monkeypatch):
+    monkeypatch.setattr(lamb, "TENSORS", 4)
+    params = [torch.nn.Parameter(torch.full((2,), 1.0 + n, device=DEVICE)) for n in range(6)]
+    fused = LAMB(params, lr=0.1, weight_decay=0.0, fused=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    fused.step()
+    # Without decay there is no trust ratio: every weight moves by lr in the first step.
+    for n, param in enumerate(params):
+        torch.testing.assert_close(param.detach().cpu(), torch.full((2,), 0.9 + n), rtol=1e-5, atol=0)
+        assert fused.state[param]["step"].item() == 1
 
 
 @pytest.mark.parametrize("view", [torch.Tensor.t, lambda data: data.view(16)])

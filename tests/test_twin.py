@@ -4,6 +4,7 @@ import functools
 import threading
 from collections import deque
 from dataclasses import dataclass
+from types import MethodType
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def test_a_module_that_keeps_a_result_of_its_forward_pass_can_be_copied():
     assert torch.equal(copied.kept["list"][0], 2 * model.last)
     assert copied.last.grad_fn is None
     assert model.last.grad_fn is not None
+
+
+def test_a_result_that_a_copy_changes_in_place_stays_in_the_original():
+    model = Remembers()
+    model(torch.ones(1, 3))
+    before = model.last.detach().clone()
+    copied = copy_of(model)
+    copied.last.zero_()
+    copied.kept["list"][0].zero_()
+    assert torch.equal(model.last, before)
+    assert torch.equal(model.kept["list"][0], 2 * before)
 
 
 def test_workers_that_keep_results_have_a_mean_after_training():
@@ -215,6 +227,14 @@ def test_a_model_that_computes_with_a_function_around_itself_is_refused_by_name(
     listed.scale = [listed.scale]
     with pytest.raises(ValueError, match="'scale' is a function around"):
         Workers(listed, 2)
+
+
+def test_a_function_around_the_model_that_was_made_its_method_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    linear = model[0]
+    model.forward = MethodType(lambda self, x: 2 * linear(x), model)
+    with pytest.raises(ValueError, match="'forward' is a function around a part of the model itself"):
+        Workers(model, 2)
 
 
 def decorated(function):

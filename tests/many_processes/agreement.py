@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from fastlocal import AdaComm, ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo
 from fastlocal.local import DisagreementError
@@ -142,6 +143,46 @@ def pieces_of_a_sharded_worker_share_one_decision(rank, new_group):
     net, optimizer = shard(2 + rank % 2, mesh.get_group("replicate"))
     with pytest.raises(DisagreementError, match=r"rank [13] has FixedInterval.interval 3, rank [02] has 2"):
         step(net, optimizer)
+
+
+def the_first_process_on_a_mesh_of_any_order_decides_for_all_others(rank, new_group):
+    mesh = DeviceMesh("cpu", [[3, 0], [1, 2]], mesh_dim_names=("replicate", "shard"))
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    inner = torch.optim.SGD(net.parameters(), lr=0.01)
+    optimizer = LocalSGD(inner, net, AdaComm(8), process_group=ALONE[0], timeout=20.0)
+    for loss in (16.0, 1.0 + rank):
+        optimizer.observe(train_loss=loss)
+        for _ in range(8):
+            optimizer.step()
+        optimizer.sync()
+    assert optimizer.stats.train_loss == 1.0 + 3
+    assert optimizer.stats.interval == 4  # ⌈8·√(4/16)⌉
+
+
+def a_gradient_that_is_a_sum_still_to_be_taken_is_refused(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "pieces"))
+    model = nn.ParameterList([nn.Parameter(distribute_tensor(torch.zeros(2), mesh["pieces"], [Replicate()]))])
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    group = mesh.get_group("replicate")
+    optimizer = LocalSGD(inner, model, 2, process_group=group, timeout=20.0, warmup_steps=1)
+    model[0].grad = DTensor.from_local(torch.ones(2), mesh["pieces"], [Partial()])
+    with pytest.raises(TypeError, match="must be sharded or replicated, got placements"):
+        optimizer.step()
+
+
+def pieces_of_which_there_are_copies_count_once_in_the_drift(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("workers", "copies", "shard"))
+    group = mesh.get_group("workers")
+    net = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh["copies", "shard"])
+    policy = FixedInterval(1)
+    policy.reads_drift = True
+    inner = torch.optim.SGD(net.parameters(), lr=1.0)
+    optimizer = LocalSGD(inner, net, policy, process_group=group, timeout=20.0)
+    net(torch.ones(1, 4)).sum().backward()  # a gradient of ones
+    net.weight.grad.mul_(dist.get_rank(group))
+    optimizer.step()
+    # Two workers that are √16 apart, each half of it from the mean.
+    assert optimizer.stats.drift == pytest.approx(2.0, rel=1e-6)
 
 
 def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):

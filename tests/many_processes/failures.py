@@ -57,6 +57,22 @@ def without_a_finite_worker_every_rank_raises(rank, new_group):
         optimizer.sync()
 
 
+def a_worker_with_one_bad_value_is_left_out_by_those_who_hold_its_other_pieces(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    replicas = mesh.get_group("replicate")
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    optimizer = LocalSGD(torch.optim.SGD(net.parameters(), lr=0.1), net, 9, process_group=replicas, timeout=20.0)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.to_local().fill_(1.0 + dist.get_rank(replicas))
+        if rank == 3:  # the last piece of the second worker
+            net.bias.to_local()[0] = torch.inf
+    optimizer.sync()
+    assert optimizer.stats.excluded == 1
+    assert (parameters_of_pieces(net) == 1).all()
+
+
 def a_step_that_gradscaler_skips_on_one_rank_counts_there_too(rank, new_group):
     for fused in (False, True):
         for warmup in (0, 2):
@@ -106,6 +122,30 @@ def work_that_a_device_never_ends_is_an_error_after_the_timeout(rank, new_group)
         find_group(process_group, 1.0, [torch.device("cpu"), torch.device("meta")])
 
 
+def every_turn_of_one_process_is_waited_for(rank, new_group):
+    group = find_group(new_group(), 20.0, [torch.device("cpu")])
+    group.arrive("fetch the images", 0)
+    for turn in range(2):
+        began = time.monotonic()
+        assert group.by_one(1, lambda turn=turn: time.sleep(0.2) or turn) == (turn if rank == 1 else None)
+        assert time.monotonic() - began >= 0.15
+
+
+def what_fails_in_the_computation_itself_is_no_lost_rank(rank, new_group):
+    group = find_group(new_group(), 20.0, [torch.device("cpu")])
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as error, group.watching("average gradients", 3):
+        torch.mm(torch.ones(2, 3), torch.ones(2, 3))
+    assert not isinstance(error.value, LostRankError)
+
+
+def nccls_watchdog_would_end_the_process_long_after_whoever_waits_has_said_who_is_missing(rank, new_group):
+    group = find_group(new_group(), 5.0, [torch.device("cpu")])
+    assert group._options("Allreduce", torch.device("cuda")).timeout.total_seconds() == 5.0  # of gloo
+    group._has_nccl = True
+    assert group._options("Allreduce", torch.device("cpu")).timeout.total_seconds() == 5.0
+    assert group._options("Allreduce", torch.device("cuda")).timeout.total_seconds() >= 5.0 + 20.0
+
+
 def a_piece_of_a_sharded_worker_that_never_comes_is_named(rank, new_group):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
@@ -132,6 +172,7 @@ def a_piece_whose_overflow_nobody_hears_of_is_named_after_the_timeout(rank, new_
     before = parameters_of_pieces(net)
     optimizer.step()
     assert torch.equal(parameters_of_pieces(net), before) == (rank % 2 == 1)  # rank 1 has its other piece
+    assert optimizer.found_inf.item() == (rank == 3)  # each flag stays what its own process has seen
     if rank < 2:
         started = time.monotonic()
         waited = rf"rank {rank} waited 2\.\d s to agree whether gradients overflowed at local step 1"

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fastlocal import LocalSGD, SlowMo, Workers
 from tests.local_runs import parameters_of, poison
@@ -52,6 +54,25 @@ def an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped(rank
                 optimizer.step()
         results.append(parameters_of(team[0]))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def an_optimizer_that_begins_leaves_what_the_loaded_state_of_another_says_it_has_stepped(rank, new_group):
+    group = new_group()
+
+    def build_pair():
+        torch.manual_seed(0)
+        team = Workers(nn.Linear(3, 2), 1)
+        inners = [torch.optim.SGD([p for p in team.parameters() if p.dim() == dim], lr=0.1) for dim in (2, 1)]
+        return team, *(LocalSGD(inner, team, 3, process_group=group, timeout=20.0) for inner in inners)
+
+    team, weights, _ = build_pair()
+    team[0].weight.grad = torch.full((2, 3), float(rank))
+    weights.step()
+    again, resumed, biases = build_pair()
+    again.load_state_dict(team.state_dict())
+    resumed.load_state_dict(weights.state_dict())
+    biases.step()
+    assert torch.equal(again[0].weight, team[0].weight)
 
 
 def two_optimizers_of_one_model_leave_all_ranks_equal_with_every_wire(rank, new_group):
@@ -122,12 +143,12 @@ def factored_moments_are_averaged_and_kept_buffers_may_differ_in_shape(rank, new
                 generator = torch.Generator().manual_seed(10 * step + number)
                 x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
                 worker(x).square().sum().backward()
-                if (step, number) == (3, 2):
+                if (step, number) == (3, 1):
                     worker.weight.data[0, 0] = torch.nan
             optimizer.step()
         mine = team[0 if k == 1 else rank]
         assert mine.cache.tolist() == [float(rank)] * (rank + 1)
-        assert (mine.a, mine.b) == (ord("a"), ord("b"))  # rank 2's are healed with its parameters
+        assert (mine.a, mine.b) == (ord("a"), ord("b"))  # rank 1's are healed, in another order than rank 0's
         assert optimizer.stats.excluded == 1
         finished.append((parameters_of(mine), optimizer.stats.bytes_on_wire))
     torch.testing.assert_close(finished[0][0], finished[1][0], rtol=1e-10, atol=1e-10)
@@ -176,6 +197,44 @@ def resuming_with_the_model_on_rank_0_alone_is_resuming_with_it_on_all(rank, new
             assert team[0][1].running_mean.tolist() == [expected] * 4  # kept by all, or rank 0's
         assert torch.equal(*finished)
         assert not torch.equal(finished[0], parameters_of(first_team[0]))
+
+
+def pieces_that_are_written_to_after_the_optimizer_was_built_become_the_first_workers(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    replicas = mesh.get_group("replicate")
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    optimizer = LocalSGD(torch.optim.SGD(net.parameters(), lr=0.1), net, 9, process_group=replicas, timeout=20.0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.to_local().fill_(1.0 + dist.get_rank(replicas))
+    optimizer.step()
+    assert all((parameter.to_local() == 1).all() for parameter in net.parameters())
+
+
+def two_workers_of_one_process_that_are_healed_count_their_steps_apart(rank, new_group):
+    pair = [new_group([0, 1]), new_group([2, 3])][rank // 2]
+    team = Workers(nn.Linear(2, 1), 2)
+    inner = torch.optim.Adam(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, 2, inner_state="average", process_group=pair, timeout=20.0)
+    for step in range(4):
+        for worker in team:
+            for parameter in worker.parameters():
+                parameter.grad = torch.full_like(parameter, torch.nan if step == 1 and rank % 2 else 1.0)
+        optimizer.step()
+    assert optimizer.stats.excluded == 2
+    assert [int(inner.state[parameter]["step"]) for parameter in team.parameters()] == [4] * 4
+
+
+def moments_of_low_precision_are_averaged_in_float32_and_those_that_a_rank_lacks_are_left_alone(rank, new_group):
+    model = nn.ParameterList([torch.zeros(4, dtype=torch.bfloat16), torch.zeros(1)])
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = LocalSGD(inner, model, 1, inner_state="average", process_group=new_group(), timeout=20.0)
+    model[0].grad = torch.tensor([1024.0, 1.5, 1.5, 1.5], dtype=torch.bfloat16).roll(rank)
+    model[1].grad = None if rank == 1 else torch.tensor([1.0 + rank])
+    optimizer.step()
+    buffers = [inner.state.get(parameter, {}).get("momentum_buffer") for parameter in model]
+    assert buffers[0].tolist() == [258.0] * 4  # what 257.125 is rounded to; in bfloat16 1024 + 3 is 1024
+    assert buffers[1] is None if rank == 1 else buffers[1].item() == 1.0 + rank
 
 
 def a_model_that_rank_0_alone_rolls_back_is_where_all_go_on(rank, new_group):

@@ -142,3 +142,16 @@ def a_line_search_in_the_warmup_takes_the_same_step_on_every_rank(rank, new_grou
         assert ours.item() == pytest.approx(plain.step(closure_of(single, plain, batches)).item(), rel=1e-9)
     for parameter, exact in zip(model.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(parameter, exact, rtol=1e-8, atol=1e-8)
+
+
+def the_loss_that_a_line_search_looks_at_is_the_weighted_mean_of_all_ranks(rank, new_group):
+    model = nn.ParameterList([torch.zeros(1)])
+    inner = torch.optim.LBFGS(model.parameters())
+    group, weights = new_group(), [1.0 + rank]
+    optimizer = LocalSGD(inner, model, 5, process_group=group, timeout=20.0, warmup_steps=1, weights=weights)
+
+    def closure():
+        model[0].grad = torch.zeros(1)
+        return torch.tensor(10.0 * rank)
+
+    assert optimizer.step(closure).item() == (0 * 1 + 10 * 2 + 20 * 3 + 30 * 4) / 10
