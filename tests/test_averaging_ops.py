@@ -349,3 +349,26 @@ def test_weighted_sum_equals_the_formula_and_leaves_out_rows_of_share_zero(dtype
     assert anchor.eq(0).all()
     with pytest.raises(ValueError, match="shares must have one number for each of 3 rows, got 1"):
         ops.weighted_sum_(anchor, rows, [1.0])
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+def test_the_mean_of_three_equal_rows_is_on_average_neither_above_nor_below_them(impl):
+    row, weights = make(1, 5000, torch.float32)[0][0], torch.ones(3, device=DEVICE)
+    averaged, stepped = row.repeat(3, 1), row.repeat(3, 1)
+    parts = torch.empty(3, ops.num_drift_parts(5000), device=DEVICE)
+    ops.average_(averaged, weights, parts, impl=impl)
+    ops.outer_step_(
+        stepped, row.clone(), torch.zeros_like(row), weights, parts, impl=impl, direct=1, momentum=0, decay=0, gain=0
+    )
+    for rows in (averaged, stepped):
+        # Each is off by its last digit, 6e-8, at most; times a float32 of 1/3, all would be 3e-8 above.
+        assert abs((rows[0].double() / row.double() - 1).mean().item()) < 1e-8
+
+
+@pytest.mark.parametrize("measures", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+def test_many_rows_have_their_mean_whatever_weight_they_share(impl, measures):
+    rows, _, _, weights, parts = make(12, 1000, torch.float32)
+    mean = rows.double().mean(0)
+    ops.average_(rows, weights.fill_(0.5), parts if measures else None, impl=impl)
+    torch.testing.assert_close(rows.double(), mean.expand(12, -1), rtol=1e-6, atol=1e-6)

@@ -210,3 +210,16 @@ def test_the_door_names_masters_that_do_not_fit():
 def test_master_weights_must_be_true_or_false(optimizer):
     with pytest.raises(ValueError, match="master_weights must be one of True, False, got 'yes'"):
         optimizer([torch.zeros(2)], master_weights="yes")
+
+
+@FLAGS
+@BOTH
+def test_a_parameter_without_a_master_may_join_those_that_have_one(optimizer, flags):
+    params = [nn.Parameter(torch.ones(3, dtype=dtype, device=DEVICE)) for dtype in (torch.bfloat16, torch.float32)]
+    stepped = optimizer(params, lr=0.1, weight_decay=0.0, master_weights=True, **flags)
+    for number in (1, 1, 2):  # of those that have a gradient
+        for param in params[:number]:
+            param.grad = torch.ones_like(param)
+        stepped.step()
+    # Without decay there is no trust ratio: the weight moves by lr in its first step.
+    torch.testing.assert_close(params[1].detach().cpu(), torch.full((3,), 0.9), rtol=1e-5, atol=0)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal.outer import SlowMomentum
 
 K, INTERVAL = 3, 4
 # Relative to weights near 1: a handful of float64 roundings a step.
@@ -284,3 +285,16 @@ def test_steps_can_be_taken_with_a_closure_and_its_loss_is_returned():
     optimizer.sync()
     train(other, other_team, data)
     assert torch.equal(flatten(team[0]), flatten(other_team[0]))
+
+
+def test_parameters_with_coefficients_of_their_own_share_one_drift_and_one_left_out_keeps_its_momentum():
+    rows = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]])
+    outer = SlowMomentum(
+        rows, [(0, 1), (1, 2), (2, 3)], slow_lr=1.0, slow_momentum=0.5, form="nesterov", impl="portable"
+    )
+    outer.momentum_buffer.copy_(torch.tensor([8.0, 8.0, 8.0]))
+    drift = outer.step_(torch.ones(2), [0.1, None, 0.1], measures=True)
+    assert drift.tolist() == [1.0 + 4.0, 1.0 + 4.0]
+    # Δ = −(2, 2, 5); v ← 0.5·8 + Δ and x ← −(Δ + 0.5v); the one in the middle takes the mean alone.
+    assert outer.momentum_buffer.tolist() == [2.0, 8.0, -1.0]
+    assert rows.tolist() == [[1.0, 2.0, 5.5]] * 2

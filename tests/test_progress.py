@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlocal.ops.averaging import relative_weights
-from fastlocal.ops.progress import empty_message, mean_, num_bytes, progress_
+from fastlocal.ops.progress import add_up, empty_message, mean_, num_bytes, progress_
 from fastlocal.reference import averaging as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,3 +86,20 @@ def test_a_message_takes_half_or_a_quarter_of_float32_and_a_byte_a_chunk():
     assert empty_message(2 * 1024, torch.float8_e4m3fn, torch.device("cpu")).nbytes == num_bytes(
         2 * 1024, torch.float8_e4m3fn
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_sum_of_three_is_rounded_once_in_a_message_and_over_messages(dtype):
+    # Beside 256 bfloat16 has steps of 2, beside 16 float8: 1 at a time is lost, 2 are not.
+    most = 256.0 if dtype == torch.bfloat16 else 16.0
+    rows = torch.tensor([[most], [1.0], [1.0]], device=DEVICE)
+    anchor = torch.zeros(1, device=DEVICE)
+    alone = empty_message(1, dtype, anchor.device)
+    progress_(alone, rows, anchor, [1.0] * 3)
+    messages = torch.stack([torch.empty_like(alone)] * 3)
+    for message, row in zip(messages, rows, strict=True):
+        progress_(message, row[None], anchor, [1.0])
+    for message in (alone, add_up(messages)):
+        mean = torch.empty_like(anchor)
+        mean_(mean, message, rows, anchor, 1.0)
+        assert mean.item() == most + 2

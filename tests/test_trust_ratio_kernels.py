@@ -15,7 +15,7 @@ from test_ops_trust_ratio import LARS as LARS_OPTIONS
 from fastlocal import LAMB, LARS
 from fastlocal.kernels import lamb
 from fastlocal.kernels.rounding import round_to
-from fastlocal.kernels.trust_ratio_common import CHUNK
+from fastlocal.kernels.trust_ratio_common import BLOCK, CHUNK, norm_kernel
 from fastlocal.kernels.trust_ratio_tables import buckets
 from fastlocal.ops import trust_ratio as ops
 
@@ -589,3 +589,93 @@ def test_a_gradient_that_is_nan_spreads_through_the_norm_that_clips():
         param.grad = torch.full_like(param, value)
     fused.step()
     assert all(fused.state[param]["exp_avg"].isnan().all() for param in params)
+
+
+IMPLS = pytest.mark.parametrize("impl", ["triton", "portable", "reference"])
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("weight", "grad", "norm", "stepped"),
+    [(0.0, 3.0, "sum", -0.3), (0.0, 3.0, "joint", -0.3), (2.0, 0.0, "sum", 1.9), (2.0, 0.0, "joint", 1.95)],
+)
+def test_lars_steps_zero_weights_and_zero_gradients_without_a_ratio(weight, grad, norm, stepped, impl):
+    # By lr·(g + λw), lr = 0.1 and λ = 0.5. The joint norm of the last, of λw, is not zero: the ratio is η/λ = 0.5.
+    options = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.5, trust_coefficient=0.25, eps=0.0, norm=norm)
+    param, grads = torch.full((5,), weight, device=DEVICE), torch.full((5,), grad, device=DEVICE)
+    ops.lars_([param], [grads], [None], [None], options, impl=impl)
+    torch.testing.assert_close(param.cpu(), torch.full((5,), stepped), rtol=1e-6, atol=0)
+
+
+@IMPLS
+@pytest.mark.parametrize(("weight", "grad", "stepped"), [(0.0, 3.0, -0.1), (2.0, 0.0, 2.0)])
+def test_lamb_steps_zero_weights_and_zero_updates_without_a_ratio(weight, grad, stepped, impl):
+    options = replace(LAMB_OPTIONS, weight_decay=0.0, trust_clip=None)
+    param, grads = torch.full((5,), weight, device=DEVICE), torch.full((5,), grad, device=DEVICE)
+    first, second = (torch.zeros(5, device=DEVICE) for _ in range(2))
+    ops.lamb_([param], [grads], [first], [second], [torch.zeros((), device=DEVICE)], options, impl=impl)
+    torch.testing.assert_close(param.cpu(), torch.full((5,), stepped), rtol=1e-6, atol=0)
+
+
+@IMPLS
+@pytest.mark.parametrize("norm", ["sum", "joint"])
+def test_eps_counts_in_the_denominator_of_the_ratio_of_lars(norm, impl):
+    # ‖w‖ = 5, ‖g‖ = λ‖w‖ = 1, ‖g + λw‖ = 2: either denominator is 2 + ε = 5, and the ratio is η = 0.5.
+    options = replace(LARS_OPTIONS, lr=1.0, momentum=0.0, weight_decay=0.2, trust_coefficient=0.5, eps=3.0, norm=norm)
+    param, grad = torch.tensor([3.0, 4.0], device=DEVICE), torch.tensor([0.6, 0.8], device=DEVICE)
+    ops.lars_([param], [grad], [None], [None], options, impl=impl)
+    torch.testing.assert_close(param.cpu(), torch.tensor([2.4, 3.2]), rtol=1e-6, atol=0)
+
+
+def test_partial_sums_of_more_than_one_block_are_all_summed():
+    sums, norm = torch.ones(2 * BLOCK + 452, device=DEVICE), torch.empty((), device=DEVICE)
+    norm_kernel[(1,)](sums, len(sums), norm, BLOCK)
+    assert norm.item() == 50.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lamb", "lars"])
+def test_nothing_beyond_the_end_of_a_tensor_is_written(kind, dtype):
+    size = 13
+    params, grads, masters, first, second = (
+        torch.ones(32, dtype=d, device=DEVICE) for d in (dtype, dtype, *[torch.float32] * 3)
+    )
+    own = [[memory[:size]] for memory in (params, grads, first, second)]
+    grads[:size] = 2
+    exact = {"masters": [masters[:size]] if dtype != torch.float32 else None, "impl": "triton"}
+    if kind == "lamb":
+        ops.lamb_(*own, [torch.zeros((), device=DEVICE)], LAMB_OPTIONS, **exact)
+    else:
+        ops.lars_(*own[:3], [None], LARS_OPTIONS, **exact)
+    assert not first[:size].eq(1).any()
+    for memory in (params, grads, masters, first, second):
+        assert memory[size:].eq(1).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@IMPLS
+@pytest.mark.parametrize(("bounds", "ratio"), [((0.0, 10.0), 4.0), ((5.0, 10.0), 5.0), ((0.0, 2.0), 2.0)])
+def test_the_ratio_of_lamb_keeps_to_either_bound(bounds, ratio, impl):
+    # u = 1, so the ratio is ‖w‖/‖u‖ = 4. Without ε what lies beyond the end of a block is 0/0.
+    options = replace(LAMB_OPTIONS, weight_decay=0.0, eps=0.0, trust_clip=bounds)
+    param, grad = (torch.full((2,), value, device=DEVICE) for value in (4.0, 3.0))
+    first, second = (torch.zeros(2, device=DEVICE) for _ in range(2))
+    ops.lamb_([param], [grad], [first], [second], [torch.zeros((), device=DEVICE)], options, impl=impl)
+    torch.testing.assert_close(param.cpu(), torch.full((2,), 4 - 0.1 * ratio), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+def test_a_weight_that_becomes_channels_last_between_steps_meets_its_own_state(optimizer, flags):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(4, 6, 3, 5, device=DEVICE))
+    exact = torch.nn.Parameter(param.detach().cpu().double())
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    stepped, plain = optimizer([param], **options, **flags), optimizer([exact], foreach=False, **options)
+    for _ in range(3):
+        param.grad = torch.randn_like(param)
+        exact.grad = param.grad.cpu().double().contiguous()
+        stepped.step()
+        plain.step()
+        param.data = last(param.data)
+    torch.testing.assert_close(param.detach().cpu().double(), exact.detach(), rtol=1e-5, atol=1e-6)
