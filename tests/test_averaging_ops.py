@@ -264,6 +264,9 @@ def test_rows_without_columns_are_accepted(impl):
     ops.average_(rows, torch.ones(2, device=DEVICE), parts, impl=impl)
     assert not parts.any()
     assert ops.finite_rows(rows, impl=impl).tolist() == [True, True]
+    none, weights = torch.empty(0, device=DEVICE), torch.ones(2, device=DEVICE)
+    ops.outer_step_(rows, none, none, weights, parts.fill_(1), impl=impl, **COEFFICIENTS["slowmo"])
+    assert not parts.any()
 
 
 def test_wrong_arguments_are_named_with_value_and_rule():
@@ -285,6 +288,27 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         ops.finite_rows(rows.long())
     with pytest.raises(ValueError, match="impl must be one of auto, triton, portable, reference, got 'cuda'"):
         ops.finite_rows(rows, impl="cuda")
+
+
+def test_companions_that_would_be_misread_or_spread_over_all_columns_are_named():
+    rows, _, _, weights, parts = make(2, 2000, torch.float32)
+    mean = torch.zeros(2000, device=DEVICE)
+    with pytest.raises(ValueError, match=r"mean must have the shape \(2000,\), got \(1,\)"):
+        ops.average_(rows, weights, parts, mean[:1])
+    with pytest.raises(ValueError, match="mean must be torch.float32, got torch.bfloat16"):
+        ops.average_(rows, weights, parts, mean.bfloat16())
+    with pytest.raises(ValueError, match="weights must be torch.float32, got torch.float64"):
+        ops.average_(rows, weights.double(), parts)
+    with pytest.raises(ValueError, match="drift_parts must be torch.float32, got torch.float64"):
+        ops.average_(rows, weights, parts.double())
+    with pytest.raises(ValueError, match=f"weights must be on the device of rows, {rows.device}, got meta"):
+        ops.average_(rows, weights.to("meta"), parts)
+    with pytest.raises(ValueError, match=r"rows must have the shape .* got \(0, 2000\)"):
+        ops.finite_rows(rows[:0])
+    with pytest.raises(ValueError, match=r"total must have the shape \(2000,\), got \(3000,\)"):
+        ops.weighted_sum_(torch.zeros(3000, device=DEVICE), rows, [1.0, 1.0])
+    with pytest.raises(ValueError, match="total must be torch.float32, got torch.bfloat16"):
+        ops.weighted_sum_(mean.bfloat16(), rows, [1.0, 1.0])
 
 
 def test_rows_without_columns_have_a_sum():

@@ -25,6 +25,11 @@ def test_values_of_all_sizes_arrive_as_the_reference_rounds_them(columns):
         assert torch.equal(sent(sent(values)), sent(values))
 
 
+def test_a_chunk_that_is_full_is_not_followed_by_an_empty_one():
+    assert [float8.num_chunks(columns) for columns in (0, 1, 1023, 1024, 1025, 2048)] == [0, 1, 1, 1, 2, 2]
+    assert float8.empty(2048, DEVICE).shape == (2, 1025)
+
+
 def test_values_are_rounded_to_four_bits_of_their_own_or_to_steps_of_the_chunk():
     # 448 stands for itself, so the chunk's power of two is 1 and its least step 2^-9.
     values = torch.tensor([448.0, 17.0, 18.9, -19.0, 25.0, 2**-9, 1.4 * 2**-9, 1.5 * 2**-9, 0.5 * 2**-9, 0.0])

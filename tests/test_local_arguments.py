@@ -40,6 +40,10 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         LocalSGD(sgd(), team, 2, inner_state="drop")
     with pytest.raises(ValueError, match="buffers must be one of average, keep, broadcast, got 'sum'"):
         LocalSGD(sgd(), team, 2, buffers="sum")
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, portable, reference, got 'cuda'"):
+        LocalSGD(sgd(), team, 2, impl="cuda")
+    with pytest.raises(TypeError, match="model must be an nn.Module or Workers, got list"):
+        LocalSGD(sgd(), list(team), 2)
     for seconds in (0.0, float("nan"), float("inf"), 1e10):
         with pytest.raises(
             ValueError, match=f"timeout must be .* seconds, at most 1e9, got {re.escape(str(seconds))}"

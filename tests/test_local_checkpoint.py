@@ -489,3 +489,33 @@ def test_what_hooks_of_the_state_return_takes_its_place():
     saved = optimizer.state_dict()
     assert list(saved) == ["outside"]
     optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_a_resumed_run_keeps_the_digits_that_anchors_have_beyond_those_of_their_rows(saved_again):
+    def build():
+        team = Workers(nn.Linear(1, 1, bias=False).bfloat16(), 4)
+        with torch.no_grad():
+            for parameter in team.parameters():
+                parameter.fill_(1.0)
+        return SlowMo(torch.optim.SGD(team.parameters(), lr=0.125), team, 1, slow_momentum=0.0), team
+
+    def step(optimizer, team):
+        team[0].weight.grad = torch.full((1, 1), -(2.0**-4), dtype=torch.bfloat16)
+        optimizer.step()
+        return optimizer.state_dict()["fastlocal"]["outer"][0]["anchor"][0].item()
+
+    def resume(optimizer, team):
+        again, workers = build()
+        workers.load_state_dict(copy.deepcopy(team.state_dict()))
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return again, workers
+
+    # One of four workers gains a unit of the rows' last place, 2^-7, a round: the anchor gains a quarter of it.
+    optimizer, team = build()
+    assert step(optimizer, team) == 1 + 2**-9
+    optimizer, team = resume(optimizer, team)
+    for rounds in range(2, 9):
+        assert step(optimizer, team) == 1 + rounds * 2**-9
+        if saved_again:
+            optimizer, team = resume(optimizer, team)

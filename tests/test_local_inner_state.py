@@ -42,6 +42,16 @@ FRESH = {
 }
 
 
+def test_inner_state_is_each_workers_own_unless_something_else_is_chosen():
+    team = Workers(nn.ParameterList([torch.zeros(1)]), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0, momentum=0.5), team, 1)
+    for _ in range(2):
+        for model, value in zip(team, (1.0, 3.0), strict=True):
+            model[0].grad = torch.tensor([value])
+        optimizer.step()
+    assert [optimizer.state[model[0]]["momentum_buffer"].item() for model in team] == [1.5, 4.5]
+
+
 @pytest.mark.parametrize("name", FRESH)
 def test_after_a_reset_an_optimizer_steps_like_a_new_one(name):
     torch.manual_seed(0)

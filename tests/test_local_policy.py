@@ -47,6 +47,17 @@ def test_observing_a_loss_that_is_not_finite_is_an_error(loss):
     assert optimizer.stats.val_loss is None
 
 
+def test_losses_are_observed_together_or_alone_and_neither_where_one_is_not_finite():
+    optimizer, _ = make(LocalSGD)
+    optimizer.observe(val_loss=2.0, train_loss=3.0)
+    optimizer.observe(train_loss=1.0)
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"train_loss must be finite, got {bad}"):
+            optimizer.observe(val_loss=5.0, train_loss=bad)
+    stats = optimizer.stats
+    assert (stats.val_loss, stats.train_loss, stats.observations) == (2.0, 1.0, 1)
+
+
 def test_a_policy_is_told_the_highest_rate_of_the_groups():
     team = Workers(nn.Linear(2, 1), 2)
     each = [[p for p in team.parameters() if p.dim() == dim] for dim in (1, 2)]

@@ -110,3 +110,13 @@ def test_buffers_that_a_sync_merged_after_the_warmup_are_not_sent_again():
     sent = optimizer.stats.bytes_on_wire
     optimizer.sync()
     assert optimizer.stats.bytes_on_wire == sent
+
+
+def test_each_step_of_the_warmup_is_a_round_and_adds_its_seconds():
+    optimizer, team = make(LocalSGD, interval=2, warmup_steps=3)
+    optimizer.stats.seconds_in_sync = 1000.0
+    run(optimizer, team, 2)
+    assert optimizer.stats.seconds_in_sync > 1000
+    assert (optimizer.stats.local_steps, optimizer.stats.rounds) == (2, 2)
+    run(optimizer, team, 3)  # the last of the warm-up, and a round of two
+    assert (optimizer.stats.local_steps, optimizer.stats.rounds) == (5, 4)

@@ -183,6 +183,23 @@ def test_a_checkpoint_without_masters_starts_them_from_the_parameters(optimizer)
 
 
 @BOTH
+def test_a_master_that_is_none_in_a_checkpoint_begins_as_the_parameter(optimizer):
+    param = nn.Parameter(torch.full((3,), 2.0, dtype=torch.bfloat16))
+    opt = optimizer([param], lr=1.0, weight_decay=0.0, master_weights=True)
+    param.grad = torch.ones_like(param)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["master"] = None
+    opt.load_state_dict(saved)
+    assert opt.state[param].get("master") is None
+    with torch.no_grad():
+        param.fill_(8.0)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step()
+    assert opt.state[param]["master"].tolist() == [8.0] * 3
+
+
+@BOTH
 def test_distributed_checkpointing_keeps_masters(optimizer):
     torch.manual_seed(0)
     model = nn.Linear(4, 3).bfloat16()

@@ -147,6 +147,48 @@ def test_a_scaled_gradient_and_its_scale_are_the_gradient(shapes):
     assert_within(stepped(torch.float32, 1024.0), stepped(torch.float64, 1.0), 1e-4)
 
 
+@pytest.mark.parametrize("impl", ["portable", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "nesterov", "stepped"),
+    # g = 8/4 = 2, v = g: w - 0.1 v, or w - 0.1 (g + 0.9 v).
+    [(torch.float64, False, 0.8), (torch.float64, True, 0.62), (torch.float32, True, 0.62)],
+    ids=str,
+)
+def test_the_scale_is_undone_where_lars_goes_tensor_by_tensor_too(dtype, nesterov, stepped, impl):
+    options = replace(LARS, weight_decay=0.0, adapt="decayed", nesterov=nesterov)
+    param, grad, buffer = torch.ones(3, dtype=dtype), torch.full((3,), 8.0, dtype=dtype), torch.zeros(3, dtype=dtype)
+    ops.lars_([param], [grad], [buffer], [None], options, grad_scale=torch.tensor(4.0), impl=impl)
+    assert buffer.tolist() == [2.0] * 3
+    assert param.tolist() == pytest.approx([stepped] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("bias_correction", [False, "step"])
+@pytest.mark.parametrize("impl", ["portable", "reference"])
+@pytest.mark.parametrize("shape", [(4,), (130, 140)], ids=["short", "long"])
+def test_moments_of_a_long_memory_are_not_corrected_where_none_asks_for_it(shape, impl, bias_correction):
+    # m = 0.1, v = 1e-6, u = 100; the "step" is corrected by √1e-6 / 0.1 instead. 0.999999¹⁰⁰⁰⁰ would still be 0.99.
+    options = replace(LAMB, betas=(0.9, 1 - 1e-6), eps=0.0, weight_decay=0.0, adapt="decayed", lr=0.01)
+    options = replace(options, bias_correction=bias_correction)
+    param, grad, first, second = (torch.full(shape, value) for value in (3.0, 1.0, 0.0, 0.0))
+    ops.lamb_([param], [grad], [first], [second], [torch.zeros(())], options, impl=impl)
+    expected = 3.0 - 0.01 * (1.0 if bias_correction else 100.0)
+    torch.testing.assert_close(param, torch.full(shape, expected), rtol=1e-5, atol=0)
+
+
+def test_tensors_of_other_shapes_and_longer_ones_may_take_turns_in_the_memory_of_a_step():
+    tables: dict = {}
+    for shapes in ([(3,), (4,)], [(5,), (2,)], [(4,), (3,)], [(2, 2), (3,)], [(CHUNK + 3,), (2,)], [(3,), (4,)]):
+        results = []
+        for kept in (tables, None):
+            generator = torch.Generator().manual_seed(0)
+            params = [torch.randn(shape, generator=generator) for shape in shapes]
+            first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+            grads, steps = [p + 1 for p in params], [torch.zeros(()) for _ in params]
+            ops.lamb_(params, grads, first, second, steps, LAMB, impl="portable", tables=kept)
+            results.append(params + first + second)
+        assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 def test_tensors_longer_than_a_chunk_have_one_norm(size):
     shapes = [(size,), *SHAPES[1:]]
@@ -209,7 +251,7 @@ def test_triton_refuses_dtypes_it_does_not_step(dtype):
 
 
 @pytest.mark.parametrize("size", [4, 256 * 256])
-@pytest.mark.parametrize("norm", [1.0, 1e-6, 1e-10, 1e-14, 1e-17])
+@pytest.mark.parametrize("norm", [1.0, 1e-6, 1e-10, 2e-12, 1e-14, 1e-17])
 def test_lars_keeps_its_digits_where_the_ratio_is_small(norm, size):
     options = replace(LARS, weight_decay=0.0, eps=0.0, trust_coefficient=1.0, lr=10.0)
     grad = -torch.rand(size, generator=torch.Generator().manual_seed(0))

@@ -255,6 +255,8 @@ def test_a_grad_scaler_unscales_and_skips_itself_unless_the_step_is_fused(optimi
     opt = optimizer(make_params())
     assert not opt._step_supports_amp_scaling
     assert optimizer(make_params(), fused=True)._step_supports_amp_scaling
+    mixed = [{"params": make_params(), "fused": True}, {"params": make_params()}]
+    assert not optimizer(mixed)._step_supports_amp_scaling
     seen = []
     opt.register_step_post_hook(lambda *_: seen.append("step"))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

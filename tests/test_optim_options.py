@@ -23,6 +23,12 @@ def _seed():
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
         ({"adapt": "none"}, "adapt must be one of 'decayed', 'all', 'matrices', got 'none'"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay value: nan"),
+        ({"eps": float("nan")}, "Invalid epsilon value: nan"),
+        ({"maximize": 1}, "maximize must be one of True, False, got 1"),
+        ({"capturable": "no"}, "capturable must be one of True, False, got 'no'"),
+        ({"foreach": 0}, "foreach must be one of True, False, None, got 0"),
+        ({"fused": "yes"}, "fused must be one of True, False, None, got 'yes'"),
     ],
 )
 def test_a_wrong_option_is_named_in_the_constructor_and_in_a_group(optimizer, options, message):
@@ -72,6 +78,24 @@ def test_lars_names_the_option_that_is_out_of_range(options, message):
 def test_foreach_and_fused_exclude_each_other(optimizer):
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
         optimizer(make_params(), foreach=True, fused=True)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("foreach", "fused", "impl"),
+    [
+        (None, None, "auto"),
+        (None, True, "triton"),
+        (False, True, "triton"),
+        (None, False, "portable"),  # not the kernels, which "auto" might choose
+        (True, None, "portable"),
+        (True, False, "portable"),
+        (False, None, "reference"),
+        (False, False, "reference"),
+    ],
+)
+def test_foreach_and_fused_choose_the_implementation_as_in_torch(optimizer, foreach, fused, impl):
+    assert optimizer._impl(optimizer(make_params(), foreach=foreach, fused=fused).param_groups[0]) == impl
 
 
 @BOTH

@@ -1,9 +1,11 @@
 """The state of LARS and LAMB: copies, checkpoints, and those of other libraries."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -94,6 +96,22 @@ def test_a_state_of_the_wrong_shape_is_refused(optimizer):
         optimizer([nn.Parameter(torch.randn(5, 4))]).load_state_dict(opt.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "name", "value"),
+    [(LAMB, "exp_avg", None), (LAMB, "exp_avg_sq", 3.0), (LARS, "momentum_buffer", 3.0), (LAMB, "master", "none")],
+)
+def test_a_state_that_is_no_tensor_is_named_and_changes_nothing(optimizer, name, value):
+    params = make_params()
+    opt = optimizer(params)
+    train(opt, params, [1])
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1][name] = value
+    again = optimizer(clone(params))
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got {value!r}"):
+        again.load_state_dict(saved)
+    assert not again.state
+
+
 def test_a_state_whose_steps_are_others_is_refused():
     params = make_params()
     theirs = torch.optim.AdamW(params, amsgrad=True)
@@ -101,10 +119,67 @@ def test_a_state_whose_steps_are_others_is_refused():
         ValueError, match="made with amsgrad=True, which LAMB does not have: its steps would be others"
     ):
         LAMB(params).load_state_dict(theirs.state_dict())
-    saved = LAMB(params).state_dict()
-    saved["param_groups"][0]["caution"] = True
-    with pytest.raises(ValueError, match="made with caution=True, which LAMB does not have"):
+    for option in ("caution", "corrected_weight_decay"):
+        saved = LAMB(params).state_dict()
+        saved["param_groups"][0][option] = True
+        with pytest.raises(ValueError, match=f"made with {option}=True, which LAMB does not have"):
+            LAMB(params).load_state_dict(saved)
+        saved["param_groups"][0][option] = False
         LAMB(params).load_state_dict(saved)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        ({"adapt": "none"}, ValueError, "adapt must be one of 'decayed', 'all', 'matrices', got 'none'"),
+        ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_its_range_in_a_state_dict_is_refused_and_changes_nothing(optimizer, options, error, said):
+    params = make_params()
+    opt = optimizer(params, lr=0.5)
+    train(opt, params, [1])
+    saved, before = (copy.deepcopy(opt.state_dict()) for _ in range(2))
+    saved["param_groups"][0].update(options)
+    for state in saved["state"].values():
+        for value in state.values():
+            value += 1
+    with pytest.raises(error, match=said):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    for param, state in zip(params, before["state"].values(), strict=True):
+        assert_equal(opt.state[param].values(), state.values())
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "given", [{}, {"param_groups": []}, None, {"state": [], "param_groups": [{"params": [0]}]}], ids=str
+)
+def test_what_is_no_state_dict_is_refused_as_such_and_changes_nothing(optimizer, given):
+    params = make_params()[:1]
+    opt = optimizer(params, lr=0.5)
+    train(opt, params, [1])
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="state_dict is not one of an optimizer: "):
+        opt.load_state_dict(given)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    assert_equal(opt.state[params[0]].values(), before["state"][0].values())
+
+
+@BOTH
+def test_a_state_that_was_loaded_is_not_kept_alive(optimizer):
+    params = make_params()
+    opt = optimizer(params)
+    train(opt, params, [1])
+    saved = copy.deepcopy(opt.state_dict())
+    loaded = [weakref.ref(value) for state in saved["state"].values() for value in state.values()]
+    opt.load_state_dict(saved)
+    del saved
+    gc.collect()
+    assert not any(tensor() is not None for tensor in loaded)
 
 
 @pytest.mark.parametrize(("of", "into"), [(LARS, LAMB), (LAMB, LARS)])
@@ -132,14 +207,15 @@ def test_moments_without_a_count_of_steps_are_refused_by_lamb():
 
 @BOTH
 def test_a_checkpoint_of_kernels_goes_on_where_there_are_none_and_another_class_does_not_choose_the_path(optimizer):
-    params = make_params(torch.float64)  # which no kernel takes
+    params = [nn.Parameter(torch.randn(3)), *make_params(torch.float64)]  # most of which no kernel takes
     there, here = optimizer(params, fused=True), optimizer(params)
     here.load_state_dict(there.state_dict())
     assert here.param_groups[0]["fused"] is None
-    theirs = (torch.optim.AdamW if optimizer is LAMB else torch.optim.SGD)(params, lr=0.5, foreach=True)
-    there.load_state_dict(theirs.state_dict())
+    theirs = (torch.optim.AdamW if optimizer is LAMB else torch.optim.SGD)(params, lr=0.5, foreach=True).state_dict()
+    theirs["param_groups"][0]["capturable"] = True
+    there.load_state_dict(theirs)
     assert there.param_groups[0]["lr"] == 0.5
-    assert (there.param_groups[0]["foreach"], there.param_groups[0]["fused"]) == (None, True)
+    assert [there.param_groups[0][name] for name in ("foreach", "fused", "capturable")] == [None, True, False]
     here.load_state_dict(optimizer(params, foreach=False).state_dict())  # one's own path is part of the same bits
     assert here.param_groups[0]["foreach"] is False
 
@@ -280,6 +356,19 @@ def test_lamb_reads_the_step_that_apex_and_timm_keep_in_the_group(step):
     train(opt, params, [3])
     train(again, same, [3])
     assert_equal(params, same)
+
+
+def test_the_step_of_a_group_counts_for_those_of_its_states_that_have_none_of_their_own():
+    params = make_params()[:3]
+    moments = [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in params]
+    theirs = {
+        "state": {0: moments[0], 1: {**moments[1], "step": torch.tensor(5.0)}},  # the last has never been stepped
+        "param_groups": [{"lr": 0.1, "step": 2, "params": [0, 1, 2]}],
+    }
+    opt = LAMB(params)
+    opt.load_state_dict(theirs)
+    assert [opt.state[p]["step"].item() for p in params[:2]] == [2, 5]
+    assert params[2] not in opt.state
 
 
 def test_lars_reads_the_names_that_timm_gives_its_options():

@@ -17,6 +17,7 @@ from fastlocal.kernels import lamb
 from fastlocal.kernels.rounding import round_to
 from fastlocal.kernels.trust_ratio_common import BLOCK, CHUNK, norm_kernel
 from fastlocal.kernels.trust_ratio_tables import buckets
+from fastlocal.kernels.trust_ratio_upload import Staging
 from fastlocal.ops import trust_ratio as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -469,6 +470,40 @@ def test_state_that_the_kernels_would_misread_is_refused(state, error, message):
         ops.lars_([param], [torch.ones_like(param)], [moved], [None], options, impl="triton")
 
 
+def test_a_count_of_steps_that_the_kernels_would_misread_is_refused():
+    param = torch.randn(4, device=DEVICE)
+    first, second = (torch.zeros_like(param) for _ in range(2))
+    for dtype in (torch.float64, torch.int64):
+        step = torch.zeros((), dtype=dtype, device=DEVICE)
+        with pytest.raises(TypeError, match=f"state must be float32 .* got {dtype}"):
+            ops.lamb_([param], [param], [first], [second], [step], LAMB_OPTIONS, impl="triton")
+    step = torch.zeros((), device="meta")
+    with pytest.raises(RuntimeError, match=f"must be on the parameter's {param.device}, got meta"):
+        ops.lamb_([param], [param], [first], [second], [step], LAMB_OPTIONS, impl="triton")
+
+
+def test_tensors_with_gaps_are_read_and_written_without_them_where_no_state_says_how_they_lie():
+    memory = torch.full((3, 8), 100.0, device=DEVICE)
+    gradient = memory[:, ::2].fill_(2.0)
+    assert ops.grad_norm([gradient], impl="triton").item() == pytest.approx(48**0.5)
+    weights = torch.full((3, 8), 100.0, device=DEVICE)
+    param = weights[:, ::2].fill_(1.0)
+    options = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.0, adapt="decayed")
+    ops.lars_([param], [gradient], [None], [None], options, impl="triton")
+    torch.testing.assert_close(weights.cpu(), torch.tensor([0.8, 100.0] * 4).expand(3, 8), rtol=1e-6, atol=0)
+
+
+def test_gradients_that_are_transposed_in_turn_where_they_lie_are_read_as_they_are():
+    first, second = (torch.arange(16.0, device=DEVICE).view(4, 4) + n for n in (0, 16))
+    params = [torch.zeros(4, 4, device=DEVICE) for _ in range(2)]
+    options = replace(LARS_OPTIONS, lr=1.0, momentum=0.0, weight_decay=0.0, adapt="decayed")
+    tables: dict = {}
+    for grads in ([first.T, second], [first, second.T], [first.T, second]):
+        before = [param.clone() for param in params]
+        ops.lars_(params, grads, [None] * 2, [None] * 2, options, impl="triton", tables=tables)
+        assert all(torch.equal(b - g, param) for b, g, param in zip(before, grads, params, strict=True))
+
+
 @pytest.mark.parametrize("optimizer", [LAMB, LARS])
 def test_a_sparse_gradient_after_dense_ones_is_refused_by_name(optimizer):
     params, _, fused, _, step = pair_of_optimizers(optimizer, [(4, 6)])
@@ -532,6 +567,34 @@ def test_a_gradient_that_moves_off_a_multiple_of_16_bytes_leaves_the_bucket_whos
         (bucket,) = buckets(cache, "step", [[param], [grad]], (0,), None, lambda _: True)
         assert bucket.aligned == aligned
         assert bucket.pointers.tolist() == [[param.data_ptr()], [grad.data_ptr()]]
+
+
+def test_memory_set_aside_for_captures_is_given_out_once_at_multiples_of_16_and_renewed_when_used(monkeypatch):
+    # Pinned memory needs a GPU.
+    monkeypatch.setattr(Staging, "_pinned", lambda self, size: torch.full((size,), 77, dtype=torch.uint8))
+    staging = Staging()
+    staging.set_aside(0)
+    assert staging._aside is None
+    staging.set_aside(100)
+    first = staging._aside
+    assert first is not None
+    staging.set_aside(100)
+    assert staging._aside is first
+    tables = [torch.arange(3, dtype=torch.int32), torch.arange(4).view(2, 2), torch.tensor([7], dtype=torch.int32)]
+    placed = [staging.place(table) for table in tables]
+    assert [table.data_ptr() - first.data_ptr() for table in placed] == [0, 16, 48]
+    staging.set_aside(100)
+    (renewed := staging.place(torch.tensor([5, 6, 7]))).add_(1)
+    assert renewed.tolist() == [6, 7, 8]
+    for table, copy in zip(tables, placed, strict=True):
+        assert copy.dtype == table.dtype
+        assert torch.equal(copy, table)
+    staging.set_aside(8000)
+    assert staging.place(torch.arange(2000)).tolist() == list(range(2000))  # twice the bytes, for another division
+    staging.set_aside(1)
+    last = staging._aside
+    staging.set_aside(8000)
+    assert staging._aside is not last
 
 
 def test_more_tensors_than_one_program_prepares_are_all_stepped(monkeypatch):
