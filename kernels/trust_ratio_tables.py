@@ -230,10 +230,6 @@ def _check(tensors: Sequence[Tensor], step: Tensor | None) -> None:
     for tensor in (*state, *(() if step is None else (step,))):
         if tensor.dtype != torch.float32:
             raise TypeError(f"state must be float32 for impl='triton' (fused=True), got {tensor.dtype}")
-    for tensor in tensors[1:]:
-        if tensor.shape != param.shape:
-            shapes = f"{tuple(param.shape)}, got {tuple(tensor.shape)}"
-            raise ValueError(f"gradients and state must have their parameter's shape {shapes}")
 
 
 def _is_dense(tensor: Tensor) -> bool:

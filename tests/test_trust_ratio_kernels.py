@@ -493,6 +493,14 @@ def test_tensors_with_gaps_are_read_and_written_without_them_where_no_state_says
     torch.testing.assert_close(weights.cpu(), torch.tensor([0.8, 100.0] * 4).expand(3, 8), rtol=1e-6, atol=0)
 
 
+def test_a_gradient_expanded_from_one_value_is_read_and_not_written_to():
+    param, value = torch.ones(3, 4, device=DEVICE), torch.full((), 2.0, device=DEVICE)
+    options = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.0, adapt="decayed")
+    ops.lars_([param], [value.expand(3, 4)], [None], [None], options, impl="triton")
+    torch.testing.assert_close(param, torch.full_like(param, 0.8), rtol=1e-6, atol=0)
+    assert value.item() == 2.0
+
+
 def test_gradients_that_are_transposed_in_turn_where_they_lie_are_read_as_they_are():
     first, second = (torch.arange(16.0, device=DEVICE).view(4, 4) + n for n in (0, 16))
     params = [torch.zeros(4, 4, device=DEVICE) for _ in range(2)]
