@@ -396,3 +396,12 @@ def test_many_rows_have_their_mean_whatever_weight_they_share(impl, measures):
     mean = rows.double().mean(0)
     ops.average_(rows, weights.fill_(0.5), parts if measures else None, impl=impl)
     torch.testing.assert_close(rows.double(), mean.expand(12, -1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+def test_a_single_column_may_have_any_stride(impl):
+    rows, parts = torch.tensor([[1.0, 2.0, 6.0]], device=DEVICE).t(), torch.empty(3, 1, device=DEVICE)
+    assert rows.stride() == (1, 3)
+    ops.average_(rows, torch.ones(3, device=DEVICE), parts, impl=impl)
+    assert rows.tolist() == [[3.0]] * 3
+    assert parts.tolist() == [[4.0], [1.0], [9.0]]

@@ -81,6 +81,20 @@ def test_a_process_that_does_not_come_to_the_rendezvous_is_named(store):
         assert said.endswith(" s: rank 1 did not come\n")
 
 
+def test_rank_0_that_does_not_come_to_the_rendezvous_is_named_too(store):
+    _, said, errors = finish(start(JOIN, store.port, 1, 2, **UNDER_TORCHRUN))
+    assert said.startswith(f"rank 1 of 2 did not meet the others at 127.0.0.1:{store.port} "), errors
+    assert said.endswith(" s: rank 0 did not come\n")
+
+
+def test_what_is_no_group_of_this_process_is_refused():
+    devices = [torch.device("cpu")]
+    with pytest.raises(ValueError, match="process_group must be one that this process is in: it is not"):
+        comm.find_group(torch.distributed.GroupMember.NON_GROUP_MEMBER, 1.0, devices)
+    with pytest.raises(TypeError, match="process_group must be a torch.distributed process group, got 'world'"):
+        comm.find_group("world", 1.0, devices)
+
+
 MEET = """
 import sys
 import torch
@@ -144,6 +158,7 @@ def test_a_place_to_meet_that_cannot_be_reached_is_one_line_with_address_and_sec
         ({"RANK": "2"}, "RANK must be a number from 0 to 1, got '2'"),
         ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set: start with torchrun"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number of at least 1, got 'x'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number of at least 1, got '0'"),
     ],
 )
 def test_an_environment_that_torchrun_would_not_make_is_refused(monkeypatch, changed, message):

@@ -595,3 +595,16 @@ def test_a_group_added_in_a_round_steps_at_its_own_rate():
         if step == 0:
             optimizer.add_param_group({"params": [model[1] for model in team], "lr": 0.5})
     assert [parameter.item() for parameter in team[1].parameters()] == [-2.0, -0.5]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_parameter_that_moves_in_any_worker_takes_the_outer_step(moves):
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    team[1 - moves][0].requires_grad_(False)
+    optimizer = SlowMo(torch.optim.SGD(team.parameters(), lr=1.0), team, 1, slow_lr=0.5)
+    for model in team:
+        model[1].grad = torch.ones(1)
+    team[moves][0].grad = torch.ones(1)
+    optimizer.step()
+    # Half of the way to the mean: of -1 and 0, and of -1 and -1.
+    assert [[parameter.item() for parameter in model.parameters()] for model in team] == [[-0.25, -0.5]] * 2

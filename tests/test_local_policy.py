@@ -58,6 +58,13 @@ def test_losses_are_observed_together_or_alone_and_neither_where_one_is_not_fini
     assert (stats.val_loss, stats.train_loss, stats.observations) == (2.0, 1.0, 1)
 
 
+def test_a_loss_of_zero_is_one_that_was_observed():
+    optimizer, _ = make(LocalSGD)
+    optimizer.observe(val_loss=0.0, train_loss=0.0)
+    stats = optimizer.stats
+    assert (stats.val_loss, stats.train_loss, stats.observations) == (0.0, 0.0, 1)
+
+
 def test_a_policy_is_told_the_highest_rate_of_the_groups():
     team = Workers(nn.Linear(2, 1), 2)
     each = [[p for p in team.parameters() if p.dim() == dim] for dim in (1, 2)]

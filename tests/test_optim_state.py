@@ -88,6 +88,20 @@ def test_a_state_dict_can_be_loaded_before_the_first_step_and_with_older_groups(
 
 
 @BOTH
+def test_an_optimizer_pickled_before_there_was_an_option_takes_its_default(optimizer):
+    params = make_params()
+    opt = optimizer(params, lr=0.1, maximize=True)
+    older = copy.deepcopy(opt.__getstate__())
+    for group in older["param_groups"]:
+        del group["capturable"], group["adapt"]
+    again = optimizer(clone(params))
+    again.__setstate__(older)
+    group = again.param_groups[0]
+    assert (group["capturable"], group["adapt"]) == (opt.defaults["capturable"], opt.defaults["adapt"])
+    assert (group["lr"], group["maximize"]) == (0.1, True)
+
+
+@BOTH
 def test_a_state_of_the_wrong_shape_is_refused(optimizer):
     params = [nn.Parameter(torch.randn(4, 5))]
     opt = optimizer(params)

@@ -95,7 +95,10 @@ def test_a_hook_that_steps_one_parameter_is_refused_and_one_a_worker_is_left_alo
     assert workers.mean().weight.shape == (1, 2)
 
 
-@pytest.mark.parametrize("model", [nn.LazyLinear(3), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d())])
+@pytest.mark.parametrize(
+    "model",
+    [nn.LazyLinear(3), *(nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=own)) for own in (True, False))],
+)
 def test_a_lazy_module_is_refused_by_name_until_it_has_seen_an_input(model):
     with pytest.raises(ValueError, match="is uninitialised: run one forward pass of the lazy module first"):
         Workers(model, 2)
@@ -265,8 +268,15 @@ class Calls:
         lambda forward: functools.lru_cache(None)(forward),
         lambda forward: Calls(decorated(forward)),
         lambda forward: {"a": {"b": [lambda x, f=forward: f(x)]}},
+        lambda forward: functools.partial(lambda x, f: f(x), f=decorated(forward)),
+        lambda forward: lambda x, *, f=forward: f(x),
+        lambda forward: deque([decorated(forward)]),
+        lambda forward: {decorated(forward)},
     ],
-    ids=["twice", "autocast", "partial", "argument", "cache", "object", "nested"],
+    ids=[
+        *("twice", "autocast", "partial", "argument", "cache", "object", "nested"),
+        *("named argument", "keyword", "deque", "set"),
+    ],
 )
 def test_a_function_in_a_function_around_the_model_is_refused_too(wrapped):
     model = nn.Sequential(nn.Linear(2, 2))
@@ -299,6 +309,10 @@ def test_a_hook_that_computes_with_another_part_of_the_model_is_refused():
     model = nn.ModuleDict({"base": nn.Linear(2, 2), "adapter": nn.Linear(2, 2)})
     adapter = model["adapter"]
     handle = model["base"].register_forward_hook(lambda module, inputs, output: output + adapter(inputs[0]))
+    with pytest.raises(ValueError, match="a forward hook of 'base' is a function around another part of the model"):
+        Workers(model, 2)
+    handle.remove()
+    handle = model["base"].register_forward_pre_hook(lambda module, inputs: adapter(inputs[0]))
     with pytest.raises(ValueError, match="a forward hook of 'base' is a function around another part of the model"):
         Workers(model, 2)
     handle.remove()
@@ -338,3 +352,16 @@ def test_a_compiled_model_makes_functions_of_its_own():
     for worker in workers:
         worker(torch.ones(1, 2)).sum().backward()
     assert all(parameter.grad is not None for parameter in workers.parameters())
+
+
+def test_a_function_around_a_result_of_the_forward_pass_may_be_shared():
+    model = Remembers()
+    last = model(torch.ones(1, 3))
+    model.scale = lambda x: x * last
+    assert copy_of(model).scale is model.scale
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(ValueError, match="a scripted or traced module cannot be copied with its parameters"):
+        twin_of(torch.jit.script(nn.Linear(2, 2)))

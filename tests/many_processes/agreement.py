@@ -1,5 +1,7 @@
 """What every rank must be told of the others: settings, steps, rates, the interval."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +30,25 @@ def settings_that_differ_are_named_on_every_rank(rank, new_group):
         DisagreementError, match=r"rank 2 has the tensor 0.weight \(3, 3\) .*, rank 0 0.weight \(2, 3\)"
     ):
         optimizer.step()
+
+
+def of_many_settings_that_differ_some_are_counted(rank, new_group):
+    optimizer, team = build(SlowMo, 1, 4 + rank, new_group(), slow_lr=1.0 + rank, slow_momentum=0.1 * rank)
+    with pytest.raises(DisagreementError, match="rank 2 has slow_momentum 0.2, rank 0 has 0.0; and 3 more$"):
+        run(optimizer, team, 1)
+
+
+def buffers_that_have_grown_on_one_rank_alone_are_an_error_on_every_rank(rank, new_group):
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    model.register_buffer("seen", torch.zeros(1))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, model, 9, process_group=new_group(), timeout=20.0)
+    optimizer.step()
+    if rank == 2:
+        model.seen = torch.zeros(3)
+    with pytest.raises(DisagreementError, match="rank 2 is at elements of buffers 3, rank 0 at 1"):
+        optimizer.sync()
 
 
 def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
@@ -114,6 +135,18 @@ def rank_0_alone_decides_the_interval(rank, new_group):
     assert said[0] == said[rank] == ({"name": "OriginalValidationLoss", "state": said[0][0]["state"]}, 6)
 
 
+def what_rank_0_has_observed_is_told_again_after_a_state_was_loaded(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, OriginalValidationLoss(4, total_epochs=100), group=new_group())
+    run(optimizer, team, 4, worker=rank)
+    optimizer.observe(val_loss=1.0 + rank)
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        run(optimizer, team, 1, first=4, worker=rank)
+        assert optimizer.stats.val_loss == 1.0
+        optimizer.load_state_dict(copy.deepcopy(state))
+        assert optimizer.stats.val_loss == 1.0 + rank
+
+
 def pieces_of_a_sharded_worker_share_one_decision(rank, new_group):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
@@ -183,6 +216,19 @@ def pieces_of_which_there_are_copies_count_once_in_the_drift(rank, new_group):
     optimizer.step()
     # Two workers that are √16 apart, each half of it from the mean.
     assert optimizer.stats.drift == pytest.approx(2.0, rel=1e-6)
+
+
+def a_worker_that_is_left_out_has_no_part_in_the_drift(rank, new_group):
+    policy = FixedInterval(9)
+    policy.reads_drift = True
+    model = nn.ParameterList([torch.zeros(1)])
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = LocalSGD(inner, model, policy, process_group=new_group(), timeout=20.0)
+    optimizer.step()
+    model[0].data.fill_((0.0, torch.nan, 3.0, 6.0)[rank])
+    optimizer.sync()
+    assert optimizer.stats.excluded == 1
+    assert optimizer.stats.drift == pytest.approx((3 + 0 + 3) / 3, rel=1e-6)
 
 
 def drift_is_measured_for_a_policy_that_reads_it(rank, new_group):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.comm import find_group
 from fastlocal.local import DisagreementError
+from fastlocal.local.checksum import checksum
 from fastlocal.ops import progress
 from fastlocal.reference.averaging import rounded_to_float8
 from fastlocal.train.data_parallel import DataParallel
@@ -183,6 +184,22 @@ def parameters_of_the_same_numbers_in_another_order_become_rank_0s(rank, new_gro
         team[0].weight.grad = torch.zeros_like(start)
         optimizer.step()
         assert torch.equal(team[0].weight, start)
+
+
+def parameters_whose_checksums_differ_in_one_half_alone_become_rank_0s(rank, new_group):
+    group = new_group()
+    factor = checksum(torch.tensor([1])).item()
+    for difference in (1, 2**32):
+        number = difference * pow(factor, -1, 2**64) % 2**64
+        torch.manual_seed(0)
+        model = nn.Linear(1, 1)
+        own = torch.tensor([(number - 2**64 if number >= 2**63 else number) if rank else 0])
+        assert checksum(own).item() == (difference if rank else 0)
+        model.frozen = nn.Parameter(own, requires_grad=False)
+        inner = torch.optim.SGD(list(model.parameters())[:2], lr=0.1)
+        optimizer = LocalSGD(inner, model, 9, process_group=group, timeout=20.0)
+        optimizer.step()
+        assert model.frozen.tolist() == [0]
 
 
 def frozen_parameters_of_every_dtype_become_rank_0s_bit_by_bit(rank, new_group):

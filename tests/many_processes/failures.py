@@ -131,6 +131,20 @@ def every_turn_of_one_process_is_waited_for(rank, new_group):
         assert time.monotonic() - began >= 0.15
 
 
+def a_turn_that_fails_ends_for_those_who_wait(rank, new_group):
+    group = find_group(new_group(), 20.0, [torch.device("cpu")])
+    group.arrive("fetch the images", 0)
+
+    def fail():
+        raise KeyError("no images")
+
+    if rank == 1:
+        with pytest.raises(KeyError, match="no images"):
+            group.by_one(1, fail)
+    else:
+        assert group.by_one(1, fail) is None
+
+
 def what_fails_in_the_computation_itself_is_no_lost_rank(rank, new_group):
     group = find_group(new_group(), 20.0, [torch.device("cpu")])
     with pytest.raises(RuntimeError, match="cannot be multiplied") as error, group.watching("average gradients", 3):
@@ -185,6 +199,18 @@ def a_piece_whose_overflow_nobody_hears_of_is_named_after_the_timeout(rank, new_
 
 def parameters_of_pieces(net):
     return torch.cat([p.to_local().detach().flatten() for p in net.parameters()])
+
+
+def a_rank_that_comes_to_one_of_two_wrappers_alone_is_named(rank, new_group):
+    process_group = new_group()
+    first, second = (find_group(process_group, 2.0, [torch.device("cpu")]) for _ in range(2))
+    for step in range(3):
+        first.arrive("close a round", step)
+    if rank != 3:
+        second.arrive("close a round", 7)
+        with pytest.raises(LostRankError, match=r"local step 7: rank 3 has not arrived \(never seen\)"):
+            second.gather([1.0])
+    dist.barrier()
 
 
 def a_rank_that_stalls_is_named_by_the_others(rank, new_group):

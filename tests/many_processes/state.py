@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def buffers_are_kept_or_broadcast_as_chosen(rank, new_group):
             assert team[0][1].num_batches_tracked.item() == 7
         else:
             assert math.isnan(mean) if rank == 0 else mean == rank
+
+
+def the_largest_of_whole_numbers_below_zero_is_kept(rank, new_group):
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    model.register_buffer("numbers", torch.zeros(2, dtype=torch.int32))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, model, 9, process_group=new_group(), timeout=20.0)
+    optimizer.step()
+    model.numbers.copy_(torch.tensor([(-5, -8), (-1, -1), (-7, -6), (-8, -5)][rank]))
+    if rank == 1:  # left out with its numbers
+        model.weight.data.fill_(torch.nan)
+    optimizer.sync()
+    assert model.numbers.tolist() == [-5, -5]
 
 
 def an_optimizer_that_begins_after_another_leaves_what_that_one_has_stepped(rank, new_group):
@@ -302,3 +317,5 @@ def copies_talk_to_the_copies_in_the_other_processes(rank, new_group):
     run(optimizer, team, 4, first=4, worker=rank)
     run(twin, twin.rows.modules, 4, first=4, worker=rank)
     assert torch.equal(parameters_of(team[0]), parameters_of(twin.rows.modules[0]))
+    with pytest.raises(TypeError, match=r"in a process group cannot be pickled: save its state_dict\(\)"):
+        pickle.dumps(optimizer)
