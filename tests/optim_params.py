@@ -7,8 +7,10 @@ from torch import nn
 from fastlocal import LAMB, LARS
 
 BOTH = pytest.mark.parametrize("optimizer", [LAMB, LARS])
-
-
+IMPLS = pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+FLAGS = pytest.mark.parametrize(
+    "flags", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["reference", "portable", "triton"]
+)
 EVERY_FORM = pytest.mark.parametrize(
     ("optimizer", "options"),
     [

@@ -20,6 +20,7 @@ COEFFICIENTS = {
 SIZES = [(1, 1), (1, 5000), (2, 1024), (3, 1023), (4, 40_000), (5, 16), (8, 2050)]
 # More columns than one block of the portable path, and rows that sum rather than run.
 EQUAL_WEIGHTS = [(1, 400_003), (2, 400_003), (5, 200_001), (16, 250_001)]
+IMPLS = pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
 
 
 def make(k, n, dtype, seed=0, device=DEVICE):
@@ -54,7 +55,7 @@ def test_outer_step_equals_the_formula_in_float64(form, impl):
     torch.testing.assert_close(parts.double().sum(1), drift, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_mean_of_two_rows_is_the_hand_computed_one(impl):
     rows = torch.tensor([[1.0, 2.0, 3.0], [5.0, 2.0, -3.0]], device=DEVICE)
     weights = torch.tensor([3.0, 1.0], device=DEVICE)
@@ -80,7 +81,7 @@ def test_average_agrees_with_float64(impl, k, n, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("k", "n"), [(1, 5000), (2, 1024), (5, 16), (8, 400_001), (16, 250_001)])
 @pytest.mark.parametrize("kept", ["all", "all alike", "but the first", "the last"])
-@pytest.mark.parametrize("impl", ["portable", "reference", "triton"])
+@IMPLS
 def test_results_without_a_drift_that_nobody_reads_agree_with_float64(impl, kept, k, n, dtype):
     if impl == "triton" and DEVICE == "cpu" and n > 5000:
         return  # the interpreter is slow, and its blocks are all alike
@@ -188,7 +189,7 @@ def test_bfloat16_rows_are_rounded_to_nearest_even(impl):
     assert rows.tolist() == [[1.0, 1 + 2**-7, -(1 + 2 * 2**-7)]]
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("column", [0, 1024, 39_999])
 def test_finite_rows_finds_one_bad_value(impl, bad, column):
@@ -197,7 +198,7 @@ def test_finite_rows_finds_one_bad_value(impl, bad, column):
     assert ops.finite_rows(rows, impl=impl).tolist() == [True, True, False, True]
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_finite_rows_is_not_misled_by_a_sum_that_overflows_or_cancels(impl):
     rows = torch.zeros(3, 2000, device=DEVICE)
     rows[0] = 3e38
@@ -205,7 +206,7 @@ def test_finite_rows_is_not_misled_by_a_sum_that_overflows_or_cancels(impl):
     assert ops.finite_rows(rows, impl=impl).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_a_row_of_weight_zero_is_left_out_even_if_it_is_nan(impl):
     rows, anchor, slow, _, parts = make(3, 3000, torch.float32)
     good = rows[[0, 2]].double().mean(0)
@@ -217,7 +218,7 @@ def test_a_row_of_weight_zero_is_left_out_even_if_it_is_nan(impl):
     assert parts.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_nothing_is_written_when_no_row_has_weight(impl):
     rows, anchor, slow, weights, parts = make(2, 3000, torch.float32)
     before = [tensor.clone() for tensor in (rows, anchor, slow)]
@@ -228,7 +229,7 @@ def test_nothing_is_written_when_no_row_has_weight(impl):
     assert not parts.any()
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_columns_outside_a_slice_are_not_touched(impl):
     rows, _, _, weights, _ = make(3, 4096, torch.float32)
     before = rows.clone()
@@ -258,7 +259,7 @@ def test_difference_first_keeps_the_digits_that_dividing_first_loses():
     assert error(ours) < 1e-6
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_rows_without_columns_are_accepted(impl):
     rows, parts = torch.empty(2, 0, device=DEVICE), torch.ones(2, 1, device=DEVICE)
     ops.average_(rows, torch.ones(2, device=DEVICE), parts, impl=impl)
@@ -329,7 +330,7 @@ def test_asking_for_a_kernel_that_cannot_run_is_an_error():
     assert "needs tensors on a CUDA device" in done.stderr
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [None, *COEFFICIENTS])
 def test_a_mean_that_is_known_is_written_to_all_rows_whatever_the_weights(form, dtype, impl):
@@ -375,7 +376,7 @@ def test_weighted_sum_equals_the_formula_and_leaves_out_rows_of_share_zero(dtype
         ops.weighted_sum_(anchor, rows, [1.0])
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_the_mean_of_three_equal_rows_is_on_average_neither_above_nor_below_them(impl):
     row, weights = make(1, 5000, torch.float32)[0][0], torch.ones(3, device=DEVICE)
     averaged, stepped = row.repeat(3, 1), row.repeat(3, 1)
@@ -390,7 +391,7 @@ def test_the_mean_of_three_equal_rows_is_on_average_neither_above_nor_below_them
 
 
 @pytest.mark.parametrize("measures", [False, True])
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_many_rows_have_their_mean_whatever_weight_they_share(impl, measures):
     rows, _, _, weights, parts = make(12, 1000, torch.float32)
     mean = rows.double().mean(0)
@@ -398,7 +399,7 @@ def test_many_rows_have_their_mean_whatever_weight_they_share(impl, measures):
     torch.testing.assert_close(rows.double(), mean.expand(12, -1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
+@IMPLS
 def test_a_single_column_may_have_any_stride(impl):
     rows, parts = torch.tensor([[1.0, 2.0, 6.0]], device=DEVICE).t(), torch.empty(3, 1, device=DEVICE)
     assert rows.stride() == (1, 3)

@@ -210,25 +210,6 @@ def test_a_sync_whose_drift_nobody_reads_measures_none_and_gives_the_same_parame
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_policy_that_does_not_say_whether_it_reads_the_drift_is_told_it():
-    class Plain:
-        def next_interval(self, stats):
-            return 1
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state_dict):
-            pass
-
-    team = Workers(nn.ParameterList([torch.zeros(1)]), 2)
-    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, Plain())
-    for model, value in zip(team, (1.0, 5.0), strict=True):
-        model[0].grad = torch.tensor([value])
-    optimizer.step()
-    assert optimizer.stats.drift == 2.0
-
-
 def test_parameters_keep_storage_and_memory_format_over_a_sync():
     optimizer, team = make(interval=2)
     before = [(p.data_ptr(), p.stride()) for p in team.parameters()]

@@ -8,25 +8,37 @@ from torch import nn
 from fastlocal import QSR, FixedInterval, LocalSGD, ValidationLoss, Workers
 
 
+class Growing:
+    """No more than the protocol asks for."""
+
+    calls = 0
+
+    def next_interval(self, stats):
+        self.calls += 1
+        return stats.rounds + 1
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state_dict):
+        self.calls = state_dict["calls"]
+
+
 def test_a_policy_of_ones_own_chooses_the_interval_once_a_round():
-    class Growing:
-        calls = 0
-
-        def next_interval(self, stats):
-            self.calls += 1
-            return stats.rounds + 1
-
-        def state_dict(self):
-            return {"calls": self.calls}
-
-        def load_state_dict(self, state_dict):
-            self.calls = state_dict["calls"]
-
     policy = Growing()
     optimizer, team = make(interval=policy)
     run(optimizer, team, 6)
     assert optimizer.stats.rounds == 3  # 1 + 2 + 3 steps
     assert policy.calls == 3
+
+
+def test_a_policy_that_does_not_say_whether_it_reads_the_drift_is_told_it():
+    team = Workers(nn.ParameterList([torch.zeros(1)]), 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=1.0), team, Growing())
+    for model, value in zip(team, (1.0, 5.0), strict=True):
+        model[0].grad = torch.tensor([value])
+    optimizer.step()
+    assert optimizer.stats.drift == 2.0
 
 
 def test_a_policy_that_answers_nonsense_is_named():

@@ -6,23 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from optim_params import BOTH, FLAGS, IMPLS
 from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
 from test_ops_trust_ratio import LARS as LARS_OPTIONS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from fastlocal import LAMB, LARS
+from fastlocal import LARS
 from fastlocal.kernels.trust_ratio_common import CHUNK
 from fastlocal.ops import trust_ratio as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(33, 17), (1,), (0,), (5,), (), (2, 3, 4, 5), (CHUNK + 3,)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-IMPLS = pytest.mark.parametrize("impl", ["reference", "portable", "triton"])
-FLAGS = pytest.mark.parametrize(
-    "flags", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["reference", "portable", "triton"]
-)
-BOTH = pytest.mark.parametrize("optimizer", [LAMB, LARS])
 CHANGES: list[Any] = [
     (LAMB_OPTIONS, {}),
     (LAMB_OPTIONS, {"decay": "decoupled"}),

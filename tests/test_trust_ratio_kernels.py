@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from optim_params import BOTH, FLAGS, IMPLS
 from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
 from test_ops_trust_ratio import LAMB_CHANGES, LARS_CHANGES
 from test_ops_trust_ratio import LARS as LARS_OPTIONS
@@ -25,6 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(CHUNK + 3,), (1,), (0,), (5,), (), (2, 3, 4, 5)]
 # What three steps' roundings of the weights may add up to, relative to the largest weight.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
+WITHOUT_RATIO = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.0, adapt="decayed")  # w - lr g
 
 
 def tensors(seed, dtype):
@@ -181,7 +183,7 @@ def last(tensor):
     return tensor.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 @pytest.mark.parametrize(
     "layout",
     ["channels_last", "channels_last weight", "channels_last gradient", "gaps", "unaligned", "transposed"],
@@ -210,7 +212,7 @@ def test_fused_steps_do_not_depend_on_strides_or_alignment(optimizer, layout):
     assert strided.data_ptr() == laid_out[0].data_ptr()
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_fused_steps_follow_new_gradients_reloaded_state_moved_weights_and_changed_options(optimizer):
     torch.manual_seed(0)
     params = [
@@ -244,7 +246,7 @@ def test_fused_steps_follow_new_gradients_reloaded_state_moved_weights_and_chang
     step()
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_fused_steps_take_mixed_dtypes_in_one_group(optimizer):
     torch.manual_seed(0)
     params = [
@@ -265,7 +267,7 @@ def test_fused_steps_take_mixed_dtypes_in_one_group(optimizer):
         )
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_the_matrices_alone_have_a_ratio_in_a_group_of_several_dtypes_too(optimizer):
     torch.manual_seed(0)
     kinds = ((3,), torch.float32), ((3,), torch.bfloat16), ((3, 2), torch.float32)
@@ -290,7 +292,7 @@ def test_the_norm_of_gradients_of_several_dtypes_is_that_of_their_concatenation(
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)])
-@pytest.mark.parametrize("impl", ["triton", "portable", "reference"])
+@IMPLS
 def test_lamb_clips_by_the_norm_of_its_own_gradients_where_none_is_given(impl, dtypes):
     options = replace(LAMB_OPTIONS, max_grad_norm=0.5)
     results = []
@@ -488,15 +490,13 @@ def test_tensors_with_gaps_are_read_and_written_without_them_where_no_state_says
     assert ops.grad_norm([gradient], impl="triton").item() == pytest.approx(48**0.5)
     weights = torch.full((3, 8), 100.0, device=DEVICE)
     param = weights[:, ::2].fill_(1.0)
-    options = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.0, adapt="decayed")
-    ops.lars_([param], [gradient], [None], [None], options, impl="triton")
+    ops.lars_([param], [gradient], [None], [None], WITHOUT_RATIO, impl="triton")
     torch.testing.assert_close(weights.cpu(), torch.tensor([0.8, 100.0] * 4).expand(3, 8), rtol=1e-6, atol=0)
 
 
 def test_a_gradient_expanded_from_one_value_is_read_and_not_written_to():
     param, value = torch.ones(3, 4, device=DEVICE), torch.full((), 2.0, device=DEVICE)
-    options = replace(LARS_OPTIONS, momentum=0.0, weight_decay=0.0, adapt="decayed")
-    ops.lars_([param], [value.expand(3, 4)], [None], [None], options, impl="triton")
+    ops.lars_([param], [value.expand(3, 4)], [None], [None], WITHOUT_RATIO, impl="triton")
     torch.testing.assert_close(param, torch.full_like(param, 0.8), rtol=1e-6, atol=0)
     assert value.item() == 2.0
 
@@ -504,7 +504,7 @@ def test_a_gradient_expanded_from_one_value_is_read_and_not_written_to():
 def test_gradients_that_are_transposed_in_turn_where_they_lie_are_read_as_they_are():
     first, second = (torch.arange(16.0, device=DEVICE).view(4, 4) + n for n in (0, 16))
     params = [torch.zeros(4, 4, device=DEVICE) for _ in range(2)]
-    options = replace(LARS_OPTIONS, lr=1.0, momentum=0.0, weight_decay=0.0, adapt="decayed")
+    options = replace(WITHOUT_RATIO, lr=1.0)
     tables: dict = {}
     for grads in ([first.T, second], [first, second.T], [first.T, second]):
         before = [param.clone() for param in params]
@@ -512,7 +512,7 @@ def test_gradients_that_are_transposed_in_turn_where_they_lie_are_read_as_they_a
         assert all(torch.equal(b - g, param) for b, g, param in zip(before, grads, params, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_a_sparse_gradient_after_dense_ones_is_refused_by_name(optimizer):
     params, _, fused, _, step = pair_of_optimizers(optimizer, [(4, 6)])
     step([torch.randn_like(params[0])])
@@ -641,7 +641,7 @@ def test_a_weight_laid_out_otherwise_where_it_lies_is_stepped_or_refused_as_with
     torch.testing.assert_close(fused, plain)
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_a_minus_sign_that_is_pending_on_a_gradient_is_read(optimizer):
     plain, negated = (torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2))
     grad = torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
@@ -660,9 +660,6 @@ def test_a_gradient_that_is_nan_spreads_through_the_norm_that_clips():
         param.grad = torch.full_like(param, value)
     fused.step()
     assert all(fused.state[param]["exp_avg"].isnan().all() for param in params)
-
-
-IMPLS = pytest.mark.parametrize("impl", ["triton", "portable", "reference"])
 
 
 @IMPLS
@@ -735,8 +732,8 @@ def test_the_ratio_of_lamb_keeps_to_either_bound(bounds, ratio, impl):
     torch.testing.assert_close(param.cpu(), torch.full((2,), 4 - 0.1 * ratio), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@FLAGS
+@BOTH
 def test_a_weight_that_becomes_channels_last_between_steps_meets_its_own_state(optimizer, flags):
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(4, 6, 3, 5, device=DEVICE))

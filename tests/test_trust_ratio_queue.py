@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted_traffic import count_kernels
+from optim_params import BOTH
 from test_master_weights import CHANGES as MASTER_CHANGES
 from test_master_weights import three_steps
 from test_ops_trust_ratio import LAMB as LAMB_OPTIONS
@@ -116,7 +117,7 @@ def test_masters_in_one_launch_have_the_bits_of_two_phases(options, change, monk
     require_same_bits(run, monkeypatch, lag=100)
 
 
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_a_step_after_one_that_found_inf_finds_its_counters_ready(optimizer, monkeypatch):
     def run():
         torch.manual_seed(0)
@@ -162,7 +163,7 @@ def test_one_launch_moves_what_two_phases_do(make, num_bytes, launches, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lag", [0, 64, 10_000])
-@pytest.mark.parametrize("optimizer", [LAMB, LARS])
+@BOTH
 def test_many_programs_that_wait_for_each_other_finish_with_the_bits_of_two_phases(optimizer, lag, monkeypatch):
     # Far more programs than a GPU runs at a time; a tensor that alone is larger than that; many of one chunk.
     sizes = [7 * CHUNK + 5, 3000 * CHUNK, *[100] * 500, *[40 * CHUNK + 3] * 50]
