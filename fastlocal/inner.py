@@ -35,6 +35,12 @@ def is_averaged(parameter: Tensor, key: str, value: object) -> bool:
     return len(shape) > 1 and list(value.shape) in factors
 
 
+def require_dense(gradient: Tensor) -> None:
+    """Raises RuntimeError for a gradient that cannot be averaged."""
+    if gradient.layout != torch.strided:
+        raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
+
+
 @torch.no_grad()
 def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None:
     """Give every worker the weighted mean gradient. A worker without one counts as zero, unless nobody has one.
@@ -52,8 +58,7 @@ def average_gradients_(twins: Iterable[Twins], weights: Sequence[float]) -> None
         for gradient, weight in zip(gradients, weights, strict=True):
             if gradient is None:
                 continue
-            if gradient.layout != torch.strided:
-                raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
+            require_dense(gradient)
             mean.add_(gradient, alpha=weight)
         mean.div_(math.fsum(weights))
         for parameter in parameters:

@@ -15,6 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from fastlocal import comm
 
+_REFUSALS = (TypeError, AssertionError)
+"""What deepcopy raises of what is not to be copied; FSDP2 asserts it."""
+
 
 def require_initialised(module: nn.Module) -> None:
     """Raise ValueError for a lazy module that has not seen its first input: it cannot be copied."""
@@ -71,7 +74,7 @@ def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     memo = _memo(module)
     try:
         copied = copy.deepcopy(module, memo)
-    except TypeError as error:
+    except _REFUSALS as error:
         raise TypeError(f"{_name_uncopied(module)} cannot be copied, as each worker's model is: {error}") from error
     _require_own_functions(module, copied, memo)
     return copied, memo
@@ -86,7 +89,7 @@ def _name_uncopied(module: nn.Module) -> str:
                 continue
             try:
                 copy.deepcopy(value, dict(memo))
-            except TypeError:
+            except _REFUSALS:
                 return f"the model's attribute {f'{name}.{attribute}' if name else attribute!r}"
     return f"the model, {type(module).__name__},"
 

@@ -283,3 +283,17 @@ def test_a_folder_that_was_refused_is_not_resumed_because_torchrun_tries_again(t
     assert code != 0
     assert errors.count("holds a run already: add --resume") == 4  # two processes, twice
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_synchronous_training_of_one_worker_a_process_goes_on_so_and_no_other_does(tmp_path):
+    arguments = [*RUN, "--workers", "2", "--epochs", "2", *METHODS["sync"]]
+    for began, goes_on, said in ((1, 2, "otherwise"), (2, 1, "with one worker a process")):
+        out = tmp_path / str(began)
+        process = start(began, [*arguments, "--checkpoint-seconds", "0"], out)
+        stop_in_the_middle(process, out)
+        before = (out / "checkpoint.pt").read_bytes()
+        code, _, errors = finish(start(goes_on, [*arguments, "--resume"], out))
+        assert code != 0
+        assert f"is of synchronous training that began {said}, and goes on only so" in errors
+        assert (out / "checkpoint.pt").read_bytes() == before

@@ -361,7 +361,7 @@ def test_a_function_around_a_result_of_the_forward_pass_may_be_shared():
     assert copy_of(model).scale is model.scale
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_scripted_module_is_refused():
     with pytest.raises(ValueError, match="a scripted or traced module cannot be copied with its parameters"):
         twin_of(torch.jit.script(nn.Linear(2, 2)))

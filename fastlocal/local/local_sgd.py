@@ -34,9 +34,9 @@ class LocalSGD(Checkpointed):
     Wraps an optimizer and is one: hooks, closures, LR schedulers, `state_dict` and `deepcopy` work as on any.
     `param_groups` and `state` are the inner optimizer's own.
 
-    What is loaded into worker 0 alone before the first step is where all workers of a process begin that were just
-    made or copied; so before the first after `load_state_dict` of a state saved at a round's end. Later load all,
-    and what parameters are set to counts as progress of the round.
+    Weights loaded into worker 0 alone before the first step of workers just made or copied become those of all
+    workers of the process; so before the first step after `load_state_dict` of a state saved at a round's end. At
+    any other time load every worker: what parameters are set to then counts as progress of the round.
 
     In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
+from fastlocal.inner import require_dense
 from fastlocal.local.one_process import divide_
 
 
@@ -37,8 +38,7 @@ def average_gradients_across_(
             gradient = parameters[slot.name].grad
             if gradient is None:
                 continue
-            if gradient.layout != torch.strided:
-                raise RuntimeError("sparse gradients cannot be averaged: use dense ones, or warmup_steps=0")
+            require_dense(gradient)
             total.add_(comm.held_here(gradient), alpha=weight)
             has_gradient[index] = 1
     group.reduce_(wire, "sum")

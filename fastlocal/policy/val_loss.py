@@ -1,4 +1,4 @@
-"""An interval from the validation loss: our rule, and the study's own, from which it came."""
+"""An interval from the validation loss: our rule, and that of the student study from which it came."""
 
 from typing import Any
 
@@ -153,7 +153,7 @@ class ValidationLoss(_FromValidationLoss):
 
 
 class OriginalValidationLoss(_FromValidationLoss):
-    """The study's own rule, kept for comparison: two losses decide, whatever their noise.
+    """The rule of the student study that fastlocal grew from, for comparison: two losses decide, however noisy.
 
     With δ = (v₋₂ − v₋₁)/v₋₂ from the last two losses: 0 < δ < threshold doubles the interval; after 30 % of the
     epochs, δ < −0.02 halves it. The threshold is 0.02 in the first 20 % of the epochs, 0.005 until 80 %, 0.001

@@ -65,7 +65,8 @@ class Config:
     """What happens between workers: gradients averaged in every step (sync), or parameters once a round."""
 
     policy: PolicyName = "fixed"
-    """What chooses the local steps of the next round; val-loss-original is the study's rule, without smoothing."""
+    """What chooses the local steps of the next round; val-loss-original is the rule of the student study
+    that fastlocal grew from, without smoothing."""
 
     interval: int = 16
     """Local steps between two syncs; where the policy starts from."""
@@ -152,7 +153,7 @@ class Config:
     """Folder of the run. Default: runs/ and a name made of dataset, model, method, policy, workers and seed."""
 
     resume: bool = False
-    """Go on from the checkpoint in --out, bit by bit as if the run had not been stopped."""
+    """Go on from the checkpoint in --out, bit by bit as if the run had not been stopped; without one, begin."""
 
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints within an epoch; each epoch ends with one. Several processes look at the clock

@@ -73,13 +73,6 @@ class DataParallel:
         return {**self.inner.state_dict(), "fastlocal": {"method": "DataParallel", "stats": asdict(self.stats)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what state_dict() returned.
-
-        Raises:
-            ValueError: it is a wrapper's, whose gradients were averaged within one process.
-        """
-        own = state_dict["fastlocal"]
-        if own["method"] != "DataParallel":
-            raise ValueError("synchronous training goes on with one worker a process, or with all of them in one")
+        """Take back what state_dict() returned."""
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
-        self.stats = Stats(**own["stats"])
+        self.stats = Stats(**state_dict["fastlocal"]["stats"])

@@ -262,7 +262,7 @@ class Training:
         """Take the state back from the checkpoint.
 
         Raises:
-            UsageError: it is damaged, of other images, or of another run.
+            UsageError: it is damaged, of other images, of another run, or of other processes than such a run allows.
         """
         content = self.processes.from_first(lambda: checkpoint.read(self.checkpoint_path))
         try:
@@ -272,9 +272,10 @@ class Training:
                 raise UsageError(f"{self.checkpoint_path} is of another run: {', '.join(differences)}")
             if state["images"] != self.digest:
                 raise UsageError(f"{self.checkpoint_path} was made with other images than those in --data-dir")
-            if state["common"]["method"] == "DataParallel" and not isinstance(self.optimizer, DataParallel):
-                raise ValueError(
-                    "synchronous training that began with one worker a process goes on so, under torchrun"
+            if (state["common"]["method"] == "DataParallel") != isinstance(self.optimizer, DataParallel):
+                began = "otherwise" if isinstance(self.optimizer, DataParallel) else "with one worker a process"
+                raise UsageError(
+                    f"{self.checkpoint_path} is of synchronous training that began {began}, and goes on only so"
                 )
             if len(state["workers"]) != self.config.workers:
                 raise ValueError(f"it holds {len(state['workers'])} workers")

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-from fastlocal import AdaComm, ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo
+from fastlocal import AdaComm, ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
 from fastlocal.local import DisagreementError
 from fastlocal.policy import OriginalValidationLoss
 from tests.local_runs import parameters_of
@@ -190,6 +190,14 @@ def the_first_process_on_a_mesh_of_any_order_decides_for_all_others(rank, new_gr
         optimizer.sync()
     assert optimizer.stats.train_loss == 1.0 + 3
     assert optimizer.stats.interval == 4  # ⌈8·√(4/16)⌉
+
+
+def a_model_under_fsdp_cannot_be_several_workers(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    assert len(Workers(net, 1)) == 1
+    with pytest.raises(TypeError, match="FSDP does not support deepcopy"):
+        Workers(net, 2)
 
 
 def a_gradient_that_is_a_sum_still_to_be_taken_is_refused(rank, new_group):
