@@ -60,10 +60,19 @@ def rounded_to_float8(values: Tensor) -> Tensor:
         if not largest.isfinite():
             chunks.append(torch.full_like(chunk, torch.nan))
             continue
-        scale = 2.0 ** torch.ceil(torch.log2(largest / 448)).clamp(min=-126)
-        step = 2.0 ** (torch.floor(torch.log2(chunk.abs() / scale)).clamp(min=-6) - 3) * scale
+        mantissa, exponent = torch.frexp(
+            largest / 448
+        )  # in [0.5, 1) · 2^exponent; the logarithm's last bit may be off
+        scale = _power_of_two(torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-126))
+        _, exponent = torch.frexp(chunk.abs() / scale)
+        step = _power_of_two((exponent - 1).clamp(min=-6) - 3) * scale
         chunks.append(torch.round(chunk / step) * step)
     return torch.cat(chunks).to(values.dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, by its bits: CUDA computes 2^-12 one too low in the last place."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,7 +76,8 @@ class Gradients:
             # The gradients that the recording allocates are the ones that every replay writes.
             self._clear()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # Its own choice of a stream is one of the device that was current when a graph was first made.
+            with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
                 self._compute_on_streams()
             self.graph.replay()
 
