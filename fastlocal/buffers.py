@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Buffers = Literal["average", "keep", "broadcast"]
 """Average them, leave them to each worker, or give everybody the first worker's."""
@@ -25,9 +26,33 @@ def obstacle(buffer: Tensor) -> str | None:
         return f"has the layout {buffer.layout}"
     if buffer.dtype not in _REDUCED:
         return f"has the dtype {buffer.dtype}"
-    if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+    if _is_expanded(buffer):
         return "is expanded: several of its elements share one place in memory"
     return None
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def is_overwritable(tensor: Tensor) -> bool:
+    """Whether another's bytes can be written over it."""
+    if is_traceable_wrapper_subclass(tensor):  # several tensors in one
+        return False
+    return tensor.layout is torch.strided and not tensor.is_meta and not _is_expanded(tensor)
+
+
+def are_equal(twins: Sequence[Tensor]) -> bool:
+    """Whether a tensor holds the same in every worker."""
+    return all(torch.equal(twins[0], other) for other in twins[1:])
+
+
+def spoilt(tensors: Iterable[Sequence[Tensor]], included: Sequence[bool]) -> list[bool]:
+    """Of each tensor, given in every worker: whether one that does not count has it, with something not finite."""
+    return [
+        any(not counts and not bool(own.isfinite().all()) for own, counts in zip(twins, included, strict=True))
+        for twins in tensors
+    ]
 
 
 def is_unit_vector(model: nn.Module, name: str) -> bool:
@@ -59,6 +84,8 @@ def collect(modules: Sequence[nn.Module], choice: Buffers) -> dict[str, list[Ten
             )
         unlike = [w for w, own in enumerate(workers) if name not in own or own[name].shape != first.shape]
         reason = f"of worker {unlike[0]} is missing or shaped unlike worker 0's" if unlike else obstacle(first)
+        if first.is_meta and reason is None:
+            continue  # it holds nothing
         if reason is None:
             buffers[name] = [own[name] for own in workers]
         elif choice != "keep":

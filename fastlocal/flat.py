@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlocal import comm
-from fastlocal.buffers import collect
+from fastlocal.buffers import collect, is_overwritable
 from fastlocal.memory import extent, require_own_memory
 from fastlocal.twin import require_initialised
 
@@ -87,8 +88,8 @@ class Rows:
         num_elements: likewise.
 
     Raises:
-        ValueError: there is nothing to train, a parameter is complex or uninitialised, two share memory, or the
-            modules differ.
+        ValueError: there is nothing to train, a parameter is complex, uninitialised or no plain tensor, one shares
+            memory with another or a buffer, or the modules differ.
     """
 
     def __init__(self, modules: Sequence[nn.Module], names: Sequence[str] | None = None) -> None:
@@ -101,7 +102,7 @@ class Rows:
         ]
         if not self.parameters[0]:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
-        require_own_memory(self.parameters[0])
+        require_own_memory(self.modules[0], self.parameters[0])
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
         self.blocks = _allocate(self.parameters[0], len(self.modules))
@@ -149,9 +150,18 @@ class Rows:
 
         Gradients that the others have were computed elsewhere: they become zero.
         """
-        untouched, self._made = self._are_as_made(), None
-        if not untouched:
+        self.catch_up()
+        self._made = None
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """The same before training: what is written to the first worker alone later on may be given to all too."""
+        if not self._are_as_made():
             return
+        self._give_firsts()
+        self._made = self._written()
+
+    def _give_firsts(self) -> None:
         first, *others = (dict(module.named_parameters()) for module in self.modules)
         first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
         if _alike([first, *others], first):
@@ -165,6 +175,19 @@ class Rows:
         for first_buffer, *buffers in collect(self.modules, "keep").values():
             for buffer in buffers:
                 buffer.copy_(first_buffer)
+
+    def frozen(self) -> dict[str, list[Tensor]]:
+        """The parameters that have no row, as nobody trains them, by name, in each worker; of DTensors the pieces.
+
+        Left out are those that could not be overwritten: sparse or expanded ones, and those on the meta device.
+        """
+        first, *others = (dict(module.named_parameters()) for module in self.modules)
+        found = {
+            name: [comm.held_here(own[name].detach()) for own in (first, *others)]
+            for name in first
+            if name not in self.parameters[0] and all(name in own for own in others)
+        }
+        return {name: twins for name, twins in found.items() if all(map(is_overwritable, twins))}
 
     @property
     def layout(self) -> Layout:
@@ -276,14 +299,16 @@ def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Seq
 
 
 def _alike(workers: Sequence[dict[str, nn.Parameter]], names: Iterable[str]) -> bool:
-    """Whether all workers hold the same numbers in these parameters."""
+    """Whether all workers hold the same in these parameters."""
     first, *others = workers
     return all(_same(comm.held_here(first[name]), comm.held_here(own[name])) for name in names for own in others)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN being one."""
-    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+    """Whether two tensors hold the same bytes: NaN does not equal itself, and some dtypes cannot be compared."""
+    if is_traceable_wrapper_subclass(first):  # several tensors in one
+        return all(_same(getattr(first, part), getattr(second, part)) for part in first.__tensor_flatten__()[0])
+    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
 
 
 def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:

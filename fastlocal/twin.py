@@ -9,14 +9,15 @@ from functools import partial
 from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastlocal import comm
 
-_REFUSALS = (TypeError, AssertionError)
-"""What deepcopy raises of what is not to be copied; FSDP2 asserts it."""
+_REFUSALS = (TypeError, AssertionError, RuntimeError)
+"""What deepcopy raises of what is not to be copied; FSDP2 asserts it, sparse parameters have no layout to keep."""
 
 
 def require_initialised(module: nn.Module) -> None:
@@ -64,6 +65,11 @@ def twin_of(module: nn.Module) -> nn.Module:
         for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
             if isinstance(hook, MethodType) and id(hook.__self__) in memo:
                 hook = MethodType(hook.__func__, memo[id(hook.__self__)])
+            elif _reaches_original(hook, memo, set()):
+                raise ValueError(
+                    f"a gradient hook of parameter {name!r} is a function around a part of the model, which its "
+                    "copies would share, and compute with: register it on each worker's after Workers(...)"
+                )
             copied.requires_grad_(True).register_hook(hook)  # frozen since then, perhaps for a while
         copied.requires_grad_(trains)
     return twin
@@ -76,8 +82,17 @@ def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
         copied = copy.deepcopy(module, memo)
     except _REFUSALS as error:
         raise TypeError(f"{_name_uncopied(module)} cannot be copied, as each worker's model is: {error}") from error
+    _turn_references(copied, memo)
     _require_own_functions(module, copied, memo)
     return copied, memo
+
+
+def _turn_references(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Make attributes that refer weakly to a part of the original, such as a parent, refer to that of the copy."""
+    for submodule in copied.modules():
+        for attribute, value in vars(submodule).items():
+            if type(value) is ref and id(value()) in memo:
+                vars(submodule)[attribute] = ref(memo[id(value())])
 
 
 def _name_uncopied(module: nn.Module) -> str:
@@ -101,24 +116,24 @@ def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int,
     for (name, submodule), twin in zip(modules.items(), copied.modules(), strict=False):
         seen: set[int] = set()
         for attribute, value in vars(twin).items():
-            if attribute in _FORWARD_HOOKS:
+            if attribute in _MODULE_HOOKS:
                 # What closes over the module it hooks, or one around that, watches rather than computes.
                 above = [modules[name[:end]] for end, letter in enumerate(name) if letter == "."]
                 watched = {id(module), id(submodule), *map(id, above)}
                 if _reaches_original(value, memo, watched):
                     raise ValueError(
-                        f"a forward hook of {name or 'the model'!r} is a function around another part of the model, "
+                        f"a hook of {name or 'the model'!r} is a function around another part of the model, "
                         "which the copies of the model would share, and compute with: make it a method"
                     )
             elif not attribute.endswith("_hooks") and _reaches_original(value, memo, seen):
                 where = f"{name}.{attribute}" if name else attribute
                 raise ValueError(
-                    f"{where!r} is a function around a part of the model itself, which the copies of the model "
-                    "would share, and compute with: make it a method"
+                    f"{where!r} is a function around a part of the model itself, or holds a weak reference to one, "
+                    "which the copies of the model would share, and compute with: make it a method"
                 )
 
 
-_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _reaches_original(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
@@ -142,6 +157,8 @@ def _held(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (list, tuple, set, deque)):
         return value
+    if isinstance(value, ref):
+        return (value(),)
     if isinstance(value, MethodType):
         return value.__self__, value.__func__
     if isinstance(value, partial):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlocal.buffers import collect, is_unit_vector, merged
+from fastlocal import comm
+from fastlocal.buffers import are_equal, collect, is_unit_vector, merged, obstacle
 from fastlocal.flat import Rows
 from fastlocal.twin import copy_of, require_initialised, twin_of
 
@@ -24,9 +25,9 @@ class Workers:
 
     Raises:
         TypeError: `model` is no module or has an attribute that cannot be copied, or num_workers is no whole number.
-        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised,
-            shares memory or has a hook that runs after its gradient was accumulated, a function around a part of
-            itself, or is scripted.
+        ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised, no
+            plain tensor, shares memory or has a hook that runs after its gradient was accumulated, a function or a
+            hook around a part of itself, or is scripted.
 
     Examples:
         >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)
@@ -81,7 +82,8 @@ class Workers:
         """A new model that holds the mean of all workers as they stand now, each counted alike.
 
         Parameters and floating-point buffers are averaged, integer buffers take the maximum; what cannot be averaged,
-        such as sparse ones, those of several shapes or the unit vectors of spectral_norm, is worker 0's.
+        such as sparse ones, those of several shapes, frozen integers or the unit vectors of spectral_norm, is worker
+        0's.
 
         Raises:
             RuntimeError: a parameter no longer lies in its row.
@@ -96,8 +98,11 @@ class Workers:
             for slot in block.slots:
                 averaged[slot.name].copy_(means.as_strided(slot.shape, slot.stride, slot.start))
         for name, buffers in collect(self.rows.modules, "keep").items():
-            alike = is_unit_vector(model, name) or all(torch.equal(buffers[0], other) for other in buffers[1:])
+            alike = is_unit_vector(model, name) or are_equal(buffers)
             model.get_buffer(name).copy_(merged(buffers, "broadcast" if alike else "average"))
+        for name, twins in self.rows.frozen().items():
+            if twins[0].is_floating_point() and obstacle(twins[0]) is None and not are_equal(twins):
+                comm.held_here(averaged[name]).copy_(merged(twins, "average"))
         return model
 
     def state_dict(self) -> dict[str, Any]:

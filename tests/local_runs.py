@@ -1,5 +1,7 @@
 """A small team of convolutional workers, and what the tests of the wrappers do with it."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -10,6 +12,20 @@ def network(seed=0):
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class KeepsAverage(nn.Module):
+    """A layer and, frozen, the moving average that a forward pass takes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1, bias=False)
+        self.average = copy.deepcopy(self.layer).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.average.weight.lerp_(self.layer.weight, 0.5)
+        return self.layer(x)
 
 
 def inner_of(team, optimizer):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastlocal import LocalSGD, Workers
 from fastlocal.flat import ALIGNMENT
@@ -126,7 +127,7 @@ def test_parameters_without_elements_are_accepted():
 def test_parameters_that_share_memory_are_refused_and_pieces_of_one_tensor_are_not():
     embedding, output = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
     output.weight.data = embedding.weight.data
-    with pytest.raises(ValueError, match=r"parameters '0\.weight' and '1\.weight' share memory"):
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' and parameter '1\.weight' share memory"):
         Workers(nn.Sequential(embedding, output), 1)
     output.weight = embedding.weight  # tied as torch ties
     Workers(nn.Sequential(embedding, output), 2)
@@ -148,3 +149,42 @@ def test_parameters_that_share_memory_are_refused_and_pieces_of_one_tensor_are_n
         with pytest.raises(ValueError, match="share memory"):
             team_of(*pieces)
     Workers(nn.Linear(2, 2, device="meta"), 1)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+def test_what_shares_memory_with_a_parameter_that_moves_into_a_row_is_refused_by_name(kind):
+    model = nn.Linear(4, 4)
+    shared = model.weight.detach()[1:3]
+    if kind == "buffer":
+        model.register_buffer("tied", shared)
+    else:
+        model.register_parameter("tied", nn.Parameter(shared, requires_grad=False))
+    for number in (1, 2):
+        with pytest.raises(ValueError, match=f"parameter 'weight' and {kind} 'tied' share memory"):
+            Workers(model, number)
+
+
+def test_memory_that_frozen_parameters_and_buffers_share_with_each_other_is_theirs():
+    model, whole = nn.Linear(4, 4), torch.arange(16.0)
+    model.weight.data = whole[8:].view(2, 4)
+    model.register_parameter("frozen", nn.Parameter(whole[:6], requires_grad=False))
+    model.register_buffer("window", whole[2:8])
+    model.register_buffer("itself", model.bias)
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    model.register_buffer("later", torch.empty(2, device="meta"))
+    assert Workers(model, 1)[0].itself is model.bias
+
+
+def test_a_trained_parameter_of_several_tensors_is_refused_and_a_frozen_one_is_not():
+    model = nn.Linear(2, 2)
+    pair = TwoTensor(torch.zeros(2, 2), torch.ones(2, 2))
+    model.register_parameter("pair", nn.Parameter(pair, requires_grad=False))
+    team = Workers(model, 2)
+    with torch.no_grad():
+        model.pair.copy_(TwoTensor(torch.zeros(2, 2), torch.full((2, 2), 3.0)))
+    LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1)
+    assert [worker.pair.b[0, 0].item() for worker in team] == [3.0, 3.0]
+    assert team.mean().pair.b[0, 0] == 3
+    model.pair.requires_grad_(True)
+    with pytest.raises(ValueError, match="parameter 'pair' is a TwoTensor, several tensors in one"):
+        Workers(model, 1)

@@ -19,7 +19,7 @@ ARROWS = {
     "comm": {"comm"},
     "buffers": set(),
     "flat": {"buffers", "comm", "memory", "twin"},
-    "workers": {"buffers", "flat", "twin"},
+    "workers": {"buffers", "comm", "flat", "twin"},
     "memory": {"comm"},
     "twin": {"comm"},
     "inner": set(),

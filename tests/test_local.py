@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from local_runs import make, measured, parameters_of, poison, run
+from local_runs import KeepsAverage, make, measured, parameters_of, poison, run
 from torch import nn
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
@@ -336,6 +336,49 @@ def test_workers_that_are_equal_but_for_nan_in_a_frozen_parameter_keep_their_gra
     team[0][0].grad, team[1][0].grad = torch.tensor([1.0]), torch.tensor([3.0])
     optimizer.step()
     assert [worker[0].item() for worker in team] == [-2.0, -2.0]
+
+
+@pytest.mark.parametrize("forward", ["a moving average", "a bounded norm"])
+def test_weights_loaded_into_worker_0_before_the_wrapper_reach_all_though_a_forward_pass_writes_to_parameters(
+    forward,
+):
+    bounded = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 1))
+    model, batch = (KeepsAverage(), torch.ones(1, 2)) if forward == "a moving average" else (bounded, torch.arange(3))
+    team = Workers(model, 3)
+    model.load_state_dict({name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()})
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 9)
+    for worker in team:
+        worker(batch).sum().backward()
+    optimizer.step()
+    assert (torch.cat([p.flatten() for worker in team for p in worker.parameters()]) == 0.25).all()
+
+
+def test_weights_loaded_into_worker_0_again_after_the_wrapper_was_built_reach_all():
+    model = nn.Linear(2, 1, bias=False)
+    team = Workers(model, 2)
+    model.load_state_dict({"weight": torch.full((1, 2), 1.0)})
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 9)
+    assert team[1].weight.tolist() == [[1.0, 1.0]]
+    model.load_state_dict({"weight": torch.full((1, 2), 2.0)})
+    for worker in team:
+        worker(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert team[1].weight.tolist() == [[2.0, 2.0]]
+
+
+def test_a_frozen_parameter_of_four_bits_is_given_to_all_workers():
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this torch has no float4")
+    model = nn.Linear(2, 1)
+    packed = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    model.register_parameter("base", nn.Parameter(packed, requires_grad=False))
+    team = Workers(model, 2)
+    model.base.view(torch.uint8).fill_(0x35)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1)
+    for worker in team:
+        worker(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert team[1].base.view(torch.uint8).tolist() == [[0x35] * 2] * 2
 
 
 def test_workers_written_to_past_autograd_keep_what_they_were_given():

@@ -12,7 +12,7 @@ from local_runs import make, parameters_of, run, step_with
 from torch import nn
 from torch.nn.utils import prune
 
-from fastlocal import AdaComm, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
+from fastlocal import LAMB, AdaComm, DiLoCo, FixedInterval, LocalSGD, SlowMo, ValidationLoss, Workers
 
 
 def test_what_may_be_set_between_rounds_comes_back_with_the_state_and_old_states_leave_it():
@@ -157,6 +157,36 @@ def test_loading_does_not_change_the_callers_dict_and_keeps_schedulers_alive():
     scheduler.step()
     assert optimizer.inner.param_groups[0]["lr"] == 0.025
     assert optimizer.param_groups is optimizer.inner.param_groups
+
+
+@pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS, LAMB])
+def test_training_goes_on_from_one_state_in_memory_again_and_again(inner):
+    options = {"momentum": 0.9} if inner is torch.optim.SGD else {}
+    team = Workers(nn.Linear(2, 1), 1)
+    optimizer = SlowMo(inner(team.parameters(), lr=0.1, **options), team, 2)
+
+    def step():
+        def closure():
+            optimizer.zero_grad()
+            loss = team[0](torch.tensor([[1.0, 2.0]])).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    for _ in range(3):
+        step()
+    model, state = copy.deepcopy(team.state_dict()), optimizer.state_dict()
+    saved = copy.deepcopy(state)
+    ends = []
+    for _ in range(3):
+        team.load_state_dict(model)
+        optimizer.load_state_dict(saved)
+        for _ in range(3):
+            step()
+        ends.append(parameters_of(team))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
 
 
 def test_loading_the_inner_optimizer_directly_does_not_split_the_groups():

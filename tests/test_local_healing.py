@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from local_runs import make, parameters_of, poison, run
+from local_runs import KeepsAverage, make, parameters_of, poison, run
 from torch import nn
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
@@ -40,6 +40,32 @@ def test_a_worker_is_left_out_of_all_dtypes_whichever_of_them_has_the_bad_value(
     optimizer.step()
     assert optimizer.stats.excluded == 1
     assert (parameters_of(team) == 2).all()
+
+
+def test_a_worker_that_is_left_out_takes_only_those_frozen_parameters_anew_that_are_not_finite():
+    team = Workers(KeepsAverage(), 4)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1)
+    with torch.no_grad():
+        for number, worker in enumerate(team):
+            worker.layer.weight.fill_((0.0, 1.0, 2.0, 5.0)[number])
+            worker.average.weight.fill_(number)
+        team[2].layer.weight[0, 1] = torch.nan
+    optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert [worker.average.weight.tolist() for worker in team] == [[[float(number)] * 2] for number in range(4)]
+    with torch.no_grad():
+        team[0].layer.weight[0, 1] = torch.nan
+        team[0].average.weight[0, 0] = torch.inf
+    optimizer.step()
+    assert optimizer.stats.excluded == 2
+    assert [worker.layer.weight.tolist() for worker in team] == [[[2.0, 2.0]]] * 4
+    # The first one that counts: no mean, as the averages may be of other ages.
+    assert [worker.average.weight.tolist() for worker in team] == [[[float(number)] * 2] for number in (1, 1, 2, 3)]
+    for _ in range(2):
+        for worker in team:
+            worker(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert optimizer.stats.excluded == 2
 
 
 def test_without_a_finite_worker_sync_raises_and_writes_nothing():

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from types import MethodType
@@ -309,15 +310,77 @@ def test_a_hook_that_computes_with_another_part_of_the_model_is_refused():
     model = nn.ModuleDict({"base": nn.Linear(2, 2), "adapter": nn.Linear(2, 2)})
     adapter = model["adapter"]
     handle = model["base"].register_forward_hook(lambda module, inputs, output: output + adapter(inputs[0]))
-    with pytest.raises(ValueError, match="a forward hook of 'base' is a function around another part of the model"):
+    with pytest.raises(ValueError, match="a hook of 'base' is a function around another part of the model"):
         Workers(model, 2)
     handle.remove()
     handle = model["base"].register_forward_pre_hook(lambda module, inputs: adapter(inputs[0]))
-    with pytest.raises(ValueError, match="a forward hook of 'base' is a function around another part of the model"):
+    with pytest.raises(ValueError, match="a hook of 'base' is a function around another part of the model"):
         Workers(model, 2)
     handle.remove()
     model["base"].register_forward_hook(lambda module, inputs, output: vars(model).update(seen=output.shape))
     Workers(model, 2)
+
+
+def test_a_gradient_hook_that_computes_with_a_parameter_is_refused():
+    model = nn.Linear(2, 1)
+    handle = model.weight.register_hook(lambda gradient, weight=model.weight: gradient + 0.1 * weight.detach())
+    with pytest.raises(ValueError, match="a gradient hook of parameter 'weight' is a function around a part"):
+        Workers(model, 2)
+    handle.remove()
+    factor = torch.tensor(2.0)
+    model.weight.register_hook(lambda gradient: gradient * factor)
+    for worker in Workers(model, 2):
+        worker(torch.ones(1, 2)).sum().backward()
+        assert worker.weight.grad.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_that_computes_with_another_part_of_the_model_is_refused(register):
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "gate": nn.Linear(2, 2)})
+    gate = model["gate"]
+    getattr(model["base"], register)(lambda module, *gradients: gradients[-1][0] * gate.bias)
+    with pytest.raises(ValueError, match="a hook of 'base' is a function around another part of the model"):
+        Workers(model, 2)
+
+
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x):
+        return x * self.parent().scale
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.child = Child(self)
+
+    def forward(self, x):
+        return self.child(x)
+
+
+def test_a_child_that_refers_weakly_to_its_parent_refers_to_that_of_its_own_worker():
+    team = Workers(Parent(), 2)
+    for worker in team:
+        worker(torch.ones(1)).sum().backward()
+    assert [worker.scale.grad.item() for worker in team] == [1.0, 1.0]
+    mean = team.mean()
+    with torch.no_grad():
+        team[0].scale.fill_(100.0)
+    assert mean(torch.ones(1)).item() == 2.0
+    team[0].child.parents = [team[0].child.parent]
+    with pytest.raises(ValueError, match=r"'child\.parents' is a function .* or holds a weak reference to one"):
+        team.mean()
+
+
+def test_a_sparse_parameter_cannot_be_copied_and_says_so():
+    model = nn.Linear(2, 1)
+    model.register_parameter("sparse", nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False))
+    with pytest.raises(TypeError, match="'_parameters' cannot be copied, as each worker's model is"):
+        Workers(model, 2)
 
 
 def test_copies_have_gradients_in_the_dtype_that_the_parameters_ask_for():

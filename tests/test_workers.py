@@ -45,6 +45,24 @@ def test_mean_is_a_model_of_its_own_with_averaged_parameters_and_buffers():
     assert team[0][0].weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
+def test_the_mean_takes_frozen_parameters_that_differ_and_leaves_numbers_and_what_holds_none():
+    model = nn.Linear(1, 1)
+    model.register_parameter("average", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16), requires_grad=False))
+    model.register_parameter("codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
+    model.register_parameter("base", nn.Parameter(torch.full((2,), 0.1), requires_grad=False))
+    model.register_buffer("later", torch.empty(2, device="meta"))
+    team = Workers(model, 3)
+    for number, worker in enumerate(team):
+        worker.average.fill_(2.0 * number + 1)
+        worker.codes.fill_(number + 1)
+    mean = team.mean()
+    assert mean.average.tolist() == [3.0, 3.0]
+    assert mean.codes.tolist() == [1, 1]
+    assert torch.equal(mean.base, model.base)
+    assert not mean.average.requires_grad
+    assert mean.later.is_meta
+
+
 def test_a_copy_has_rows_of_its_own():
     team = Workers(make_model(), 2)
     twin = copy.deepcopy(team)

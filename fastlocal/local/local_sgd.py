@@ -36,7 +36,11 @@ class LocalSGD(Checkpointed):
 
     Weights loaded into worker 0 alone before the first step of workers just made or copied become those of all
     workers of the process; so before the first step after `load_state_dict` of a state saved at a round's end. At
-    any other time load every worker: what parameters are set to then counts as progress of the round.
+    any other time load every worker: what parameters are set to then counts as progress of the round. Before the
+    optimizer is built, if a forward pass writes to parameters, as one of an embedding with a `max_norm` does.
+
+    Parameters that require no gradient when the model is handed over are each worker's own and not averaged. A model
+    that keeps a moving average of its weights has it averaged if it is a buffer.
 
     In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
     are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
@@ -114,6 +118,7 @@ class LocalSGD(Checkpointed):
         super().__init__(inner)
         self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
+        self.rows.catch_up()  # a forward pass before the first step may write to parameters of its own accord
         self.inner_state: InnerState = inner_state
         self.buffers: Buffers = buffers
         self.warmup_steps = warmup_steps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlocal import comm
+from fastlocal.buffers import spoilt
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.alike import are_alike, are_close, take_first_
@@ -91,7 +92,7 @@ class ManyProcesses(OneProcess):
         ]
         if self._has_compared:  # where some have loaded a state and others go on as before, messages would not fit
             meet(self.group, self._header(LOADED, stats, 0))
-        buffers, frozen = self._sent_buffers(), self._frozen()
+        buffers, frozen = self._sent_buffers(), self.rows.frozen()
         others = [*buffers.items(), *frozen.items()]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
         compare(self.group, settings, slots + kinds, stats.local_steps)
@@ -125,15 +126,6 @@ class ManyProcesses(OneProcess):
                     take_first_(own, self.group)
                 merged = [*buffers.values(), *self._kept_buffers()]
                 merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
-
-    def _frozen(self) -> dict[str, list[Tensor]]:
-        """The parameters that nobody trains, by name, in each worker of this process; of DTensors the pieces."""
-        first, *others = (dict(module.named_parameters()) for module in self.rows.modules)
-        return {
-            name: [comm.held_here(own[name].detach()) for own in (first, *others)]
-            for name in first
-            if name not in self.rows.parameters[0]
-        }
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""
@@ -216,11 +208,19 @@ class ManyProcesses(OneProcess):
         if not all(map(all, included)):  # who is left out takes over those of others
             buffers += self._kept_buffers()
         payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
+        payload += self._heal_frozen_across(included)
         if self.choices.inner_state == "average":
             payload += average_state_across_(self.inner, self.rows, included, self.group)
         else:
             self.reset_inner_state(included[self.group.rank])
         return Outcome(drift, sum(flags.count(False) for flags in included), payload)
+
+    def _heal_frozen_across(self, included: list[list[bool]]) -> int:
+        frozen = self._healable()
+        if not frozen or all(map(all, included)):
+            return 0
+        flags = zip(*self.group.gather(spoilt(frozen, included[self.group.rank])), strict=True)
+        return merge_across_(list(itertools.compress(frozen, map(any, flags))), "keep", included, self.group)
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""

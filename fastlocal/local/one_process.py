@@ -1,5 +1,6 @@
 """A sync among the workers of one process: no message is sent."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -183,10 +184,26 @@ class OneProcess:
             outer.commit(rates)
         payload = self.payload
         payload += module_buffers.merge_(buffers, self.choices.buffers, included)
+        payload += self._heal_frozen(included)
         payload += self._merge_inner_state(included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
         drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
         return Outcome(drift, included.count(False), payload)
+
+    def _heal_frozen(self, included: list[bool]) -> int:
+        """Give workers that are left out another's frozen parameters where one of theirs is not finite, such as an
+        average of the trained ones that the model keeps; returns the bytes of one worker's that were sent.
+        """
+        if all(included):
+            return 0
+        frozen = self._healable()
+        flags = module_buffers.spoilt(frozen, included)
+        return module_buffers.merge_(itertools.compress(frozen, flags), "keep", included)
+
+    def _healable(self) -> list[list[Tensor]]:
+        """The frozen parameters that may hold NaN, each in every worker of this process."""
+        frozen = self.rows.frozen().values()
+        return [own for own in frozen if own[0].is_floating_point() and module_buffers.obstacle(own[0]) is None]
 
     def write_mean_of_progress(
         self, mean: Tensor, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastlocal import LocalSGD, SlowMo, Workers
-from tests.local_runs import parameters_of, poison
+from tests.local_runs import KeepsAverage, parameters_of, poison
 from tests.many_processes.team import ALONE, KINDS, WORLD, assert_equal_everywhere, build, run, stats_of, tensors_of
 
 
@@ -238,6 +238,25 @@ def two_workers_of_one_process_that_are_healed_count_their_steps_apart(rank, new
         optimizer.step()
     assert optimizer.stats.excluded == 2
     assert [int(inner.state[parameter]["step"]) for parameter in team.parameters()] == [4] * 4
+
+
+def frozen_parameters_that_are_not_finite_are_healed_with_a_worker_that_is_left_out(rank, new_group):
+    team = Workers(KeepsAverage(), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.0)
+    optimizer = LocalSGD(inner, team, 2, process_group=new_group(), timeout=20.0)
+    optimizer.step()
+    with torch.no_grad():
+        for number, worker in enumerate(team, start=2 * rank):
+            worker.layer.weight.fill_(torch.nan if number in (0, 5) else 1.0)
+            worker.average.weight.fill_(torch.nan if number == 5 else number)
+    sent = optimizer.stats.bytes_on_wire
+    optimizer.step()
+    assert optimizer.stats.excluded == 2
+    assert all(worker.layer.weight.tolist() == [[1.0, 1.0]] for worker in team)
+    expected = [1 if number in (0, 5) else number for number in (2 * rank, 2 * rank + 1)]
+    assert [worker.average.weight.tolist() for worker in team] == [[[number, number]] for number in expected]
+    # A trained parameter and a frozen one of two elements each, in float32, among 8 workers.
+    assert optimizer.stats.bytes_on_wire - sent == 2 * 7 * (8 + 8) // 8
 
 
 def moments_of_low_precision_are_averaged_in_float32_and_those_that_a_rank_lacks_are_left_alone(rank, new_group):
