@@ -6,6 +6,7 @@ import pytest
 import torch
 from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, moved, set_grads, step_counts, train
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -397,3 +398,23 @@ def test_weights_that_are_infinite_at_a_rate_of_zero_are_no_error(foreach):
     param.grad = torch.ones_like(param)
     LARS([param], lr=0.0, momentum=0.0, weight_decay=0.1, trust_clip=True, foreach=foreach).step()
     assert param.isnan().all()  # 0 · ∞
+
+
+@BOTH
+def test_parameters_that_are_several_tensors_in_one_are_stepped_by_the_reference_alone(optimizer):
+    def pair():
+        return TwoTensor(torch.ones(2, 2), torch.full((2, 2), 2.0))
+
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    ends = []
+    for choice in ({}, {"foreach": False}):
+        param = nn.Parameter(pair())
+        param.grad = pair()
+        optimizer([param], **options, **choice).step()
+        ends.append((param.a.tolist(), param.b.tolist()))
+    assert ends[0] == ends[1]
+    assert ends[0][0] != [[1.0, 1.0]] * 2
+    param.grad = pair()
+    for choice in ({"foreach": True}, {"fused": True}):
+        with pytest.raises(TypeError, match="steps plain tensors, got a TwoTensor"):
+            optimizer([param], **options, **choice).step()

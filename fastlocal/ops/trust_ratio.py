@@ -10,7 +10,7 @@ from operator import is_
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlocal.ops import trust_ratio_portable as portable
 from fastlocal.ops import trust_ratio_sharded as sharded
@@ -35,12 +35,24 @@ def _split(
     impl: Implementation, tensors: Sequence[Tensor], masters: Sequence[Tensor | None] | None, tables: dict | None
 ) -> list[tuple[_Part, Sequence[int]]]:
     mastered = [False] * len(tensors) if masters is None else [m is not None for m in masters]
-    kinds = [(t.device, t.dtype, has) for t, has in zip(tensors, mastered, strict=True)]
-    choices = {kind: _Part(choose(impl, *kind[:2]), kind[0], kind[2]) for kind in dict.fromkeys(kinds)}
+    kinds = [(t.device, t.dtype, has, type(t)) for t, has in zip(tensors, mastered, strict=True)]
+    choices = {kind: _Part(_choose(impl, *kind[:2], kind[3]), kind[0], kind[2]) for kind in dict.fromkeys(kinds)}
     parts = list(dict.fromkeys(choices.values()))
     if tables is not None:
         tables["kernels alone"] = impl if [part.chosen for part in parts] == ["triton"] else None
     return [(part, [i for i, kind in enumerate(kinds) if choices[kind] == part]) for part in parts]
+
+
+def _choose(impl: Implementation, device: torch.device, dtype: torch.dtype, kind: type) -> Implementation:
+    """The implementation for tensors of a class too: those that are several in one have no memory of their own."""
+    if kind not in (Tensor, nn.Parameter) and hasattr(kind, "__tensor_flatten__"):
+        if impl not in ("auto", "reference"):
+            raise TypeError(
+                f"impl={impl!r} (foreach or fused) steps plain tensors, got a {kind.__name__}: leave foreach and "
+                "fused unset, or set foreach=False"
+            )
+        impl = "reference"
+    return choose(impl, device, dtype)
 
 
 def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], these: _Part) -> dict:
