@@ -1,6 +1,6 @@
 """Module buffers, such as BatchNorm statistics: what a sync does to them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -26,20 +26,19 @@ def obstacle(buffer: Tensor) -> str | None:
         return f"has the layout {buffer.layout}"
     if buffer.dtype not in _REDUCED:
         return f"has the dtype {buffer.dtype}"
-    if _is_expanded(buffer):
+    if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
         return "is expanded: several of its elements share one place in memory"
     return None
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def is_overwritable(tensor: Tensor) -> bool:
-    """Whether another's bytes can be written over it."""
-    if is_traceable_wrapper_subclass(tensor):  # several tensors in one
-        return False
-    return tensor.layout is torch.strided and not tensor.is_meta and not _is_expanded(tensor)
+def stored_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of a tensor, as tensors over the same memory that can be written over, with names."""
+    if is_traceable_wrapper_subclass(tensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from stored_parts(f"{name}.{part}", getattr(tensor, part))
+    elif tensor.layout is torch.strided and not tensor.is_meta:
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        yield name, tensor[tuple(0 if stride == 0 and size else slice(None) for size, stride in dims)]
 
 
 def are_equal(twins: Sequence[Tensor]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlocal import comm
-from fastlocal.buffers import collect, is_overwritable
+from fastlocal.buffers import collect, stored_parts
 from fastlocal.memory import extent, require_own_memory
 from fastlocal.twin import require_initialised
 
@@ -102,7 +102,8 @@ class Rows:
         ]
         if not self.parameters[0]:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to average")
-        require_own_memory(self.modules[0], self.parameters[0])
+        # In a copy of rows nothing is tied any more, whatever a forward pass left in buffers.
+        require_own_memory(self.parameters[0], self.modules[0] if names is None else None)
         for worker, parameters in enumerate(self.parameters[1:], start=1):
             _require_equal(self.parameters[0], parameters, worker)
         self.blocks = _allocate(self.parameters[0], len(self.modules))
@@ -114,8 +115,9 @@ class Rows:
                 if block.owner is None:
                     parameter.data = block.own(worker, slot)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
-        # Until training begins: the other workers' parameters, and how often they had been written to when made.
-        self._made: Sequence[Sequence[tuple[Tensor, int]]] | None = self._written()
+        # Until training begins: the other workers' parameters, how often they had been written to when made, and a
+        # sum of their rows' bits, as writing through .data is not counted.
+        self._made: tuple[Sequence[Sequence[tuple[Tensor, int]]], list[int]] | None = self._written()
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -136,13 +138,19 @@ class Rows:
         """Whether parameters have been stepped that are not this optimizer's."""
         return not self._begun <= self.stepped_by(optimizer)
 
-    def _written(self) -> list[list[tuple[Tensor, int]]]:
-        """The other workers' parameters, and how often each has been written to."""
-        return [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
+    def _written(self) -> tuple[Sequence[Sequence[tuple[Tensor, int]]], list[int]]:
+        """What tells whether somebody has written to the other workers' parameters."""
+        versions = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
+        others = [block.rows[1:] for block in self.blocks if not block.rows.is_meta]
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return versions, [int(rows.view(integers[rows.itemsize]).sum(dtype=torch.int64)) for rows in others]
 
     def _are_as_made(self) -> bool:
         """Whether training has not begun, and nobody has written to the other workers."""
-        return self._made is not None and _equal_pairs(self._made, self._written())
+        if self._made is None:
+            return False
+        (made, sums), (now, sums_now) = self._made, self._written()
+        return _equal_pairs(made, now) and sums == sums_now
 
     @torch.no_grad()
     def begin_alike(self) -> None:
@@ -177,17 +185,20 @@ class Rows:
                 buffer.copy_(first_buffer)
 
     def frozen(self) -> dict[str, list[Tensor]]:
-        """The parameters that have no row, as nobody trains them, by name, in each worker; of DTensors the pieces.
-
-        Left out are those that could not be overwritten: sparse or expanded ones, and those on the meta device.
+        """The parameters that have no row, as nobody trains them, by name, in each worker; of DTensors the pieces, of
+        tensors that are several in one the parts, of expanded ones what is stored. Sparse ones are left out, and
+        those on the meta device.
         """
-        first, *others = (dict(module.named_parameters()) for module in self.modules)
-        found = {
-            name: [comm.held_here(own[name].detach()) for own in (first, *others)]
-            for name in first
-            if name not in self.parameters[0] and all(name in own for own in others)
-        }
-        return {name: twins for name, twins in found.items() if all(map(is_overwritable, twins))}
+        first, *others = (
+            dict(
+                part
+                for name, parameter in module.named_parameters()
+                if name not in self.parameters[0]
+                for part in stored_parts(name, comm.held_here(parameter.detach()))
+            )
+            for module in self.modules
+        )
+        return {name: [own[name] for own in (first, *others)] for name in first if all(name in own for own in others)}
 
     @property
     def layout(self) -> Layout:
@@ -308,7 +319,10 @@ def _same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors hold the same bytes: NaN does not equal itself, and some dtypes cannot be compared."""
     if is_traceable_wrapper_subclass(first):  # several tensors in one
         return all(_same(getattr(first, part), getattr(second, part)) for part in first.__tensor_flatten__()[0])
-    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
+    if first.is_quantized:
+        return torch.equal(first, second)
+    first, second = (t.resolve_conj().resolve_neg().flatten().view(torch.uint8) for t in (first, second))
+    return torch.equal(first, second)
 
 
 def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:

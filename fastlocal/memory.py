@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastlocal import comm
 
 
-def require_own_memory(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where one of these parameters has elements in common with another or with a buffer, which rows
-    of their own would part, or has no memory that could lie in a row.
+def require_own_memory(parameters: Mapping[str, Tensor], module: nn.Module | None) -> None:
+    """Raise ValueError where one of these parameters has elements in common with another, or with a buffer or a
+    frozen parameter of the module, which rows of their own would part, or has no memory that could lie in a row.
     """
     own = {f"parameter {name!r}": parameter for name, parameter in parameters.items()}
     for name, parameter in own.items():
@@ -19,8 +19,10 @@ def require_own_memory(module: nn.Module, parameters: Mapping[str, Tensor]) -> N
             raise ValueError(
                 f"{name} is a {type(parameter).__name__}, several tensors in one: a flat buffer holds plain ones"
             )
-    others = {f"parameter {name!r}": parameter for name, parameter in module.named_parameters()}
-    others |= {f"buffer {name!r}": buffer for name, buffer in module.named_buffers()}
+    others: dict[str, Tensor] = {}
+    if module is not None:
+        others |= {f"parameter {name!r}": parameter for name, parameter in module.named_parameters()}
+        others |= {f"buffer {name!r}": buffer for name, buffer in module.named_buffers()}
     known = {id(parameter) for parameter in parameters.values()}
     storages: dict[int, list[str]] = {}
     tensors = own | {name: tensor for name, tensor in others.items() if id(tensor) not in known}
@@ -33,7 +35,7 @@ def require_own_memory(module: nn.Module, parameters: Mapping[str, Tensor]) -> N
         if (pair := _sharing({name: tensors[name] for name in names}, own.keys())) is not None:
             raise ValueError(
                 f"{pair[0]} and {pair[1]} share memory, and would not in rows of their own: tie them by making them "
-                "one nn.Parameter"
+                "one nn.Parameter, or set such a buffer afterwards"
             )
 
 

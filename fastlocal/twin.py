@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
@@ -11,13 +11,14 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastlocal import comm
 
-_REFUSALS = (TypeError, AssertionError, RuntimeError)
-"""What deepcopy raises of what is not to be copied; FSDP2 asserts it, sparse parameters have no layout to keep."""
+_REFUSALS = (TypeError, AssertionError)
+"""What deepcopy raises of what is not to be copied; FSDP2 asserts it."""
 
 
 def require_initialised(module: nn.Module) -> None:
@@ -34,7 +35,7 @@ def copy_of(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: an attribute is a function around a part of the module, which its copy would use too.
     """
-    return _copy_and_memo(module)[0]
+    return _copy_and_memo(module, _FORWARD_HOOKS)[0]
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -46,7 +47,7 @@ def twin_of(module: nn.Module) -> nn.Module:
         ValueError: a parameter has a hook that runs after its gradient was accumulated: that is about this one alone;
             the module is scripted; or see copy_of.
     """
-    twin, memo = _copy_and_memo(module)
+    twin, memo = _copy_and_memo(module, _FORWARD_HOOKS + _BACKWARD_HOOKS)
     if not all(parameter.is_leaf for parameter in twin.parameters()):
         raise ValueError("a scripted or traced module cannot be copied with its parameters: pass the original module")
     for (name, parameter), copied in zip(module.named_parameters(), twin.parameters(), strict=True):
@@ -65,7 +66,7 @@ def twin_of(module: nn.Module) -> nn.Module:
         for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
             if isinstance(hook, MethodType) and id(hook.__self__) in memo:
                 hook = MethodType(hook.__func__, memo[id(hook.__self__)])
-            elif _reaches_original(hook, memo, set()):
+            elif _reaches_original(hook, memo, {id(owner) for owner in _around(module, name)}):
                 raise ValueError(
                     f"a gradient hook of parameter {name!r} is a function around a part of the model, which its "
                     "copies would share, and compute with: register it on each worker's after Workers(...)"
@@ -75,24 +76,34 @@ def twin_of(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _copy_and_memo(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
-    """A deep copy as copy_of makes it, and by id what has been copied."""
+def _copy_and_memo(module: nn.Module, hooks: Sequence[str]) -> tuple[nn.Module, dict[int, Any]]:
+    """A deep copy as copy_of makes it, and by id what has been copied; these hooks may not tie it to the module."""
     memo = _memo(module)
     try:
         copied = copy.deepcopy(module, memo)
     except _REFUSALS as error:
         raise TypeError(f"{_name_uncopied(module)} cannot be copied, as each worker's model is: {error}") from error
-    _turn_references(copied, memo)
-    _require_own_functions(module, copied, memo)
+    except RuntimeError as error:
+        sparse = [name for name, parameter in module.named_parameters() if parameter.layout is not torch.strided]
+        if not sparse:  # out of memory, say
+            raise
+        raise TypeError(f"the sparse parameter {sparse[0]!r} cannot be copied, as each worker's model is") from error
+    _turn_references(module, copied, memo)
+    _require_own_functions(module, copied, memo, hooks)
     return copied, memo
 
 
-def _turn_references(copied: nn.Module, memo: dict[int, Any]) -> None:
+def _turn_references(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Make attributes that refer weakly to a part of the original, such as a parent, refer to that of the copy."""
-    for submodule in copied.modules():
+
+    def turned(value: Any) -> Any:
+        return ref(memo[id(value())]) if type(value) is ref and id(value()) in memo else value
+
+    for submodule in set(copied.modules()).difference(module.modules()):  # a module may be its own copy
         for attribute, value in vars(submodule).items():
-            if type(value) is ref and id(value()) in memo:
-                vars(submodule)[attribute] = ref(memo[id(value())])
+            if type(value) is list and ref in map(type, value):  # of a recurrent layer's weights
+                value[:] = map(turned, value)
+            vars(submodule)[attribute] = turned(value)
 
 
 def _name_uncopied(module: nn.Module) -> str:
@@ -109,17 +120,16 @@ def _name_uncopied(module: nn.Module) -> str:
     return f"the model, {type(module).__name__},"
 
 
-def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int, Any], hooks: Sequence[str]) -> None:
     """Raise ValueError for a function in the copy that closes over a part of the original: copies share functions."""
     modules = dict(module.named_modules())
     # A module may choose what of it is copied.
     for (name, submodule), twin in zip(modules.items(), copied.modules(), strict=False):
         seen: set[int] = set()
         for attribute, value in vars(twin).items():
-            if attribute in _MODULE_HOOKS:
+            if attribute in hooks:
                 # What closes over the module it hooks, or one around that, watches rather than computes.
-                above = [modules[name[:end]] for end, letter in enumerate(name) if letter == "."]
-                watched = {id(module), id(submodule), *map(id, above)}
+                watched = {id(submodule), *map(id, _around(module, name))}
                 if _reaches_original(value, memo, watched):
                     raise ValueError(
                         f"a hook of {name or 'the model'!r} is a function around another part of the model, "
@@ -133,7 +143,13 @@ def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int,
                 )
 
 
-_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def _around(module: nn.Module, name: str) -> list[nn.Module]:
+    """The modules in which a submodule or parameter of this name lies."""
+    return [module, *(module.get_submodule(name[:end]) for end, letter in enumerate(name) if letter == ".")]
 
 
 def _reaches_original(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:

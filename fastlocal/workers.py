@@ -101,7 +101,13 @@ class Workers:
             alike = is_unit_vector(model, name) or are_equal(buffers)
             model.get_buffer(name).copy_(merged(buffers, "broadcast" if alike else "average"))
         for name, twins in self.rows.frozen().items():
-            if twins[0].is_floating_point() and obstacle(twins[0]) is None and not are_equal(twins):
+            # Not the parts of a parameter: the mean of a scale is none of what it scales.
+            if (
+                name in averaged
+                and twins[0].is_floating_point()
+                and obstacle(twins[0]) is None
+                and not are_equal(twins)
+            ):
                 comm.held_here(averaged[name]).copy_(merged(twins, "average"))
         return model
 

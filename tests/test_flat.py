@@ -1,5 +1,7 @@
 """Flat rows: values, strides and storage of parameters, and what is refused."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -173,6 +175,29 @@ def test_memory_that_frozen_parameters_and_buffers_share_with_each_other_is_thei
     model.register_buffer("sparse", torch.eye(2).to_sparse())
     model.register_buffer("later", torch.empty(2, device="meta"))
     assert Workers(model, 1)[0].itself is model.bias
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("kind", ["quantized", "conjugate", "negative"])
+def test_frozen_parameters_whose_bytes_are_not_their_numbers_are_compared(kind):
+    model = nn.Linear(2, 1)
+    numbers = torch.tensor([1 + 2j, 3 - 1j])
+    if kind == "quantized":
+        frozen = torch.quantize_per_tensor(numbers.real, 0.5, 0, torch.qint8)
+    else:
+        frozen = numbers.conj() if kind == "conjugate" else numbers.conj().imag
+    model.register_parameter("frozen", nn.Parameter(frozen, requires_grad=False))
+    team = Workers(model, 2)
+    model.load_state_dict({**model.state_dict(), "weight": torch.full((1, 2), 7.0)})
+    LocalSGD(torch.optim.SGD(team.parameters(), lr=0.1), team, 1)
+    assert team[1].weight.tolist() == [[7.0, 7.0]]
+
+
+def test_rows_left_with_a_buffer_over_them_can_be_opened_again():
+    team = Workers(nn.Linear(2, 1), 2)
+    for worker in team:
+        worker.register_buffer("seen", worker.weight.detach())
+    assert len(pickle.loads(pickle.dumps(team))) == 2
 
 
 def test_a_trained_parameter_of_several_tensors_is_refused_and_a_frozen_one_is_not():

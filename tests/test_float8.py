@@ -30,13 +30,14 @@ def test_a_chunk_that_is_full_is_not_followed_by_an_empty_one():
     assert float8.empty(2048, DEVICE).shape == (2, 1025)
 
 
-def test_values_are_rounded_to_four_bits_of_their_own_or_to_steps_of_the_chunk():
+@pytest.mark.parametrize("rounded", [sent, rounded_to_float8])
+def test_values_are_rounded_to_four_bits_of_their_own_or_to_steps_of_the_chunk(rounded):
     # 448 stands for itself, so the chunk's power of two is 1 and its least step 2^-9.
     values = torch.tensor([448.0, 17.0, 18.9, -19.0, 25.0, 2**-9, 1.4 * 2**-9, 1.5 * 2**-9, 0.5 * 2**-9, 0.0])
-    assert sent(values).tolist() == [448.0, 16.0, 18.0, -20.0, 24.0, 2**-9, 2**-9, 2**-8, 0.0, 0.0]
+    assert rounded(values).tolist() == [448.0, 16.0, 18.0, -20.0, 24.0, 2**-9, 2**-9, 2**-8, 0.0, 0.0]
     # Past 448 the power of two is 2.
-    assert sent(torch.tensor([449.0, 2**-9])).tolist() == [448.0, 0.0]
-    assert sent(torch.tensor([-480.0, 2**-8])).tolist() == [-480.0, 2**-8]
+    assert rounded(torch.tensor([449.0, 2**-9])).tolist() == [448.0, 0.0]
+    assert rounded(torch.tensor([-480.0, 2**-8])).tolist() == [-480.0, 2**-8]
 
 
 def test_what_is_a_14336th_of_the_largest_keeps_its_bits_and_a_458752nd_is_lost():

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from local_runs import make, parameters_of, run, step_with
+from local_runs import inner_of, make, network, parameters_of, run, step_with
 from torch import nn
 from torch.nn.utils import prune
 
@@ -187,6 +187,48 @@ def test_training_goes_on_from_one_state_in_memory_again_and_again(inner):
         ends.append(parameters_of(team))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_parameters_restored_through_data_before_the_wrapper_is_built_go_on_in_their_round(workers):
+    optimizer, team = make(SlowMo, workers, interval=4)
+    run(optimizer, team, 2)
+    with torch.no_grad():
+        for number, parameter in enumerate(team.parameters()):
+            parameter.add_(number / 1000)  # every worker has its own
+    saved, state = [p.detach().clone() for p in team.parameters()], copy.deepcopy(optimizer.state_dict())
+    buffers = [copy.deepcopy(dict(worker.named_buffers())) for worker in team]
+    run(optimizer, team, 4, first=2)
+    other = Workers(network(), workers)
+    for parameter, value in zip(other.parameters(), saved, strict=True):
+        parameter.data.copy_(value)
+    for worker, own in zip(other, buffers, strict=True):
+        for name, value in own.items():
+            worker.get_buffer(name).copy_(value)
+    resumed = SlowMo(inner_of(other, "sgd"), other, 4)
+    resumed.load_state_dict(state)
+    run(resumed, other, 4, first=2)
+    assert torch.equal(parameters_of(team), parameters_of(other))
+
+
+class Accumulates(torch.optim.SGD):
+    """Keeps a count and a tensor beside the state of the parameters, as some optimizers do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.state["total"] = 0
+        self.state["k"] = torch.zeros(1)
+
+
+def test_an_inner_state_that_is_not_of_a_parameter_can_be_loaded():
+    team = Workers(nn.Linear(2, 1), 1)
+    optimizer = LocalSGD(Accumulates(team.parameters(), lr=0.1), team, 2)
+    step_with(optimizer, team)
+    optimizer.state["k"] += 3
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    optimizer.state["k"] += 4
+    assert state["state"]["k"].item() == 3
 
 
 def test_loading_the_inner_optimizer_directly_does_not_split_the_groups():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from fastlocal import LocalSGD, Workers
 from fastlocal.twin import copy_of, twin_of
@@ -327,6 +328,7 @@ def test_a_gradient_hook_that_computes_with_a_parameter_is_refused():
     with pytest.raises(ValueError, match="a gradient hook of parameter 'weight' is a function around a part"):
         Workers(model, 2)
     handle.remove()
+    model.weight.register_hook(lambda gradient: vars(model).update(seen=gradient.norm()))  # watches
     factor = torch.tensor(2.0)
     model.weight.register_hook(lambda gradient: gradient * factor)
     for worker in Workers(model, 2):
@@ -341,6 +343,46 @@ def test_a_backward_hook_that_computes_with_another_part_of_the_model_is_refused
     getattr(model["base"], register)(lambda module, *gradients: gradients[-1][0] * gate.bias)
     with pytest.raises(ValueError, match="a hook of 'base' is a function around another part of the model"):
         Workers(model, 2)
+    Workers(model, 1).mean()
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_parametrized_recurrent_layer_trains_in_each_worker(wrap):
+    model = wrap(nn.LSTM(2, 3), "weight_hh_l0")
+    team = Workers(model, 2)
+    for number, worker in enumerate(team, start=1):
+        worker(torch.full((4, 1, 2), float(number)))[0].sum().backward()
+    for parameters in zip(*(worker.parameters() for worker in team), strict=True):
+        assert not torch.equal(parameters[0].grad, parameters[1].grad)
+    team.mean()(torch.ones(4, 1, 2))
+
+
+class Itself(nn.Module):
+    """A backbone that all share."""
+
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_part_that_is_its_own_copy_keeps_referring_to_its_parent():
+    model = nn.Module()
+    model.linear, model.shared = nn.Linear(2, 1), Itself(model)
+    with pytest.raises(ValueError, match=r"'shared\.parent' is a function .* or holds a weak reference to one"):
+        Workers(model, 2)
+    assert model.shared.parent() is model
+
+
+def test_what_has_nothing_to_do_with_a_parameter_is_raised_as_it_is():
+    class Full(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        Workers(Full(2, 1), 2)
 
 
 class Child(nn.Module):
@@ -371,7 +413,11 @@ def test_a_child_that_refers_weakly_to_its_parent_refers_to_that_of_its_own_work
     with torch.no_grad():
         team[0].scale.fill_(100.0)
     assert mean(torch.ones(1)).item() == 2.0
-    team[0].child.parents = [team[0].child.parent]
+    team[0].child.parents = [team[0].child.parent, None]
+    mean = team.mean()
+    assert mean.child.parents[0]() is mean
+    assert team[0].child.parents[0]() is team[0]
+    team[0].child.parents = {"all": [team[0].child.parent]}
     with pytest.raises(ValueError, match=r"'child\.parents' is a function .* or holds a weak reference to one"):
         team.mean()
 
@@ -379,7 +425,7 @@ def test_a_child_that_refers_weakly_to_its_parent_refers_to_that_of_its_own_work
 def test_a_sparse_parameter_cannot_be_copied_and_says_so():
     model = nn.Linear(2, 1)
     model.register_parameter("sparse", nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False))
-    with pytest.raises(TypeError, match="'_parameters' cannot be copied, as each worker's model is"):
+    with pytest.raises(TypeError, match="the sparse parameter 'sparse' cannot be copied, as each worker's model is"):
         Workers(model, 2)
 
 

@@ -49,7 +49,7 @@ def test_the_mean_takes_frozen_parameters_that_differ_and_leaves_numbers_and_wha
     model = nn.Linear(1, 1)
     model.register_parameter("average", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16), requires_grad=False))
     model.register_parameter("codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
-    model.register_parameter("base", nn.Parameter(torch.full((2,), 0.1), requires_grad=False))
+    model.register_parameter("base", nn.Parameter(torch.full((2,), 0.1, dtype=torch.float32), requires_grad=False))
     model.register_buffer("later", torch.empty(2, device="meta"))
     team = Workers(model, 3)
     for number, worker in enumerate(team):

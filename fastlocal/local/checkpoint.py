@@ -1,12 +1,12 @@
 """A wrapper that can be saved, copied and put together again: its parts, and what of them is kept."""
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlocal.buffers import Buffers
 from fastlocal.comm import Group
@@ -32,13 +32,6 @@ _FIXED = (
 
 
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-
-
-def _part_from(saved: dict[str, Any], state: Mapping[Any, Any]) -> None:
-    """Copy the tensors that torch.optim takes from a saved state as they are: steps would change it."""
-    theirs = {id(value) for own in saved["state"].values() for value in own.values() if isinstance(value, Tensor)}
-    for own in state.values():
-        own.update((key, value.clone()) for key, value in own.items() if id(value) in theirs)
 
 
 def _complete(group: dict[str, Any], before: dict[str, Any], options: Iterable[str]) -> None:
@@ -184,8 +177,9 @@ class Checkpointed(Wrapper):
         inner_before = self.inner.state, self.inner.param_groups
         try:
             self.policy.load_state_dict(own["policy"]["state"])
-            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fastlocal"})
-            _part_from(state_dict, self.inner.state)
+            inner = {key: value for key, value in state_dict.items() if key != "fastlocal"}
+            # torch.optim takes tensors as they are where they fit, and its steps would change what was saved.
+            self.inner.load_state_dict(copy.deepcopy(inner))
             for before, group in zip(inner_before[1], self.inner.param_groups, strict=True):
                 _complete(group, before, self.inner.defaults.keys())
         except Exception as error:  # a policy may be anybody's

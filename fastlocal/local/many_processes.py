@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastlocal import comm
-from fastlocal.buffers import spoilt
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows, drop_gradients
 from fastlocal.local.alike import are_alike, are_close, take_first_
@@ -66,6 +65,7 @@ class ManyProcesses(OneProcess):
         self._wires: dict[int, Tensor] = {}
         self._last_message: bytes | None = None
         self._has_compared = False
+        self._healed: list[str] = []
         for owner in rows.owners():
             shared = sorted(comm.ranks_on_mesh(owner) & set(group.ranks))
             if len(shared) > 1:
@@ -97,6 +97,7 @@ class ManyProcesses(OneProcess):
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
         compare(self.group, settings, slots + kinds, stats.local_steps)
         self._has_compared = True
+        self._healed = list(self._healable())  # the same in all processes; one may freeze or add others later
         self.compare_pieces(settings, stats)
         begin = self.rows.begin(self.inner)
         if expected != "apart":
@@ -216,10 +217,11 @@ class ManyProcesses(OneProcess):
         return Outcome(drift, sum(flags.count(False) for flags in included), payload)
 
     def _heal_frozen_across(self, included: list[list[bool]]) -> int:
-        frozen = self._healable()
-        if not frozen or all(map(all, included)):
+        if not self._healed or all(map(all, included)):
             return 0
-        flags = zip(*self.group.gather(spoilt(frozen, included[self.group.rank])), strict=True)
+        present = self._healable()
+        frozen = [present[name] for name in self._healed]
+        flags = zip(*self.group.gather(self._spoilt(frozen, included[self.group.rank])), strict=True)
         return merge_across_(list(itertools.compress(frozen, map(any, flags))), "keep", included, self.group)
 
     def merge_buffers(self, stats: Stats) -> int:

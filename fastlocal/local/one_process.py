@@ -196,14 +196,21 @@ class OneProcess:
         """
         if all(included):
             return 0
-        frozen = self._healable()
-        flags = module_buffers.spoilt(frozen, included)
-        return module_buffers.merge_(itertools.compress(frozen, flags), "keep", included)
+        frozen = list(self._healable().values())
+        return module_buffers.merge_(itertools.compress(frozen, self._spoilt(frozen, included)), "keep", included)
 
-    def _healable(self) -> list[list[Tensor]]:
+    def _healable(self) -> dict[str, list[Tensor]]:
         """The frozen parameters that may hold NaN, each in every worker of this process."""
-        frozen = self.rows.frozen().values()
-        return [own for own in frozen if own[0].is_floating_point() and module_buffers.obstacle(own[0]) is None]
+        frozen = self.rows.frozen().items()
+        return {n: own for n, own in frozen if own[0].is_floating_point() and module_buffers.obstacle(own[0]) is None}
+
+    def _spoilt(self, frozen: Sequence[Sequence[Tensor]], included: Sequence[bool]) -> list[bool]:
+        """Which of these have something not finite, in any of their pieces, in a worker that is left out."""
+        flags = torch.tensor(module_buffers.spoilt(frozen, included), dtype=torch.int32, device="cpu")
+        flags = flags.to(self.rows.blocks[0].rows.device)
+        for group, _ in self.pieces:
+            group.reduce_(flags, "max")
+        return flags.to(torch.bool).tolist()
 
     def write_mean_of_progress(
         self, mean: Tensor, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float

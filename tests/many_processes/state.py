@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastlocal import LocalSGD, SlowMo, Workers
 from tests.local_runs import KeepsAverage, parameters_of, poison
@@ -257,6 +258,30 @@ def frozen_parameters_that_are_not_finite_are_healed_with_a_worker_that_is_left_
     assert [worker.average.weight.tolist() for worker in team] == [[[number, number]] for number in expected]
     # A trained parameter and a frozen one of two elements each, in float32, among 8 workers.
     assert optimizer.stats.bytes_on_wire - sent == 2 * 7 * (8 + 8) // 8
+
+
+def frozen_parameters_of_all_kinds_are_rank_0s_but_for_sparse_ones(rank, new_group):
+    model = nn.Linear(2, 1)
+    own = {
+        "sparse": torch.eye(2).mul(rank).to_sparse(),
+        "expanded": torch.full((1,), float(rank)).expand(3),
+        "later": torch.empty(2, device="meta"),
+        "pair": TwoTensor(torch.ones(2), torch.full((2,), float(rank))),
+    }
+    for name, value in own.items():
+        model.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    model.weight.data.fill_(rank)
+    inner = torch.optim.SGD([model.weight, model.bias], lr=0.1)
+    optimizer = LocalSGD(inner, model, 1, process_group=new_group(), timeout=20.0)
+    optimizer.step()
+    assert model.weight.tolist() == [[0.0, 0.0]]
+    if rank == 1:
+        model.weight.data.fill_(torch.nan)
+    optimizer.step()
+    assert model.weight.tolist() == [[0.0, 0.0]]
+    assert model.sparse.to_dense().diagonal().tolist() == [rank, rank]
+    assert model.expanded.tolist() == [0.0] * 3
+    assert model.pair.b.tolist() == [0.0] * 2
 
 
 def moments_of_low_precision_are_averaged_in_float32_and_those_that_a_rank_lacks_are_left_alone(rank, new_group):
