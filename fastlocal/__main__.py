@@ -1,10 +1,12 @@
 """`fastlocal` and `python -m fastlocal`."""
 
+import os
 import sys
 
 
 def main() -> int:
     """Run the command line; it needs the extra `train`."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is one of its own environment, which may lack it
     try:
         from fastlocal.train.cli import main as run
     except ModuleNotFoundError as error:

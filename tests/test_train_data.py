@@ -205,3 +205,12 @@ def test_shifts_and_flips_cover_their_range_evenly():
         # 1000 expected of 9000, standard deviation 30
         assert 850 < counts.min() <= counts.max() < 1150
     assert 0.47 < flip.float().mean() < 0.53
+
+
+def test_images_that_are_there_are_not_downloaded_over(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / name).write_bytes(b"another split")
+    data.download(tmp_path)
+    assert [(folder / name).read_bytes() for name in ("train", "test")] == [b"another split"] * 2

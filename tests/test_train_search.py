@@ -1,6 +1,7 @@
 """The search: real runs on a few images, the same trials when stopped, and never the test images."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -254,3 +255,13 @@ def test_the_best_trial_is_the_one_of_the_highest_accuracy_and_runs_that_ended_a
             search(
                 load(written(tmp_path, text.replace(*change))), root, Console(quiet=True), data_dir=None, threads=1
             )
+
+
+@pytest.mark.parametrize("name", ["r?1", "p%20q", "a b#c", "ü\u00a0"])
+def test_a_search_keeps_its_trials_in_its_own_folder_whatever_that_is_called(tmp_path, name):
+    out = tmp_path / name
+    text = f"trials = 1\n{BASE}checkpoint_seconds = inf\n[space]\nlr = [0.01]"
+    assert main(["search", str(written(tmp_path, text)), "--out", str(out), "--threads", "1"]) == 0
+    assert (out / "trials.db").stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["find.toml", name])
+    assert tomllib.loads((out / "best.toml").read_text())["base"]["checkpoint_seconds"] == math.inf

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from fastlocal.train import build, cells, cli, search, study
+from fastlocal.train import build, cells, cli, pool, search, study
 from fastlocal.train.cli import main
 from fastlocal.train.collect import collect
 from fastlocal.train.errors import UsageError
@@ -445,3 +445,16 @@ def test_a_cell_has_the_figures_and_notes_of_all_that_reported_it(tmp_path):
     (cell,) = study.load(written(tmp_path, text)).cells
     assert cell.original == {"test_accuracy": 50, "best_val_accuracy": 51}
     assert cell.note == "One. Two."
+
+
+def test_a_cell_whose_process_is_killed_is_remembered_as_such(tmp_path, monkeypatch):
+    text = "[base]\nworkers = 2\nbatch_size = 16\nepochs = 1\nsynthetic_images = 60\n[grid]\ninterval = [2]"
+    out = tmp_path / "study"
+    read = study.load(written(tmp_path, text))
+    cells.begin(read, out)
+    (place,) = cells.places(read, out, data_dir=None, threads=1, device=None, retry=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # ends before it can say anything
+    pool.run_all([place], 1, lambda ended: None)
+    assert (place.state, place.message) == ("broken", f"exit code 1, see {place.log}")
+    (again,) = cells.places(read, out, data_dir=None, threads=1, device=None, retry=False)
+    assert (again.state, again.message) == ("broken", f"exit code 1, see {place.log}")

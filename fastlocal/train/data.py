@@ -190,6 +190,8 @@ def download(data_dir: Path) -> None:
     Raises:
         UsageError: torchvision is missing, or the files cannot be fetched.
     """
+    if all((data_dir / "cifar-100-python" / name).exists() for name in ("train", "test")):
+        return  # torchvision would replace another split by its own
     try:
         from torchvision.datasets import CIFAR100  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:

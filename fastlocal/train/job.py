@@ -4,6 +4,8 @@ The config comes as JSON in the first argument. Standard input is a pipe that th
 closes, the study is gone, and so is this process, whatever ended the study.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -47,9 +49,18 @@ def last_error(log: Path) -> str | None:
     return last.removeprefix(_ERROR) if last.startswith(_ERROR) else None
 
 
+def note_error(log: Path, message: str) -> None:
+    """Write down what a process ended with that could not say so itself."""
+    with contextlib.suppress(OSError), log.open("a") as file:
+        file.write(f"\n{_ERROR}{message}\n")
+
+
 def main() -> int:
     """Run it; returns 0 when finished, 1 when it diverged, 2 for anything else that went wrong."""
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a folder's name, where only ASCII may be written
     try:
         config = config_from(json.loads(sys.argv[1]))
         try:

@@ -142,7 +142,7 @@ def _saved(spread: Spread | None) -> str:
     """Percent; a deviation only where the seeds differ, as they do under an adaptive policy."""
     if spread is None:
         return "–"
-    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std else "")
+    return f"{round(100 * spread.mean, 1) + 0.0:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std else "")
 
 
 def _sent(spread: Spread) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 from fastlocal.train import report
 from fastlocal.train.config import Config
 from fastlocal.train.errors import RunError, UsageError
-from fastlocal.train.job import FAILED, last_error, log_of
+from fastlocal.train.job import FAILED, last_error, log_of, note_error
 
 State = Literal["new", "started", "running", "finished", "diverged", "broken"]
 _POLL_SECONDS = 0.1
@@ -158,7 +158,10 @@ def _ended(place: Place) -> bool:
         place.state = "finished"
     else:
         ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}, see {place.log}"
-        place.state, place.message = "broken", (code == 2 and last_error(place.log)) or ended
+        said = last_error(place.log)
+        if said is None:
+            note_error(place.log, ended)
+        place.state, place.message = "broken", (code == 2 and said) or ended
     return True
 
 

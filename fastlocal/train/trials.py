@@ -1,6 +1,7 @@
 """`fastlocal search`: hyper-parameters by Optuna, judged on the validation images; never sees the test images."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from fastlocal.train import report
@@ -130,7 +132,8 @@ def _values(choice: BaseDistribution) -> str:
 
 
 def _storage(root: Path) -> str:
-    return f"sqlite:///{root.resolve() / 'trials.db'}"
+    path = root.resolve() / "trials.db"
+    return URL.create("sqlite", database=str(path)).render_as_string()  # a folder's name may hold ? and %
 
 
 @contextmanager
@@ -273,4 +276,4 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
 
 def _toml(value: Any) -> str:
     """A field as TOML: JSON's strings, numbers and booleans are TOML's too, but for surrogates."""
-    return json.dumps(value, ensure_ascii=False)
+    return "inf" if value == math.inf else json.dumps(value, ensure_ascii=False)

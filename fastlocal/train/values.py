@@ -1,6 +1,7 @@
 """A Config from the values of a file: names and kinds are checked here, ranges by Config itself."""
 
 import difflib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -55,7 +56,11 @@ def field_value(name: str, value: Any) -> Any:
             raise UsageError(f"--{name.replace('_', '-')} must be a number below 2^63, got {value}")
         elif option is float and type(value) in (int, float):
             return float(value)
-        elif option is Path and isinstance(value, str) and value.isprintable():
+        elif (
+            option is Path
+            and isinstance(value, str)
+            and not any(unicodedata.category(letter) == "Cc" for letter in value)
+        ):
             return Path(value)
         elif type(value) is option:
             return value
