@@ -240,7 +240,7 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         (["--overlap-steps", "2"], "--overlap-steps has no use without --method streaming"),
         (["--inner-latency-ms", "-1"], "--inner-latency-ms has no use without --inner-gbps"),
         (["--wire-dtype", "fp5"], "fp5"),
-        (["--plot", "/nonexistent/plan.png"], "--plot /nonexistent/plan.png cannot be written"),
+        (["--plot", "/dev/null/plan.png"], "--plot /dev/null/plan.png cannot be written"),
     ],
 )
 def test_a_bad_value_ends_in_one_line_that_names_it(flags, message, capsys):
