@@ -158,16 +158,16 @@ class Rows:
 
         Gradients that the others have were computed elsewhere: they become zero.
         """
-        self.catch_up()
+        if self._are_as_made():
+            self._give_firsts()
         self._made = None
 
     @torch.no_grad()
     def catch_up(self) -> None:
         """The same before training: what is written to the first worker alone later on may be given to all too."""
-        if not self._are_as_made():
-            return
-        self._give_firsts()
-        self._made = self._written()
+        if self._are_as_made():
+            self._give_firsts()
+            self._made = self._written()
 
     def _give_firsts(self) -> None:
         first, *others = (dict(module.named_parameters()) for module in self.modules)

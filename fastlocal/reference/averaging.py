@@ -60,9 +60,8 @@ def rounded_to_float8(values: Tensor) -> Tensor:
         if not largest.isfinite():
             chunks.append(torch.full_like(chunk, torch.nan))
             continue
-        mantissa, exponent = torch.frexp(
-            largest / 448
-        )  # in [0.5, 1) · 2^exponent; the logarithm's last bit may be off
+        # A logarithm's last bit may be off; frexp is exact: mantissa · 2^exponent, mantissa in [0.5, 1).
+        mantissa, exponent = torch.frexp(largest / 448)
         scale = _power_of_two(torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-126))
         _, exponent = torch.frexp(chunk.abs() / scale)
         step = _power_of_two((exponent - 1).clamp(min=-6) - 3) * scale
