@@ -186,8 +186,8 @@ class Rows:
 
     def frozen(self) -> dict[str, list[Tensor]]:
         """The parameters that have no row, as nobody trains them, by name, in each worker; of DTensors the pieces, of
-        tensors that are several in one the parts, of expanded ones what is stored. Sparse ones are left out, and
-        those on the meta device.
+        tensors that are several in one the parts, of expanded ones what is stored. Left out are sparse ones, those
+        on the meta device, and an expanded one beside its copies, which are not.
         """
         first, *others = (
             dict(
@@ -198,7 +198,11 @@ class Rows:
             )
             for module in self.modules
         )
-        return {name: [own[name] for own in (first, *others)] for name in first if all(name in own for own in others)}
+        return {
+            name: [part, *(own[name] for own in others)]
+            for name, part in first.items()
+            if all(name in own and own[name].shape == part.shape for own in others)
+        }
 
     @property
     def layout(self) -> Layout:

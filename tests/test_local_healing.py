@@ -72,6 +72,20 @@ def test_a_worker_that_is_left_out_takes_only_those_frozen_parameters_anew_that_
     assert optimizer.stats.excluded == 2
 
 
+def test_an_expanded_frozen_parameter_is_each_workers_own_as_its_copies_are_not_expanded():
+    model = nn.Linear(2, 1)
+    model.register_parameter("wide", nn.Parameter(torch.ones(2, 1).expand(2, 3), requires_grad=False))
+    team = Workers(model, 2)
+    optimizer = LocalSGD(torch.optim.SGD(team.parameters(), lr=0.0), team, 1)
+    with torch.no_grad():
+        team[1].weight.fill_(torch.nan)
+        team[1].wide.fill_(torch.nan)
+    optimizer.step()
+    assert optimizer.stats.excluded == 1
+    assert team[1].weight.isfinite().all()
+    assert team.mean().wide.tolist() == [[1.0] * 3] * 2
+
+
 def test_without_a_finite_worker_sync_raises_and_writes_nothing():
     optimizer, team = make(workers=2, interval=100)
     run(optimizer, team, 2)
