@@ -8,16 +8,16 @@ This module moves no bytes between processes and does no arithmetic on parameter
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlocal import comm
-from fastlocal.buffers import collect, stored_parts
+from fastlocal.buffers import stored_parts
+from fastlocal.following import Following
 from fastlocal.memory import extent, require_own_memory
 from fastlocal.twin import require_initialised
 
@@ -86,6 +86,7 @@ class Rows:
     Attributes:
         num_bytes: of one worker's trainable parameters, padding not counted; of DTensors all pieces.
         num_elements: likewise.
+        following: what is loaded into the first worker alone before training begins is for all.
 
     Raises:
         ValueError: there is nothing to train, a parameter is complex, uninitialised or no plain tensor, one shares
@@ -115,9 +116,7 @@ class Rows:
                 if block.owner is None:
                     parameter.data = block.own(worker, slot)
         self._begun: set[str] = set()  # names of the parameters that some optimizer has begun to step
-        # Until training begins: the other workers' parameters, how often they had been written to when made, and a
-        # sum of their rows' bits, as writing through .data is not counted.
-        self._made: tuple[Sequence[Sequence[tuple[Tensor, int]]], list[int]] | None = self._written()
+        self.following = Following(self.modules, [block.rows[1:] for block in self.blocks])
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -137,52 +136,6 @@ class Rows:
     def others_have_begun(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether parameters have been stepped that are not this optimizer's."""
         return not self._begun <= self.stepped_by(optimizer)
-
-    def _written(self) -> tuple[Sequence[Sequence[tuple[Tensor, int]]], list[int]]:
-        """What tells whether somebody has written to the other workers' parameters."""
-        versions = [[(p, p._version) for p in module.parameters()] for module in self.modules[1:]]
-        others = [block.rows[1:] for block in self.blocks if not block.rows.is_meta]
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return versions, [int(rows.view(integers[rows.itemsize]).sum(dtype=torch.int64)) for rows in others]
-
-    def _are_as_made(self) -> bool:
-        """Whether training has not begun, and nobody has written to the other workers."""
-        if self._made is None:
-            return False
-        (made, sums), (now, sums_now) = self._made, self._written()
-        return _equal_pairs(made, now) and sums == sums_now
-
-    @torch.no_grad()
-    def begin_alike(self) -> None:
-        """Give all workers the first one's parameters and buffers if it alone was written to since they were made.
-
-        Gradients that the others have were computed elsewhere: they become zero.
-        """
-        if self._are_as_made():
-            self._give_firsts()
-        self._made = None
-
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """The same before training: what is written to the first worker alone later on may be given to all too."""
-        if self._are_as_made():
-            self._give_firsts()
-            self._made = self._written()
-
-    def _give_firsts(self) -> None:
-        first, *others = (dict(module.named_parameters()) for module in self.modules)
-        first = {name: p for name, p in first.items() if not p.is_meta and all(name in own for own in others)}
-        if _alike([first, *others], first):
-            return
-        if not _alike(others, first):  # written to through .data, which no version counts
-            return
-        for own in others:
-            for name, parameter in first.items():
-                own[name].copy_(parameter)
-            drop_gradients(own.values())
-        for first_buffer, *buffers in collect(self.modules, "keep").values():
-            for buffer in buffers:
-                buffer.copy_(first_buffer)
 
     def frozen(self) -> dict[str, list[Tensor]]:
         """The parameters that have no row, as nobody trains them, by name, in each worker; of DTensors the pieces, of
@@ -288,45 +241,14 @@ class Rows:
             "modules": self.modules,
             "names": list(self.parameters[0]),
             "begun": sorted(self._begun),
-            "as_made": self._are_as_made(),
+            "as_made": self.following.lasts(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Rows.__init__(self, state["modules"], state["names"])
         self._begun = set(state.get("begun", ()))
         if not state.get("as_made"):
-            self._made = None
-
-
-def drop_gradients(parameters: Iterable[Tensor]) -> None:
-    """Make the gradients zero that there are; an optimizer may count on being given some."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-
-
-def _equal_pairs(made: Sequence[Sequence[tuple[Tensor, int]]], now: Sequence[Sequence[tuple[Tensor, int]]]) -> bool:
-    """Whether these are the same tensors, written to as often."""
-    pairs = [
-        pair for own in zip(made, now, strict=True) for pair in itertools.zip_longest(*own, fillvalue=(None, -1))
-    ]
-    return all(old is new and before == after for (old, before), (new, after) in pairs)
-
-
-def _alike(workers: Sequence[dict[str, nn.Parameter]], names: Iterable[str]) -> bool:
-    """Whether all workers hold the same in these parameters."""
-    first, *others = workers
-    return all(_same(comm.held_here(first[name]), comm.held_here(own[name])) for name in names for own in others)
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same bytes: NaN does not equal itself, and some dtypes cannot be compared."""
-    if is_traceable_wrapper_subclass(first):  # several tensors in one
-        return all(_same(getattr(first, part), getattr(second, part)) for part in first.__tensor_flatten__()[0])
-    if first.is_quantized:
-        return torch.equal(first, second)
-    first, second = (t.resolve_conj().resolve_neg().flatten().view(torch.uint8) for t in (first, second))
-    return torch.equal(first, second)
+            self.following.end()
 
 
 def _require_equal(first: dict[str, nn.Parameter], other: dict[str, nn.Parameter], worker: int) -> None:

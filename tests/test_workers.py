@@ -118,7 +118,7 @@ def test_a_failed_load_into_all_leaves_one_into_worker_0_alone_where_all_begin()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         team.load_state_dict(state)
     team[0].load_state_dict(state["workers"][0], strict=False)
-    team.rows.begin_alike()
+    team.rows.following.begin()
     assert all(map(torch.equal, team[0].parameters(), team[1].parameters()))
 
 

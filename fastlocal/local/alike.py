@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlocal.checksum import checksum
 from fastlocal.comm import Group
-from fastlocal.local.checksum import checksum
 from fastlocal.ops.averaging import accumulate_dtype
 
 _MOST_ROUNDED = 1e-4

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fastlocal.buffers import Buffers
+from fastlocal.checksum import checksum
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_weights, policy_of
-from fastlocal.local.checksum import checksum
 from fastlocal.local.form import require_form
 from fastlocal.local.kept import Kept
 from fastlocal.local.many_processes import ManyProcesses

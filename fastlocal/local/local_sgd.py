@@ -118,7 +118,7 @@ class LocalSGD(Checkpointed):
         super().__init__(inner)
         self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
-        self.rows.catch_up()  # a forward pass before the first step may write to parameters of its own accord
+        self.rows.following.catch_up()  # a forward pass before the first step may write to parameters
         self.inner_state: InnerState = inner_state
         self.buffers: Buffers = buffers
         self.warmup_steps = warmup_steps

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastlocal import comm
 from fastlocal.comm import Group
-from fastlocal.flat import Block, Rows, drop_gradients
+from fastlocal.flat import Block, Rows
+from fastlocal.following import drop_gradients
 from fastlocal.local.alike import are_alike, are_close, take_first_
 from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_

@@ -104,7 +104,7 @@ class OneProcess:
         """
         self.compare_pieces(settings, stats)
         if expected != "apart":
-            self.rows.begin_alike()
+            self.rows.following.begin()
 
     def compare_pieces(self, settings: dict[str, Any], stats: Stats) -> None:
         """Raise DisagreementError unless all processes that hold pieces of one worker have these settings."""

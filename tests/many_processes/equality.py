@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastlocal import ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
+from fastlocal.checksum import checksum
 from fastlocal.comm import find_group
 from fastlocal.local import DisagreementError
-from fastlocal.local.checksum import checksum
 from fastlocal.ops import progress
 from fastlocal.reference.averaging import rounded_to_float8
 from fastlocal.train.data_parallel import DataParallel

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastlocal.local import checksum as module
-from fastlocal.local.checksum import checksum
+from fastlocal import checksum as module
+from fastlocal.checksum import checksum
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int64, torch.float8_e4m3fn),
