@@ -56,7 +56,7 @@ TRAIN_ARROWS = {
     },
     "display": {"record", "tables"},
     "tables": set(),
-    "report": {"checkpoint", "config", "errors", "record"},
+    "report": {"checkpoint", "config", "errors", "kinds", "record"},
     "run": {
         *(
             "report",
@@ -80,14 +80,14 @@ TRAIN_ARROWS = {
     "study": {"config", "errors", "values"},
     "ready": {"build", "config", "data", "errors"},
     "lock": {"errors"},
-    "job": {"display", "errors", "report", "run", "values"},
+    "job": {"display", "errors", "report", "run", "tables", "values"},
     "pool": {"config", "errors", "job", "report"},
     "cells": {"errors", "pool", "report", "study"},
     "study_display": {"pool", "tables"},
     "search": {"config", "errors", "study", "values"},
     "trials": {
-        *("checkpoint", "config", "errors", "lock", "pool", "ready", "report", "search", "study", "study_display"),
-        *("tables", "values"),
+        *("checkpoint", "config", "errors", "kinds", "lock", "pool", "ready", "report", "search", "study"),
+        *("study_display", "tables", "values"),
     },
     "kinds": set(),
     "collect": {"cells", "config", "errors", "job", "kinds", "report"},

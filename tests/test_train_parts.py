@@ -150,7 +150,7 @@ def test_a_file_that_is_no_checkpoint_is_found(tmp_path, content):
 
 def test_a_file_in_a_place_that_is_no_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"c.pt cannot be written: Not a directory; free some space or choose another"):
+    with pytest.raises(RunError, match=r"c.pt cannot be written: Not a directory; free some space, or use another"):
         checkpoint.save(tmp_path / "file" / "c.pt", {})
 
 

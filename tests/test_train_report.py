@@ -10,12 +10,15 @@ import struct
 import subprocess
 from pathlib import Path
 
+import matplotlib
 import pytest
 
-from fastlocal.train import cells, kinds, page, plots, study, tuned
+from fastlocal.train import cells, kinds, page, plan_report, plots, report, study, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
 from fastlocal.train.errors import UsageError
+from fastlocal.train.plan import Link, Plan
+from fastlocal.train.record import Record
 
 ROOT = Path(__file__).parent.parent
 
@@ -540,7 +543,7 @@ def test_a_line_connects_runs_that_are_alike_but_for_what_it_is_over(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("study.json", "{}", "study.json is no study's"),
+        ("study.json", '{"cells": []}', "study.json is no study's"),
         ("records.jsonl", "{}\n", "records.jsonl, line 1, is no record of an epoch"),
         ("summary.json", '{"config": {}, "communication_reduction": 1}', "summary.json is no summary of a run"),
     ],
@@ -584,7 +587,7 @@ def test_a_key_that_is_missing_or_of_another_kind_is_named_with_its_file(tmp_pat
     if path.endswith("?"):
         assert collect(tmp_path).groups
         return
-    with pytest.raises(UsageError, match=rf"{file}\b.* has no {key}$"):
+    with pytest.raises(UsageError, match=rf"{file}\b.* has no {key}(;|$)"):
         collect(tmp_path)
 
 
@@ -626,6 +629,36 @@ def test_a_config_of_another_tool_need_not_be_json(tmp_path):
     (tmp_path / "study" / "model").mkdir()
     (tmp_path / "study" / "model" / "config.json").write_text("// not JSON")
     assert len(collect(tmp_path).groups) == 1
+
+
+@pytest.mark.parametrize("content", ['{"study": "clinical"}', "// not JSON"])
+def test_the_study_of_another_tool_is_none_and_a_damaged_one_of_ours_is_named(tmp_path, content):
+    (place, *_) = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "study.json").write_text(content)
+    assert len(collect(tmp_path).groups) == 1
+    (folder / ".lock").touch()  # whoever makes a study holds its folder
+    with pytest.raises(UsageError, match=r"other/study\.json"):
+        collect(tmp_path)
+
+
+def test_plots_are_drawn_whatever_a_persons_own_settings_are(tmp_path):
+    for place in begun(tmp_path / "study").values():
+        finish(place, 40.0)
+    groups = collect(tmp_path / "study").groups
+    records = [Record(epoch, 5, 1, 100, 200, 4, None, 0, 0.1, 2.0, 3.0, 9.0, 1.0, 0.1) for epoch in (1, 2)]
+
+    def drawn():
+        report.write_curves(tmp_path / "curves.png", records, [[0, 4]])
+        plan_report.plot(Plan(1e9, 8, 0.1, Link(1.0)), tmp_path / "plan.png")
+        return plots.draw_all(groups), (tmp_path / "curves.png").read_bytes(), (tmp_path / "plan.png").read_bytes()
+
+    expected = drawn()
+    with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "figure.facecolor": "red"}):
+        assert drawn() == expected
+        assert matplotlib.rcParams["lines.linewidth"] == 9
 
 
 def test_runs_outside_of_studies_come_last(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from waiting import wait_until
 
-from fastlocal.train import checkpoint, data
+from fastlocal.train import checkpoint, cli, data
 from fastlocal.train import run as run_module
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
@@ -496,8 +496,62 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_last_chec
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
 
 
+@pytest.mark.parametrize(
+    ("module", "code"), [("fastlocal.__main__", 1), ("fastlocal.train.job", 2)], ids=["command", "job"]
+)
+def test_memory_that_runs_out_ends_the_run_with_one_line(tmp_path, module, code):
+    config = Config(synthetic_images=10_000_000, device="cpu", out=tmp_path / "run")
+    given = ["train", "--synthetic-images", "10_000_000", "--device", "cpu", "--out", str(config.out)]
+    if module.endswith("job"):
+        given = [json.dumps(config.as_dict())]
+    asked, kept_open = os.pipe()  # a job ends when whoever started it is gone
+    source = (
+        f"import resource, sys; from {module} import main; "
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, *given],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=asked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(asked)
+    os.close(kept_open)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: out of memory: take fewer images, workers, or images a batch ("
+    )
+    assert "Traceback" not in done.stderr
+    assert not config.out.exists()
+
+
+def raising(error):
+    def app(*_given, **_more):
+        raise error
+
+    return app
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", raising(PermissionError(errno.EACCES, "Permission denied", "/a/b")))
+    assert main(["report", "/a"]) == 1
+    assert capsys.readouterr().err == "error: /a/b cannot be used: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.EBADF, "Bad file descriptor")], ids=str
+)
+def test_a_defect_is_never_hidden(monkeypatch, error):
+    monkeypatch.setattr(cli, "app", raising(error))
+    with pytest.raises(type(error), match=str(error)[-10:]):
+        main(["train"])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a full disk of Linux")
-def test_a_full_disk_under_standard_output_is_one_line():
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_standard_output_is_one_line(unbuffered):
     command = [
         sys.executable,
         "-m",
@@ -510,9 +564,17 @@ def test_a_full_disk_under_standard_output_is_one_line():
         "--step-seconds",
         "1",
     ]
+    # However much of it is kept back until the exit, which would be code 120.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | unbuffered
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*command, "--gbps", "1"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT
+            [*command, "--gbps", "1"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=environment,
         )
     assert done.returncode == 1
     assert done.stderr == "error: standard output or a file cannot be written: No space left on device\n"

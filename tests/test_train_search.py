@@ -156,6 +156,7 @@ def test_a_trial_that_breaks_ends_the_search_and_is_tried_again_by_the_next(tmp_
         (BASE, "it searches nothing"),
         (BASE + "[space]\nlr = 3", r"\[space\]: lr must be a list or"),
         (BASE + "[space]\nlr = {low = 0.1, high = 0.01}", "lr must have low < high"),
+        (BASE + "[space]\nlr = {low = -1e308, high = 1e308}", "lr must have low < high"),
         (BASE + "[space]\nrate = [1]", "there is no field rate"),
         (BASE + "[space]\nseed = [1]", "seed has no place here"),
         (BASE + "[space]\ntest = [true]", "test has no place here: a search never looks at the test images"),
@@ -255,6 +256,18 @@ def test_the_best_trial_is_the_one_of_the_highest_accuracy_and_runs_that_ended_a
             search(
                 load(written(tmp_path, text.replace(*change))), root, Console(quiet=True), data_dir=None, threads=1
             )
+
+
+def test_a_run_whose_summary_lacks_what_is_searched_for_is_named(tmp_path, capsys):
+    path = written(tmp_path, "sampler = 'grid'\n" + BASE + "[space]\nlr = [0.01]\n")
+    config = Config(lr=0.01, test=False, synthetic_images=60, batch_size=16, workers=2, interval=2, epochs=1)
+    folder = tmp_path / "out" / "lr0.01"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.as_dict()))
+    (folder / "summary.json").write_text("{}")
+    assert main(["search", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}/summary.json is no summary of a run: it has no best_val_accuracy; delete it" in said
 
 
 @pytest.mark.parametrize("name", ["r?1", "p%20q", "a b#c", "ü\u00a0"])

@@ -207,7 +207,7 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
         ("[grid]\nworkers = []", r"\[grid\]: workers is an empty list"),
         ("[[cells]]\nmethod = 'gossip'", r"cell 1 \(gossip\): --method must be sync, local-sgd, slowmo, diloco, got"),
         ("[[cells]]\nmethod = 'sync'\npolicy = 'qsr'", "--policy qsr has no use with it"),
-        ("[[cells]]\nseed = 1", "cell 1: seed has no place here: list them in `seeds`"),
+        ("[[cells]]\nseed = 1", "cell 1: seed has no place here: give a study its `seeds`"),
         ("[base]\nout = 'x'\n[grid]\nlr = [0.1]", r"\[base\]: out has no place here"),
         ("[[cells]]\nlr = 0.1\nlr_at_batch_64 = 0.1", "lr and lr_at_batch_64 say the same thing"),
         ("[[cells]]\nlr = 0.1\n[[cells]]\nlr = 0.1", "two cells have the name lr0.1-s0"),

@@ -30,7 +30,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
+            f"{path} cannot be written: {error.strerror}; free some space, or use another folder"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed

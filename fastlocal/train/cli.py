@@ -1,7 +1,6 @@
 """The command line: parse the flags, run, and turn what went wrong into one line and an exit code."""
 
-import errno
-import io
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from fastlocal.train import study as studies
 from fastlocal.train.bench import bench as run_bench
 from fastlocal.train.config import Config, Precision
 from fastlocal.train.display import Display
-from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.errors import RunError, UsageError, of_the_machine
 from fastlocal.train.lock import hold
 from fastlocal.train.plan_report import PlanConfig, answer
 from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
 from fastlocal.train.run import run
 from fastlocal.train.study_display import StudyDisplay
-from fastlocal.train.tables import print_line
+from fastlocal.train.tables import print_line, print_whatever_comes
 
 
 def _convert(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -285,12 +284,11 @@ def plan(config: Annotated[PlanConfig, Parameter(name="*")]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for a wrong request, 1 for a failure on the way."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of "×", where only ASCII may be written
+    print_whatever_comes()
     errors = Console(stderr=True)
     try:
         app(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, error_console=errors)
+        sys.stdout.flush()  # at exit nothing could be said of it
     except MissingArgumentError as error:
         _say(errors, _without_a_value(error))
         return 2
@@ -300,11 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         _say(errors, error)
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = of_the_machine(error)
+        if known is None:
             raise
-        # What a run keeps has errors of its own; this is standard output, or something small beside it.
-        _say(errors, RunError(f"standard output or a file cannot be written: {error.strerror}"))
+        _say(errors, known)
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         arguments = sys.argv[1:] if argv is None else argv
@@ -312,6 +311,15 @@ def main(argv: list[str] | None = None) -> int:
         errors.print(f"stopped; the same command {goes_on}")
         return 130
     return 0
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, what is left of it must not be tried again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_a_value(error: MissingArgumentError) -> CycloptsError | UsageError:

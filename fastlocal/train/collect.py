@@ -12,7 +12,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
 from fastlocal.train.kinds import CELL, CONFIG, RECORD, STUDY_FILE, SUMMARY, wrong
-from fastlocal.train.report import read_json
+from fastlocal.train.report import read_json, read_summary
 
 _SPLITS = {
     "official": "CIFAR-100, official split",
@@ -99,7 +99,8 @@ def collect(root: Path) -> Collection:
     Raises:
         UsageError: there is no run, or a file cannot be read.
     """
-    studies = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
+    found = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
+    studies = {folder: study for folder, study in found.items() if study is not None}
     runs, unfinished, diverged = [], [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
@@ -145,9 +146,7 @@ def _readable(path: Path | str) -> str:
 
 
 def _run(name: str, folder: Path) -> Run:
-    summary = read_json(folder / "summary.json")
-    if told := wrong(summary, SUMMARY):
-        raise UsageError(f"{folder / 'summary.json'} is no summary of a run: {told}")
+    summary = read_summary(folder, SUMMARY)
     return Run(name, summary["config"], summary, _records(folder))
 
 
@@ -178,8 +177,16 @@ def _config(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _study(path: Path) -> dict[str, Any]:
-    study = read_json(path)
+def _study(path: Path) -> dict[str, Any] | None:
+    """What a study.json holds; None if it is another tool's."""
+    try:
+        study = read_json(path)
+    except UsageError:
+        if (path.parent / ".lock").exists():
+            raise
+        return None
+    if not {"title", "cells"} & study.keys() and not (path.parent / ".lock").exists():
+        return None
     told = wrong(study, STUDY_FILE)
     for number, cell in enumerate([] if told else study["cells"], start=1):
         told = told or wrong(cell, CELL, f"cell {number}")

@@ -17,18 +17,17 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
+def percent_saved(share: float) -> str:
+    """Of the bytes, with one decimal; what is a little less than nothing, as buffers are not counted, is 0.0."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
+
+
 class Display:
     """Shows a run on a console; use it as a context manager around the run.
 
     Args:
         console: where to write.
     """
-
-    SHOWN = (
-        *("test_accuracy", "best_val_accuracy", "rounds", "local_steps", "bytes_on_wire", "bytes_synchronous"),
-        *("communication_reduction", "train_seconds", "sync_seconds", "samples_per_second"),
-    )
-    """What a summary is looked up for."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -84,8 +83,7 @@ class Display:
         """The table at the end."""
         table = Table(show_header=False, box=None, pad_edge=False)
         reduction, tested = summary["communication_reduction"], summary["test_accuracy"]
-        # Synchronous training is counted without buffers: -0.0004 of it shall not be -0.0 %.
-        saved = "one worker sends nothing" if reduction is None else f"{round(100 * reduction, 1) + 0.0:.1f} %"
+        saved = "one worker sends nothing" if reduction is None else f"{percent_saved(reduction)} %"
         in_syncs = "messages overlapped"
         if summary["sync_seconds"] is not None:
             in_syncs = f"{summary['sync_seconds']:.2f} s of it in syncs"

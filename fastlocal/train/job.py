@@ -5,7 +5,6 @@ closes, the study is gone, and so is this process, whatever ended the study.
 """
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -16,8 +15,9 @@ from rich.console import Console
 
 from fastlocal.train import report
 from fastlocal.train.display import Display
-from fastlocal.train.errors import RunDivergedError, RunError, UsageError
+from fastlocal.train.errors import RunDivergedError, RunError, UsageError, of_the_machine
 from fastlocal.train.run import run
+from fastlocal.train.tables import print_whatever_comes
 from fastlocal.train.values import config_from
 
 FAILED = "failed.json"
@@ -58,9 +58,7 @@ def note_error(log: Path, message: str) -> None:
 def main() -> int:
     """Run it; returns 0 when finished, 1 when it diverged, 2 for anything else that went wrong."""
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of a folder's name, where only ASCII may be written
+    print_whatever_comes()
     try:
         config = config_from(json.loads(sys.argv[1]))
         try:
@@ -73,6 +71,12 @@ def main() -> int:
             return 1
     except (UsageError, RunError) as error:
         _say(error)
+        return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = of_the_machine(error)
+        if known is None:
+            raise
+        _say(known)
         return 2
     return 0
 

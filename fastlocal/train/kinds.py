@@ -59,6 +59,12 @@ SUMMARY = {
 }
 """A run's summary.json."""
 
+SHOWN = {
+    **dict.fromkeys(("rounds", "bytes_synchronous", "samples_per_second"), NUMBER),
+    "sync_seconds": _or_none(NUMBER),
+}
+"""What the table at a run's end shows besides."""
+
 RECORD = {
     "epoch": COUNT,
     "train_loss": NUMBER,

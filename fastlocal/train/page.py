@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.collect import Collection, Group, Run, Spread, collect
 from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
-from fastlocal.train.display import megabytes
+from fastlocal.train.display import megabytes, percent_saved
 from fastlocal.train.errors import UsageError
 from fastlocal.train.plots import draw_all
 from fastlocal.train.tuned import Search, chosen, rate, searches
@@ -142,7 +142,7 @@ def _saved(spread: Spread | None) -> str:
     """Percent; a deviation only where the seeds differ, as they do under an adaptive policy."""
     if spread is None:
         return "–"
-    return f"{round(100 * spread.mean, 1) + 0.0:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std else "")
+    return percent_saved(spread.mean) + (f" ± {100 * spread.std:.1f}" if spread.std else "")
 
 
 def _sent(spread: Spread) -> str:

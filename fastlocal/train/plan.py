@@ -18,6 +18,9 @@ BITS: dict[WireDtype, int] = {"fp32": 32, "bf16": 16, "fp8": 8, "fp4": 4}
 BACKWARD_SHARE = 2 / 3
 """Of a step: the backward pass multiplies twice as much as the forward pass does."""
 
+_LEAST = 1e-30
+"""Of what is divided by: products of smaller numbers could become 0."""
+
 TCP_SHARE = 1448 / 1538
 """Payload in what a link carries: 1,448 bytes of a TCP segment fill 1,538 of Ethernet, gap and preamble counted."""
 
@@ -223,8 +226,7 @@ def check(plan: Plan) -> None:
     ):
         if not least <= value <= 1e30:
             raise UsageError(f"--{flag} must be at least {least} and at most 1e30, got {value}")
-    if not 0 < plan.step_seconds < float("inf"):
-        raise UsageError(f"--step-seconds must be positive and finite, got {plan.step_seconds}")
+    _check_positive("step-seconds", plan.step_seconds)
     _check_link("", plan.link)
     if plan.workers % plan.group_size:
         raise UsageError(f"--workers must be a multiple of --group-size {plan.group_size}, got {plan.workers}")
@@ -246,9 +248,13 @@ def check(plan: Plan) -> None:
 
 
 def _check_link(prefix: str, link: Link) -> None:
-    if not 0 < link.gigabits_per_second < float("inf"):
-        raise UsageError(f"--{prefix}gbps must be positive and finite, got {link.gigabits_per_second}")
+    _check_positive(f"{prefix}gbps", link.gigabits_per_second)
     if not 0 <= link.latency_seconds < float("inf"):
         raise UsageError(f"--{prefix}latency-ms must be at least 0 and finite, got {link.latency_seconds * 1e3:g}")
-    if not 0 < link.payload_share <= 1:
-        raise UsageError(f"--payload-share must be in (0, 1], got {link.payload_share}")
+    if not _LEAST <= link.payload_share <= 1:
+        raise UsageError(f"--payload-share must be from {_LEAST} to 1, got {link.payload_share}")
+
+
+def _check_positive(flag: str, value: float) -> None:
+    if not _LEAST <= value < float("inf"):
+        raise UsageError(f"--{flag} must be at least {_LEAST} and finite, got {value}")

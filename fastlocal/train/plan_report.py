@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,9 @@ from fastlocal.train.plan import (
     estimate,
 )
 from fastlocal.train.tables import print_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INTERVALS = (1, 4, 16, 64, 256, 1024)
 WORKERS = (8, 32, 100, 320, 1000, 3200, 10_000)
@@ -238,6 +242,17 @@ def plot(plan: Plan, path: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
+    from matplotlib import style
+
+    # A person's own settings, such as text.usetex, may need programs.
+    with style.context([], after_reset=True):
+        try:
+            _drawn(plan).savefig(path, format="png", dpi=110)
+        except OSError as error:
+            raise UsageError(f"--plot {path} cannot be written: {error.strerror}") from None
+
+
+def _drawn(plan: Plan) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -268,10 +283,7 @@ def plot(plan: Plan, path: Path) -> None:
     right.legend()
     beside = "" if plan.method == "sync" else "; dashed: synchronous"
     figure.suptitle(f"{plan.method}, {plan.parameters:.3g} parameters{beside}")
-    try:
-        figure.savefig(path, format="png", dpi=110)
-    except OSError as error:
-        raise UsageError(f"--plot {path} cannot be written: {error.strerror}") from None
+    return figure
 
 
 def _bytes(count: float) -> str:

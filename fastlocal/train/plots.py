@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from math import ceil
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
@@ -23,6 +23,7 @@ _LEGEND_LETTERS = 42  # a line, so that the widest names stay within the figure
 _FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
 
 
+@matplotlib.style.context([], after_reset=True)  # a person's own settings, such as text.usetex, may need programs
 def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     """Every plot that the groups have data for: file name -> (what it shows, PNG)."""
     plots: dict[str, tuple[str, bytes]] = {}

@@ -9,15 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import fastlocal
 from fastlocal.bench.machine import device_name
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
+from fastlocal.train.kinds import wrong
 from fastlocal.train.record import Record
 
 
@@ -95,6 +98,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_summary(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run; UsageError if it cannot be read, or lacks something of a shape in `kinds`."""
+    path = folder / "summary.json"
+    summary = read_json(path)
+    if told := wrong(summary, shape):
+        raise UsageError(f"{path} is no summary of a run: {told}; delete it to finish the run again")
+    return summary
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all; RunError if it cannot be written."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -105,13 +117,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     write_bytes(path, "".join(json.dumps(asdict(record)) + "\n" for record in records).encode())
 
 
+@matplotlib.style.context([], after_reset=True)  # a person's own settings, such as text.usetex, may need programs
 def write_curves(path: Path, records: Sequence[Record], interval_trace: list[list[int]]) -> None:
     """Plot losses and accuracy by epoch, accuracy by bytes, and the interval by step; RunError if it cannot."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, ((losses, accuracy), (pareto, intervals)) = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    ((losses, accuracy), (pareto, intervals)) = figure.subplots(2, 2)
     epochs = [record.epoch for record in records]
     evaluated = [record for record in records if record.val_accuracy is not None]
     losses.plot(epochs, [record.train_loss for record in records], marker=".", label="training")
@@ -133,5 +143,4 @@ def write_curves(path: Path, records: Sequence[Record], interval_trace: list[lis
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
     write_bytes(path, buffer.getvalue())

@@ -14,7 +14,7 @@ from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError
-from fastlocal.train.kinds import SUMMARY, wrong
+from fastlocal.train.kinds import SHOWN, SUMMARY
 from fastlocal.train.lock import NoLocksError, hold
 from fastlocal.train.loop import Training
 from fastlocal.train.processes import Processes
@@ -152,10 +152,7 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}")
     if "summary.json" not in present:
         return None
-    summary = report.read_json(folder / "summary.json")
-    if wrong(summary, SUMMARY) or not summary.keys() >= set(Display.SHOWN):
-        raise UsageError(f"{folder / 'summary.json'} is no summary of a run: delete it to finish the run again")
-    return summary | {"folder": str(folder)}  # which may have been moved
+    return report.read_summary(folder, SUMMARY | SHOWN) | {"folder": str(folder)}  # which may have been moved
 
 
 def _begin(folder: Path, config: Config, display: Display, held: ExitStack) -> dict[str, Any] | None:

@@ -104,7 +104,7 @@ def _distribution(name: str, value: Any) -> BaseDistribution:
     except UsageError as error:
         raise UsageError(f"[space]: low and high of {name}: {error}") from None
     log = value.get("log", False)
-    if not (type(log) is bool and type(low) in (int, float) and -math.inf < low < high < math.inf) or (
+    if not (type(log) is bool and type(low) in (int, float) and low < high and high - low < math.inf) or (
         log and low <= 0
     ):
         raise UsageError(f"[space]: {name} must have low < high, finite, and low > 0 with log, got {value!r}")

@@ -1,8 +1,18 @@
-"""Lines and tables on a console of any width."""
+"""Lines and tables on a console of any width and encoding."""
+
+import io
+import sys
 
 from rich.console import Console
 from rich.segment import Segments
 from rich.table import Table
+
+
+def print_whatever_comes() -> None:
+    """Let standard output and error take "×" and any folder's name, where only ASCII may be written too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def print_line(console: Console, text: str) -> None:

@@ -22,6 +22,7 @@ from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
 from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import RunError, UsageError
+from fastlocal.train.kinds import NUMBER
 from fastlocal.train.lock import hold
 from fastlocal.train.pool import Place, find, placed, run_all
 from fastlocal.train.ready import require_ready, what_is_missing, what_is_slow
@@ -204,7 +205,7 @@ class _Trials:
             if place.state == "diverged":
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
-            value = report.read_json(place.folder / "summary.json")[self.asked.objective]
+            value = report.read_summary(place.folder, {self.asked.objective: NUMBER})[self.asked.objective]
             self.study.tell(trial, value)
             place.message = f"{self.asked.objective} {value:.2f} %"
 

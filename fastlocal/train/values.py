@@ -12,7 +12,7 @@ from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
 
 NOT_IN_A_FILE = {
-    "seed": "list them in `seeds`",
+    "seed": "give a study its `seeds`, and a search its `seed`, at the top of the file",
     "out": "the study names the folders",
     "resume": "a study always goes on",
     "download": "fetch the images with `fastlocal train --dataset cifar100 --download` first",
