@@ -166,6 +166,14 @@ def test_what_shares_memory_with_a_parameter_that_moves_into_a_row_is_refused_by
             Workers(model, number)
 
 
+def test_a_buffer_that_begins_before_the_parameter_it_shares_memory_with_is_found():
+    model, whole = nn.Linear(2, 2), torch.zeros(4, 2)
+    model.weight.data = whole[1:3]
+    model.register_buffer("whole", whole)
+    with pytest.raises(ValueError, match="parameter 'weight' and buffer 'whole' share memory"):
+        Workers(model, 1)
+
+
 def test_memory_that_frozen_parameters_and_buffers_share_with_each_other_is_theirs():
     model, whole = nn.Linear(4, 4), torch.arange(16.0)
     model.weight.data = whole[8:].view(2, 4)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fastlocal import LocalSGD, SlowMo, Workers
+from fastlocal.buffers import spoilt
 
 
 def test_averaged_buffers_and_state_are_counted_as_bytes():
@@ -227,3 +228,8 @@ def test_a_buffer_that_cannot_be_merged_may_be_kept_or_belong_to_a_lone_worker(b
         step_with(optimizer, team)
         assert optimizer.stats.rounds == 1
         assert team.mean().extra.dtype == buffer.dtype
+
+
+def test_a_tensor_is_spoilt_where_a_worker_that_is_left_out_has_it_not_finite():
+    fine, broken = torch.ones(2), torch.tensor([1.0, math.inf])
+    assert spoilt([[broken, fine], [fine, broken], [fine, fine]], [True, False]) == [False, True, False]

@@ -45,6 +45,22 @@ def test_mean_is_a_model_of_its_own_with_averaged_parameters_and_buffers():
     assert team[0][0].weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
+def test_the_mean_of_equal_frozen_parameters_is_what_they_are():
+    model = nn.Linear(40, 40)
+    model.weight.requires_grad_(False)
+    team = Workers(model, 7)  # three of five sums of seven equal numbers, divided by seven, are others
+    assert torch.equal(team.mean().weight, model.weight)
+
+
+def test_frozen_parameters_of_a_dtype_that_cannot_be_averaged_are_worker_0s_in_the_mean():
+    model = nn.Linear(2, 1)
+    model.register_parameter("eighths", nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False))
+    team = Workers(model, 2)
+    with torch.no_grad():
+        team[1].eighths.copy_(torch.zeros(2))
+    assert team.mean().eighths.float().tolist() == [1.0, 1.0]
+
+
 def test_the_mean_takes_frozen_parameters_that_differ_and_leaves_numbers_and_what_holds_none():
     model = nn.Linear(1, 1)
     model.register_parameter("average", nn.Parameter(torch.zeros(2, dtype=torch.bfloat16), requires_grad=False))
