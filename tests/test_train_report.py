@@ -661,6 +661,17 @@ def test_plots_are_drawn_whatever_a_persons_own_settings_are(tmp_path):
         assert matplotlib.rcParams["lines.linewidth"] == 9
 
 
+def test_runs_behind_links_count_once_and_links_may_lead_back(tmp_path):
+    for place in begun(tmp_path / "elsewhere" / "study").values():
+        finish(place, 40.0)
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    for name in ("first", "second"):
+        (shown / name).symlink_to(tmp_path / "elsewhere" / "study")
+    (tmp_path / "elsewhere" / "study" / "back").symlink_to(shown)
+    assert [len(group.runs) for group in collect(shown).groups] == [3] * 5
+
+
 def test_runs_outside_of_studies_come_last(tmp_path):
     places = begun(tmp_path / "z")
     finish(places["k2-j8", 0], 40.0)

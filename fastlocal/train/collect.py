@@ -1,8 +1,9 @@
 """Find the runs below a folder and group them by their seeds. Reads only; draws nothing."""
 
 import json
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,14 @@ def collect(root: Path) -> Collection:
     Raises:
         UsageError: there is no run, or a file cannot be read.
     """
-    found = {path.parent: _study(path) for path in sorted(root.rglob(STUDY))}
+    folders = list(_folders(root))
+    found = {folder: _study(folder / STUDY) for folder in folders if (folder / STUDY).exists()}
     studies = {folder: study for folder, study in found.items() if study is not None}
     runs, unfinished, diverged = [], [], []
-    for path in sorted(root.rglob("config.json")):
-        folder = path.parent
+    for folder in folders:
+        path = folder / "config.json"
+        if not path.exists():
+            continue
         name = _readable(folder.relative_to(root) if folder != root else folder.resolve().name)
         if (folder / "summary.json").exists():
             try:
@@ -132,6 +136,24 @@ def collect(root: Path) -> Collection:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
     return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked, diverged), unfinished)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """A folder and all below it, in order; links are followed, and none is entered twice."""
+
+    def unless_below(error: OSError) -> None:
+        if error.filename == str(root):
+            raise UsageError(f"{root} cannot be read: {error.strerror}")
+
+    seen = set()
+    for folder, inner, _ in os.walk(root, onerror=unless_below, followlinks=True):
+        inner.sort()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield Path(folder)
 
 
 def _never_begun(folder: Path, root: Path) -> Unfinished:
