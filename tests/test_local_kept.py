@@ -73,7 +73,7 @@ def test_a_state_loaded_through_a_stand_in_is_the_optimizers():
     saved = copy.deepcopy((team.state_dict(), first.state_dict()))
     others.load_state_dict(saved[0])
     StandIn(second).load_state_dict(saved[1])
-    assert (second.stats, second.steps_in_round) == (first.stats, first.steps_in_round)
+    assert (vars(second.stats), second.steps_in_round) == (vars(first.stats), first.steps_in_round)
     train(first, team, rounds=1, steps=6)
     train(second, others, rounds=1, steps=6)
     for mine, other in zip(others.parameters(), team.parameters(), strict=True):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from rich.console import Console
+from sqlalchemy.pool import NullPool
 from waiting import wait_until
 
 from fastlocal.train import study as study_file
@@ -35,7 +37,8 @@ def written(tmp_path, text):
 
 
 def trials(root):
-    study = optuna.load_study(study_name="find", storage=f"sqlite:///{root}/trials.db")
+    storage = RDBStorage(f"sqlite:///{root}/trials.db", engine_kwargs={"poolclass": NullPool})
+    study = optuna.load_study(study_name="find", storage=storage)
     return study, [trial.params for trial in study.trials if trial.state != optuna.trial.TrialState.FAIL]
 
 

@@ -11,12 +11,14 @@ from typing import Any, cast
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from fastlocal.train import report
 from fastlocal.train.checkpoint import write_bytes
@@ -132,9 +134,11 @@ def _values(choice: BaseDistribution) -> str:
     return f"{choice.low:g} to {choice.high:g}" + (", on a log scale" if choice.log else "")
 
 
-def _storage(root: Path) -> str:
+def _storage(root: Path) -> RDBStorage:
+    """trials.db, which is made if it is not there; no connection stays open."""
     path = root.resolve() / "trials.db"
-    return URL.create("sqlite", database=str(path)).render_as_string()  # a folder's name may hold ? and %
+    address = URL.create("sqlite", database=str(path)).render_as_string()  # a folder's name may hold ? and %
+    return RDBStorage(address, engine_kwargs={"poolclass": NullPool})
 
 
 @contextmanager
