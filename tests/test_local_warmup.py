@@ -7,7 +7,7 @@ import torch
 from local_runs import make, parameters_of, run
 from torch import nn
 
-from fastlocal import LocalSGD, Workers
+from fastlocal import QSR, LocalSGD, SlowMo, Workers
 
 
 def test_warmup_averages_gradients_that_only_some_workers_have():
@@ -120,3 +120,33 @@ def test_each_step_of_the_warmup_is_a_round_and_adds_its_seconds():
     assert (optimizer.stats.local_steps, optimizer.stats.rounds) == (2, 2)
     run(optimizer, team, 3)  # the last of the warm-up, and a round of two
     assert (optimizer.stats.local_steps, optimizer.stats.rounds) == (5, 4)
+
+
+def test_qsr_has_seen_a_rate_that_fell_in_the_warmup():
+    team = Workers(nn.Linear(1, 1), 2)
+    inner = torch.optim.SGD(team.parameters(), lr=0.1)
+    optimizer = LocalSGD(inner, team, QSR(2, 0.2, maximum=500), warmup_steps=4)
+    for step in range(5):
+        inner.param_groups[0]["lr"] = 0.1 if step < 3 else 0.01
+        step_with_zeros(optimizer, team)
+    assert optimizer.stats.lr == 0.01
+    assert optimizer.stats.interval == 400  # (0.2 / 0.01)²
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["at a round's end", "in a round"])
+def test_workers_that_have_stepped_alone_are_past_a_longer_warmup_too(steps):
+    first, team = make(SlowMo, interval=4)
+    run(first, team, steps)
+    second, others = make(SlowMo, interval=4, warmup_steps=10)
+    others.load_state_dict(copy.deepcopy(team.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(first, team, 8, first=steps)
+    run(second, others, 8, first=steps)
+    assert torch.equal(parameters_of(others), parameters_of(team))
+    assert second.stats.rounds == first.stats.rounds == 3
+
+
+def step_with_zeros(optimizer, team):
+    for parameter in team.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()

@@ -59,6 +59,7 @@ class LocalSGD(Checkpointed):
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
             maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm needs.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
+            A loaded state whose workers have stepped alone is past them.
         impl: how the averaging is carried out: "triton", which takes CUDA, "portable" in PyTorch, or "reference", the
             readable definition; "auto" chooses Triton on CUDA.
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
@@ -181,7 +182,8 @@ class LocalSGD(Checkpointed):
             TypeError: the policy's interval is no int.
             ValueError: it is below 1.
         """
-        warming_up = self.stats.local_steps < self.warmup_steps
+        # Of a loaded state workers may have stepped alone, whose momenta are apart: the same step is none any more.
+        warming_up = self.stats.local_steps < self.warmup_steps and not self._anchored
         if not self._round_is_open:
             self._begin_round(warming_up)
         seen = self._rates.look(self.steps_in_round)
@@ -202,10 +204,13 @@ class LocalSGD(Checkpointed):
         if self.stats.local_steps == 0:
             self.rows.check()
         self._compare()
-        if not warming_up:
+        self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
+        if warming_up:
+            if getattr(self.policy, "decides_alike", False):
+                self.policy.next_interval(self.stats)  # it may follow the rate; its answer counts later
+        else:
             if not self._anchored or self._rows_saved:
                 self._anchor()
-            self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
             self.stats.interval = self._team.next_interval(self._decide, self.policy, self.stats)
         self._round_is_open = True
 
@@ -330,7 +335,7 @@ class LocalSGD(Checkpointed):
         """Tell the policy a loss, once an epoch and after sync(); it counts from the next round on.
 
         The policy is asked when a round begins: of losses observed within one round it sees the last alone.
-        In several processes only what rank 0 observes counts; the others' observations are replaced by it.
+        In several processes only what rank 0 observes counts, and is sent to the others where the policy needs it.
 
         Raises:
             TypeError: a loss is no number.

@@ -34,7 +34,7 @@ def merge_across_(
         for buffer, counts in zip(twins, included[group.rank], strict=True):
             if choice != "keep" or not counts:
                 buffer.copy_(value)
-    return sum(twins[0].nbytes for twins in buffers)
+    return sum(twins[0].numel() * _wire_dtype(twins[0]).itemsize for twins in real)
 
 
 def _means(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], group: Group) -> list[Tensor]:

@@ -46,7 +46,14 @@ def average_state_across_(
             comm.held_here(inner.state[parameters[name]][key]).copy_(mean)
     if not all(map(all, included)):
         _take_over(inner, rows, donors, dict(zip(entries, means, strict=True)), included, group)
-    return sum(_num_elements(rows.parameters[0][name], shape) * dtype.itemsize for name, _, dtype, shape in entries)
+    return sum(
+        _num_elements(rows.parameters[0][name], shape) * _wire_dtype(dtype).itemsize
+        for name, _, dtype, shape in entries
+    )
+
+
+def _wire_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _held(inner: torch.optim.Optimizer, donors: list[dict[str, Any]]) -> list[Entry]:
@@ -86,7 +93,7 @@ def _means(
     totals = []
     for name, key, dtype, shape in entries:
         device = rows.parameters[0][name].device
-        total = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        total = torch.zeros(shape, dtype=_wire_dtype(dtype), device=device)
         for parameters in donors:
             total += comm.held_here(inner.state[parameters[name]][key])
         totals.append(total)

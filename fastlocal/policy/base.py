@@ -67,7 +67,8 @@ class Policy(Protocol):
     """
 
     def next_interval(self, stats: Stats) -> int:
-        """Local steps of the round that begins now, an int of at least 1; asked once a round.
+        """Local steps of the round that begins now, an int of at least 1; asked once a round, and where it
+        `decides_alike` also at each step of a warm-up, whose answers do not count.
 
         It depends on the stats and on the policy's own state, never on the clock or a random number: a resumed run
         must come to the same answer. Losses given to `observe`, which must be finite, count from the next round on.

@@ -294,6 +294,8 @@ def moments_of_low_precision_are_averaged_in_float32_and_those_that_a_rank_lacks
     buffers = [inner.state.get(parameter, {}).get("momentum_buffer") for parameter in model]
     assert buffers[0].tolist() == [258.0] * 4  # what 257.125 is rounded to; in bfloat16 1024 + 3 is 1024
     assert buffers[1] is None if rank == 1 else buffers[1].item() == 1.0 + rank
+    # Five parameters and the first buffer's four elements, all in float32 as they are sent, 2 · 3/4 times.
+    assert optimizer.stats.bytes_on_wire == 4 * (5 + 4) * 6 // 4
 
 
 def a_model_that_rank_0_alone_rolls_back_is_where_all_go_on(rank, new_group):
