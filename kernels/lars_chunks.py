@@ -51,9 +51,9 @@ def _norms_block(
     p, master, g, size, multiplier, weight_decay = values
     offsets = start + tl.arange(0, BLOCK)
     w = load_weight(p, master, offsets, size, MASKED, HAS_MASTER, P_DTYPE)
-    gradient = load_block(g, offsets, size, MASKED)
+    gradient = load_block(g, offsets, size, MASKED) * multiplier
     if JOINT:
-        gradient = gradient * multiplier + weight_decay * w
+        gradient += weight_decay * w
     return ww + w * w, gg + gradient * gradient
 
 
@@ -133,10 +133,8 @@ def prepare_tensor(
         first, last = tl.load(first_chunk + tensor), tl.load(first_chunk + tensor + 1)
         weight_norm = tl.sqrt_rn(sum_partials(partials, 0, 2, first, last, BLOCK))
         norm = tl.sqrt_rn(sum_partials(partials, 1, 2, first, last, BLOCK))
-        if JOINT:
-            denominator = norm + eps
-        else:
-            norm = norm * multiplier
+        denominator = norm + eps
+        if not JOINT:
             denominator = norm + weight_decay * weight_norm + eps
         if (weight_norm > 0) & (norm > 0):
             scale = trust_coefficient * weight_norm / denominator

@@ -6,6 +6,7 @@ import pytest
 import torch
 from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, moved, set_grads, step_counts, train
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -330,6 +331,87 @@ def test_a_compiled_step_is_one_graph(optimizer):
 
     step()
     assert not torch.equal(params[0], before[0])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("dtypes", "options", "scaled"),
+    [
+        ((torch.float32, torch.bfloat16), {"master_weights": True}, False),
+        ((torch.float32, torch.float32), {}, True),
+        ((torch.float32, torch.float32), {"fused": True}, False),
+    ],
+    ids=["several dtypes", "found_inf", "fused"],
+)
+def test_a_compiled_step_of_several_groups_steps_each_with_its_own_state(optimizer, dtypes, options, scaled):
+    torch.compiler.reset()
+    if optimizer is LARS:
+        options = {**options, "momentum": 0.9, "dampening": 0.5}
+    params = [nn.Parameter(torch.randn(3).to(dtype)) for dtype in dtypes * 2]
+    same = clone(params)
+    opt, eager = (
+        optimizer([{"params": each[:2]}, {"params": each[2:]}], lr=0.1, weight_decay=0.1, **options)
+        for each in (params, same)
+    )
+    if scaled:
+        opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+    compiled = torch.compile(opt.step, backend="eager")
+    for seed in (1, 2, 3):
+        set_grads(params, seed)
+        compiled()
+        train(eager, same, [seed])
+    assert [opt.state[p]["step"].item() for p in params] == [3.0] * 4
+    for a, b in zip(params, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[(4,), (3, 5)], [(2, 40_000), (700, 900)]], ids=["short", "long"])
+def test_groups_of_lamb_share_memory_no_larger_than_a_step_needs(sizes):
+    params = [nn.Parameter(torch.randn(size)) for size in sizes]
+    opt = LAMB([{"params": [p]} for p in params], lr=0.1)
+    train(opt, params, [1, 2])
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(opt._tables)}
+    longest = 4 * max(p.numel() for p in params)
+    assert sum(kept.values()) <= 2 * longest  # an update, and a gradient unless that is longer than a chunk
+
+
+def tensors_in(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@BOTH
+def test_a_step_of_fake_tensors_is_one_of_plain_ones(optimizer):
+    with FakeTensorMode():
+        model = nn.Linear(3, 4)
+        model(torch.randn(2, 3)).sum().backward()
+        opt = (
+            optimizer(model.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
+            if optimizer is LARS
+            else (optimizer(model.parameters(), lr=0.1, weight_decay=0.1))
+        )
+        opt.step()
+    moments = [value for state in opt.state.values() for name, value in state.items() if name != "step"]
+    assert {tuple(value.shape) for value in moments} == {(4, 3), (4,)}
+
+
+@BOTH
+def test_a_later_group_that_has_no_kernels_is_refused_before_anything_is_written(optimizer):
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = optimizer([{"params": [first]}, {"params": [second]}], lr=0.1, fused=True)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    with pytest.raises(RuntimeError, match="kernels for float32, bfloat16 and float16, got"):
+        opt.step()
+    assert torch.equal(first, torch.ones(3))
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_the_norm_of_scaled_gradients_is_taken_unscaled(options):
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    opt = LARS([weight], lr=0.1, weight_decay=0.0, adapt="all", trust_coefficient=1.0, **options)
+    opt.grad_scale, opt.found_inf = torch.tensor(2.0**16), torch.tensor(0.0)
+    weight.grad = torch.tensor([3e15, 4e15]) * 2.0**16  # whose squares are beyond float32
+    opt.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([2.7, 3.6]), rtol=1e-6, atol=0)
 
 
 @BOTH

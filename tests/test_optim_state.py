@@ -543,6 +543,44 @@ def test_a_momentum_buffer_set_to_none_begins_anew():
     assert opt.state[params[0]]["momentum_buffer"].tolist() == [2.0] * 3
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": True}], ids=str)
+def test_under_dampening_a_momentum_buffer_set_to_none_begins_anew_as_that_of_sgd(options):
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = LARS([ours], lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0, **options)
+    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, dampening=0.5)
+    for seed in range(5):
+        if seed == 3:
+            opt.state[ours]["momentum_buffer"] = sgd.state[theirs]["momentum_buffer"] = None
+        ours.grad = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+        theirs.grad = ours.grad.clone()
+        opt.step()
+        sgd.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_states_of_steps_with_numbers_of_their_own_are_refused():
+    params = make_params()
+    theirs = torch.optim.NAdam(params)
+    train(theirs, params, [1])
+    with pytest.raises(ValueError, match="has mu_product and exp_avg and exp_avg_sq, LAMB goes on from"):
+        LAMB(params).load_state_dict(theirs.state_dict())
+
+
+def test_a_count_that_timm_keeps_in_the_group_loads_under_another_default_device():
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        del state["step"]
+    for group in saved["param_groups"]:
+        del group["adapt"], group["grad_averaging"]
+        group["step"] = 7
+    with torch.device("meta"):
+        opt.load_state_dict(saved)
+    assert [opt.state[p]["step"].item() for p in params] == [7.0] * len(params)
+
+
 def test_an_option_that_needs_more_state_may_be_set_later():
     params = [nn.Parameter(torch.ones(3))]
     opt = LARS(params, lr=0.1, momentum=0.9, weight_decay=0.0)

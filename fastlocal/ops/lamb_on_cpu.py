@@ -22,19 +22,18 @@ Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class LambOnCpu:
-    """One step's options, and memory for updates that lasts from step to step."""
+    """One step's options, and memory for updates that lasts from step to step: scratch["memory"], which may be that
+    of other groups too."""
 
     def __init__(self, params: Sequence[Tensor], options: LambOptions, multiplier: float | Tensor, scratch: dict):
         self.options = options
         self.multiplier, self.lr = float(multiplier), float(options.lr)
         self.uncorrected = torch.tensor(_NO_CORRECTION, dtype=torch.float32, device="cpu")
-        longest = max(p.numel() for p in params if p.is_cpu)
-        # Fresh memory would cost a page fault every 4 KiB, at every step.
-        if "update" not in scratch or scratch["update"].numel() < longest:
-            scratch.clear()
-            scratch["update"] = torch.empty(max(longest, CHUNK), dtype=torch.float32, device="cpu")
-            scratch["gradient"] = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
-        self.update, self.gradient, self.scratch = scratch["update"], scratch["gradient"], scratch
+        sizes = [p.numel() for p in params if p.is_cpu]
+        chunk = min(CHUNK, sum(sizes))
+        memory = scratch.setdefault("memory", {})
+        self.update, self.gradient = _room(memory, "update", max(chunk, *sizes)), _room(memory, "gradient", chunk)
+        self.scratch = scratch
 
     def step_(self, entries: Sequence[Entry]) -> list[Entry]:
         """Steps every tensor it can, and returns the others."""
@@ -60,13 +59,13 @@ class LambOnCpu:
 
     def _pieces(self, batch: int, shapes: list[torch.Size]) -> list[list[Tensor]]:
         """Memory for a batch's updates and gradients, as views that are made anew only for other shapes."""
-        kept = self.scratch.get(batch)
-        if kept is None or kept[0] != shapes:
+        shapes_then, update_then, gradient_then, views = self.scratch.get(batch, (None, None, None, []))
+        if shapes_then != shapes or update_then is not self.update or gradient_then is not self.gradient:
             sizes = [shape.numel() for shape in shapes]
             cut = [t[: sum(sizes)].split(sizes) for t in (self.update, self.gradient)]
             views = [[t.view(shape) for t, shape in zip(ts, shapes, strict=True)] for ts in cut]
-            kept = self.scratch[batch] = (shapes, views)
-        return kept[1]
+            self.scratch[batch] = shapes, self.update, self.gradient, views
+        return views
 
     def _step_one_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
         """Steps one tensor, or returns False where this way cannot."""
@@ -151,3 +150,10 @@ class LambOnCpu:
             amsgrad=False,
             maximize=options.maximize,
         )
+
+
+def _room(memory: dict, name: str, count: int) -> Tensor:
+    """Kept from step to step: fresh memory would cost a page fault every 4 KiB."""
+    if name not in memory or memory[name].numel() < count:
+        memory[name] = torch.empty(count, dtype=torch.float32, device="cpu")
+    return memory[name]

@@ -44,8 +44,9 @@ def _split(
 
 
 def _choose(impl: Implementation, device: torch.device, dtype: torch.dtype, kind: type) -> Implementation:
-    """The implementation for tensors of a class too: those that are several in one have no memory of their own."""
-    if kind not in (Tensor, nn.Parameter) and hasattr(kind, "__tensor_flatten__"):
+    """The implementation for tensors of a class too: those that are several in one, or fake, have no memory."""
+    plain = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ != plain:
         if impl not in ("auto", "reference"):
             raise TypeError(
                 f"impl={impl!r} (foreach or fused) steps plain tensors, got a {kind.__name__}: leave foreach and "
@@ -55,11 +56,17 @@ def _choose(impl: Implementation, device: torch.device, dtype: torch.dtype, kind
     return choose(impl, device, dtype)
 
 
+def require_implementation(impl: Implementation, params: Sequence[Tensor]) -> None:
+    """Raises RuntimeError or TypeError if an implementation cannot step one of these tensors."""
+    for device, dtype, kind in dict.fromkeys((p.device, p.dtype, type(p)) for p in params):
+        _choose(impl, device, dtype, kind)
+
+
 def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], these: _Part) -> dict:
     """Where a part's tables are kept: by itself if there are others, which may lie on other devices."""
-    if tables is None:
+    if tables is None or torch.compiler.is_compiling():  # which could not make the key, and keeps no tables
         return {}
-    return tables if len(parts) == 1 else tables.setdefault(these, {})
+    return tables if len(parts) == 1 else tables.setdefault(these, {"memory": tables.setdefault("memory", {})})
 
 
 def _require_shapes(name: str, values: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> None:

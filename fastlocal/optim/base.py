@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlocal.ops.implementation import Implementation, choose
-from fastlocal.ops.trust_ratio import require_strided
+from fastlocal.ops.trust_ratio import require_implementation, require_strided
 from fastlocal.optim.columns import StateColumns
 from fastlocal.optim.pieces import is_sharded
 
@@ -88,11 +88,21 @@ class TrustRatioOptimizer(Optimizer):
             elif params:
                 groups.append((group, params, found))
         if groups:
-            for _, _, later in groups[1:]:  # the op refuses a group's own, when those before it are stepped
-                require_strided(later)
+            # The op refuses a group's own, when those before it are stepped.
+            for index, (group, params, grads) in enumerate(groups[1:], start=1):
+                require_strided(grads)
+                stepped = torch.compiler.is_compiling() or index in self._tables
+                if not stepped and not is_sharded(params[0]):
+                    require_implementation(self._impl(group), params)
             if not torch.compiler.is_compiling():
                 self._columns.begin(self.state)
-            self._step_groups(groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if torch.compiler.is_compiling() and (scaling[1] is not None or any(g["fused"] for g, _, _ in groups)):
+                # Here a graph would break. The parts of it are compiled by themselves then, and torch takes a state
+                # looked up in one of them for that of every parameter alike: each group would step the first's.
+                torch.compiler.disable(self._step_groups)(groups, *scaling)  # pyright: ignore[reportCallIssue]
+            else:
+                self._step_groups(groups, *scaling)
             for _, params, _ in groups:
                 if is_sharded(params[0]):  # only their pieces know that they were written to
                     torch.autograd.graph.increment_version(params)
@@ -113,8 +123,8 @@ class TrustRatioOptimizer(Optimizer):
         float32, which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
 
         Raises:
-            ValueError: it does not fit, is of an optimizer with other moments or steps, or an option is out of its
-                range; then nothing has changed.
+            ValueError: it does not fit, is of an optimizer with other state or with `amsgrad`, `caution` or
+                `corrected_weight_decay`, or an option is out of its range; then nothing has changed.
             TypeError: a value in it is of the wrong kind; likewise.
         """
         before = dict(vars(self))
@@ -138,7 +148,7 @@ class TrustRatioOptimizer(Optimizer):
                         "have: its steps would be others; set it to False there to go on without"
                     )
                 if "step" in group:  # apex and timm count in the group
-                    count = torch.as_tensor(group.pop("step"), dtype=torch.float32)
+                    count = torch.as_tensor(group.pop("step"), dtype=torch.float32, device="cpu")
                     for key in group["params"]:
                         if key in state:
                             state[key].setdefault("step", count)
@@ -185,7 +195,7 @@ class TrustRatioOptimizer(Optimizer):
         """
         owned = {}
         known = (*self._moments, "master")
-        beside = [n for n, v in saved.items() if foreign and n != "step" and isinstance(v, Tensor) and v.dim()]
+        beside = [n for n, v in saved.items() if foreign and n != "step" and isinstance(v, Tensor)]
         theirs = [name for name in saved if name in (*known, *beside)]
         if set(theirs) - {"master"} not in (set(), set(self._moments)):
             mine = " and ".join(self._moments)

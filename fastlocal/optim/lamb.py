@@ -143,6 +143,7 @@ class LAMB(TrustRatioOptimizer):
         norm = None  # of one group's gradients, found on the way
         if len(groups) > 1 and any(group["max_grad_norm"] is not None for group, _, _ in groups):
             norm = self._grad_norm(groups)
+        memory = self._tables.setdefault("memory", {})  # of all groups, which are stepped one after another
         for index, (group, params, grads) in enumerate(groups):
             names = ("exp_avg", "exp_avg_sq", "step")
             exp_avgs, exp_avg_sqs, steps = self._columns.gather(index, params, names, self._init_state)
@@ -162,7 +163,7 @@ class LAMB(TrustRatioOptimizer):
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 impl=self._impl(group),
-                tables=self._tables.setdefault(index, {}),
+                tables=self._tables.setdefault(index, {"memory": memory}),
                 sum_=sum_,
             )
 

@@ -167,9 +167,10 @@ class LARS(TrustRatioOptimizer):
 
     def _init_counted_state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if "step" not in state:
-            # A buffer without a count comes from torch.optim.SGD or from before dampening was set.
-            state["step"] = self._new_step(param, 0.0 if state.get("momentum_buffer") is None else 1.0)
+        if state.get("momentum_buffer") is None:  # set to None, one begins anew
+            state["step"] = self._new_step(param)
+        elif "step" not in state:  # it comes from torch.optim.SGD or from before dampening was set
+            state["step"] = self._new_step(param, 1.0)
         return self._init_state(param)
 
     def _init_state(self, param: Tensor) -> dict[str, Any]:
