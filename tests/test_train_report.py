@@ -1,6 +1,7 @@
 """The report: figures by hand, what is missing, and the page as a browser shows it."""
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -670,6 +671,30 @@ def test_runs_behind_links_count_once_and_links_may_lead_back(tmp_path):
         (shown / name).symlink_to(tmp_path / "elsewhere" / "study")
     (tmp_path / "elsewhere" / "study" / "back").symlink_to(shown)
     assert [len(group.runs) for group in collect(shown).groups] == [3] * 5
+
+
+def test_a_run_made_again_with_another_result_is_named(tmp_path):
+    place, *_ = begun(tmp_path / "study").values()
+    finish(place, 40.0)
+    for name, accuracy in (("same", 40.0), ("other", 41.0)):
+        finish(
+            dataclasses.replace(place, config=dataclasses.replace(place.config, out=tmp_path / "study" / name)),
+            accuracy,
+        )
+    found = collect(tmp_path / "study")
+    assert sum(len(group.runs) for group in found.groups) == 1
+    assert [cell.name for cell in found.unfinished if cell.state == "left out"] == ["other"]
+
+
+def test_a_default_and_the_same_value_spelled_out_are_one_family_of_rates(tmp_path):
+    text = (
+        '[base]\ndataset = "cifar100"\nepochs = 4\nworkers = 2\n'
+        '[[cells]]\nname = "a"\nlr = 0.02\n[[cells]]\nname = "b"\nlr = 0.1\nweight_decay = 1e-3\n'
+    )
+    for place in begun(tmp_path / "rates", text).values():
+        finish(place, 40.0)
+    (search,) = tuned.searches(collect(tmp_path / "rates").groups)
+    assert sorted(map(tuned.rate, search.groups)) == [0.02, 0.1]
 
 
 def test_runs_outside_of_studies_come_last(tmp_path):

@@ -527,6 +527,15 @@ def test_memory_that_runs_out_ends_the_run_with_one_line(tmp_path, module, code)
     assert not config.out.exists()
 
 
+def test_what_an_epoch_leaves_out_and_an_interval_that_no_round_reaches_are_said(tmp_path, capsys):
+    # 320 images train: for two workers of 48 three steps, 288 images; two evaluations are three steps apart.
+    given = ["--synthetic-images", "400", "--workers", "2", "--batch-size", "48", "--interval", "4", "--epochs", "1"]
+    assert main(["train", *given, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "--interval 4 is longer than the 3 steps between two evaluations, each of which closes a round" in said
+    assert "32 images are left out of each epoch: they fill no batch of every worker" in said
+
+
 def raising(error):
     def app(*_given, **_more):
         raise error

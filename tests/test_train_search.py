@@ -58,7 +58,8 @@ def test_a_grid_is_searched_whole_and_a_diverged_trial_is_pruned(tmp_path, capsy
     assert best["best_val_accuracy"] == summary["best_val_accuracy"]
     assert tomllib.loads((root / "best.toml").read_text())["base"]["lr"] == 0.01
     (cell,) = study_file.load(root / "best.toml").cells
-    assert cell.name == "best-s0"
+    assert (cell.name, cell.config.seed) == ("best-s0", 0)
+    assert (root / "best.toml").read_text().startswith("# trial 0, the best of 1 that ended: best_val_accuracy ")
     config = Config(lr=0.01, synthetic_images=60, batch_size=16, workers=2, interval=2, epochs=1)
     assert cell.config == config
     assert config.test  # which the search did not do
@@ -180,6 +181,14 @@ def test_values_of_a_grid_that_would_share_a_folder_are_refused(tmp_path):
     text = "sampler = 'grid'\n" + BASE + "[space]\nlr = [0.1, 0.1000000003]\n"
     with pytest.raises(UsageError, match="have the same folder: give values that differ sooner"):
         load(written(tmp_path, text))
+
+
+def test_the_best_trial_is_trained_again_with_its_own_seed(tmp_path):
+    path = written(tmp_path, "sampler = 'grid'\nseed = 7\n" + BASE + "[space]\nlr = [0.01]\n")
+    root = tmp_path / "out"
+    assert main(["search", str(path), "--out", str(root)]) == 0
+    (cell,) = study_file.load(root / "best.toml").cells
+    assert cell.config.seed == 7
 
 
 def test_a_seed_may_be_as_large_as_a_date(tmp_path):

@@ -135,7 +135,8 @@ def collect(root: Path) -> Collection:
     if not runs and not unfinished:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
-    return Collection(", ".join(titles) or root.resolve().name, _grouped(runs, asked, diverged), unfinished)
+    groups = _grouped(runs, asked, diverged)
+    return Collection(", ".join(titles) or root.resolve().name, groups, unfinished + _left_out(runs, groups))
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -154,6 +155,23 @@ def _folders(root: Path) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         yield Path(folder)
+
+
+def _left_out(runs: list[Run], groups: list[Group]) -> list[Unfinished]:
+    """Runs that do not count, as one of the same settings, images and seed does, and came to another result."""
+    counted = [run for group in groups for run in group.runs]
+    results = [_result(run) for run in counted]
+    return [
+        Unfinished(run.name, "left out", "another run of the same settings and seed counts, with another result")
+        for run in runs
+        if all(run is not other for other in counted) and _result(run) not in results
+    ]
+
+
+def _result(run: Run) -> list[Any]:
+    return [
+        run.summary[figure] for figure in ("test_accuracy", "best_val_accuracy", "bytes_on_wire", "interval_trace")
+    ]
 
 
 def _never_begun(folder: Path, root: Path) -> Unfinished:
@@ -298,8 +316,10 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def alike_but_for(group: Group, *names: str) -> str:
-    """What groups share that differ in these settings alone."""
-    return _key(group.config, *names) + group.images
+    """What groups share that differ in these settings alone; a default is what it comes to, but for those that
+    follow the rate."""
+    resolved = {name: value for name, value in _values(group.runs[0]).items() if name not in ("lr", "qsr_alpha")}
+    return _key(group.config | resolved, *names) + group.images
 
 
 def _key(config: dict[str, Any], *but: str) -> str:

@@ -129,7 +129,7 @@ class Config:
     """Images a worker and step."""
 
     epochs: int = 150
-    """Passes over the training images, by all workers together."""
+    """Passes over the training images, by all workers together; a last batch that is not full is left out."""
 
     eval_every: int = 1
     """Epochs between two evaluations; each closes the round under way and evaluates the averaged model."""

@@ -92,6 +92,15 @@ def _run(
     )
     if slow := what_is_slow([config]):
         display.note(slow)
+    between = config.eval_every * training.steps_per_epoch
+    if config.method != "sync" and config.interval > between:
+        display.note(
+            f"--interval {config.interval} is longer than the {between} steps between two evaluations, each of which "
+            "closes a round"
+        )
+    left_out = len(splits.train) - config.workers * config.batch_size * training.steps_per_epoch
+    if left_out > len(splits.train) / 100:
+        display.note(f"{left_out:,} images are left out of each epoch: they fill no batch of every worker")
     if config.warmup_steps >= training.total_steps:
         display.note(f"--warmup-steps {config.warmup_steps} is the whole run: each step averages gradients")
     if len(processes) > 1:

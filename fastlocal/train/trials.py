@@ -272,7 +272,8 @@ def _finish(asked: Search, study: optuna.Study, root: Path, console: Console) ->
         root / "best.json",
         {"trial": best.number, asked.objective: best.value, "params": best.params, "trials": len(ended)},
     )
-    lines = [f"# trial {best.number} of {len(ended)}: {asked.objective} {best.value:.2f} %", "[base]"]
+    reached = f"trial {best.number}, the best of {len(ended)} that ended: {asked.objective} {best.value:.2f} %"
+    lines = [f"# {reached}", f"seeds = [{asked.seed}]", "[base]"]
     fields = {key: value for key, value in (asked.base | best.params).items() if key not in ("seed", "test")}
     lines += [f"{key} = {_toml(value)}" for key, value in fields.items()]
     lines += ["[[cells]]", 'name = "best"']  # so that `fastlocal study` trains it, and tests it
