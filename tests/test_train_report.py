@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from fastlocal.train import cells, kinds, page, plan_report, plots, report, study, tuned
+from fastlocal.train import cells, curves, kinds, page, plan_report, plots, study, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
 from fastlocal.train.errors import UsageError
@@ -652,7 +652,7 @@ def test_plots_are_drawn_whatever_a_persons_own_settings_are(tmp_path):
     records = [Record(epoch, 5, 1, 100, 200, 4, None, 0, 0.1, 2.0, 3.0, 9.0, 1.0, 0.1) for epoch in (1, 2)]
 
     def drawn():
-        report.write_curves(tmp_path / "curves.png", records, [[0, 4]])
+        curves.write_curves(tmp_path / "curves.png", records, [[0, 4]])
         plan_report.plot(Plan(1e9, 8, 0.1, Link(1.0)), tmp_path / "plan.png")
         return plots.draw_all(groups), (tmp_path / "curves.png").read_bytes(), (tmp_path / "plan.png").read_bytes()
 

@@ -88,16 +88,17 @@ class TrustRatioOptimizer(Optimizer):
             elif params:
                 groups.append((group, params, found))
         if groups:
+            compiling = torch.compiler.is_compiling()
             # The op refuses a group's own, when those before it are stepped.
             for index, (group, params, grads) in enumerate(groups[1:], start=1):
                 require_strided(grads)
-                stepped = torch.compiler.is_compiling() or index in self._tables
+                stepped = compiling or index in self._tables
                 if not stepped and not is_sharded(params[0]):
                     require_implementation(self._impl(group), params)
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 self._columns.begin(self.state)
             scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            if torch.compiler.is_compiling() and (scaling[1] is not None or any(g["fused"] for g, _, _ in groups)):
+            if compiling and (scaling[1] is not None or any(g["fused"] for g, _, _ in groups)):
                 # Here a graph would break. The parts of it are compiled by themselves then, and torch takes a state
                 # looked up in one of them for that of every parameter alike: each group would step the first's.
                 torch.compiler.disable(self._step_groups)(groups, *scaling)  # pyright: ignore[reportCallIssue]

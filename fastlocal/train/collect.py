@@ -219,13 +219,14 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 def _study(path: Path) -> dict[str, Any] | None:
     """What a study.json holds; None if it is another tool's."""
+    held = (path.parent / ".lock").exists()  # whoever makes one of ours holds its folder
     try:
         study = read_json(path)
     except UsageError:
-        if (path.parent / ".lock").exists():
+        if held:
             raise
         return None
-    if not {"title", "cells"} & study.keys() and not (path.parent / ".lock").exists():
+    if not held and not {"title", "cells"} & study.keys():
         return None
     told = wrong(study, STUDY_FILE)
     for number, cell in enumerate([] if told else study["cells"], start=1):

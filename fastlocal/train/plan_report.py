@@ -242,10 +242,9 @@ def plot(plan: Plan, path: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    from matplotlib import style
+    from fastlocal.train.figures import plain_style
 
-    # A person's own settings, such as text.usetex, may need programs.
-    with style.context([], after_reset=True):
+    with plain_style():
         try:
             _drawn(plan).savefig(path, format="png", dpi=110)
         except OSError as error:

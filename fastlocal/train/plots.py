@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from math import ceil
 from typing import Any
 
-import matplotlib.style
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from fastlocal.train.collect import Group, Run, alike_but_for
+from fastlocal.train.figures import plain_style
 from fastlocal.train.tuned import chosen, rate
 
 _MARKERS = "osD^vPX*<>"
@@ -23,7 +24,7 @@ _LEGEND_LETTERS = 42  # a line, so that the widest names stay within the figure
 _FEW_POINTS = 20  # a line of one point is none, and one of few does not show where it was measured
 
 
-@matplotlib.style.context([], after_reset=True)  # a person's own settings, such as text.usetex, may need programs
+@plain_style()
 def draw_all(groups: Sequence[Group]) -> dict[str, tuple[str, bytes]]:
     """Every plot that the groups have data for: file name -> (what it shows, PNG)."""
     plots: dict[str, tuple[str, bytes]] = {}

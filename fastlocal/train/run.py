@@ -127,6 +127,8 @@ def _finish(
     config: Config, training: Training, source: data.Source, test_loss: float | None, test_accuracy: float | None
 ) -> dict[str, Any]:
     """Write what a finished run leaves behind."""
+    from fastlocal.train.curves import write_curves  # Matplotlib takes half a second: no other command waits for it
+
     folder = config.folder
     summary = report.summarise(
         config,
@@ -139,7 +141,7 @@ def _finish(
         device=training.device,
     )
     report.write_records(folder / "records.jsonl", training.records)
-    report.write_curves(folder / "curves.png", training.records, training.interval_trace)
+    write_curves(folder / "curves.png", training.records, training.interval_trace)
     report.write_json(folder / "summary.json", summary)
     return summary
 
