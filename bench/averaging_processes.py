@@ -10,8 +10,8 @@ its messages: headers, the check for values that are not finite, the outer step.
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.multiprocessing.spawn import spawn
 
 import fastlocal
+from fastlocal.bench import machine
 from fastlocal.bench.shapes import SHAPES
 
 WORLD = 4
@@ -120,9 +121,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    rows = []
     for size in arguments.sizes:
         shapes = SHAPES[size]()
         with tempfile.TemporaryDirectory() as folder:
@@ -132,30 +130,22 @@ def main() -> None:
             p20, *_, p80 = statistics.quantiles(values, n=5)
             p50 = statistics.median(values)
             print(f"{size:10} {name:22} {p50 * 1e3:9.2f} ms  ({p20 * 1e3:.2f} to {p80 * 1e3:.2f})", flush=True)
-            rows.append(
-                {
-                    "method": name,
-                    "size": size,
-                    "tensors": len(shapes),
-                    "parameters": sum(torch.Size(shape).numel() for shape in shapes),
-                    "processes": WORLD,
-                    "threads": 1,
-                    "seconds_p20": p20,
-                    "seconds_p50": p50,
-                    "seconds_p80": p80,
-                    "turns": arguments.turns,
-                    "bytes_on_wire": found["bytes"],
-                    "device": "cpu, gloo on one machine",
-                    "cpus": torch.multiprocessing.cpu_count(),
-                    "torch": torch.__version__,
-                    "fastlocal": fastlocal.__version__,
-                    "commit": commit,
-                }
-            )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            row = {
+                **machine.origin("cpu"),
+                "threads": 1,
+                "cores": os.cpu_count(),
+                "method": name,
+                "size": size,
+                "tensors": len(shapes),
+                "parameters": sum(torch.Size(shape).numel() for shape in shapes),
+                "processes": WORLD,
+                "seconds_p20": p20,
+                "seconds_p50": p50,
+                "seconds_p80": p80,
+                "turns": arguments.turns,
+                "bytes_on_wire": found["bytes"],
+            }
+            machine.append_row(arguments.out, row)
 
 
 if __name__ == "__main__":

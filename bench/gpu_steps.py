@@ -8,7 +8,6 @@ from an idle device. Gradients stay where they are, or move to other addresses a
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -122,9 +121,7 @@ def main() -> None:
                 row |= {f"{kind} us".replace(" ", "_"): us for kind, us in found.items()}
                 times = "  ".join(f"{kind} {us:.0f}" for kind, us in found.items())
                 print(f"{size:9} {name:18} {100 * share:5.1f} % of copy; us: {times}", flush=True)
-                if given.out:
-                    with given.out.open("a") as file:
-                        file.write(json.dumps({**machine.origin("cuda"), **row}) + "\n")
+                machine.append_row(given.out, {**machine.origin("cuda"), **row})
 
 
 if __name__ == "__main__":

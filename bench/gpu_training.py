@@ -94,9 +94,7 @@ def main() -> None:
         )
         row = train(config, torch.device(given.device), given.seconds)
         print(json.dumps(row), flush=True)
-        if given.out:
-            with given.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        machine.append_row(given.out, row)
 
 
 if __name__ == "__main__":

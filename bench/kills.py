@@ -148,9 +148,7 @@ def main() -> None:
         "same_records": records == records2,
     }
     print(json.dumps(row))
-    if arguments.out:
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    machine.append_row(arguments.out, row)
     if not (same_bits and records == records2):
         raise SystemExit("the runs differ")
 

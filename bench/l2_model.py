@@ -9,7 +9,6 @@ bench/roofline.py measures.
 """
 
 import argparse
-import json
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fastlocal.bench import machine
 from fastlocal.bench.shapes import SHAPES
 from fastlocal.kernels.trust_ratio_common import CHUNK
 from fastlocal.kernels.trust_ratio_queue import queue_of
@@ -82,9 +82,7 @@ def main() -> None:
                     name = "two_launches" if lag is None else f"one_launch_lag_{lag}"
                     row[name] = round(bytes_a_parameter(optimizer, sizes, megabytes, lag), 1)
                 print(row, flush=True)
-                if given.out:
-                    with given.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                machine.append_row(given.out, row)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
 """How long a LAMB and a LARS step take on this CPU, beside timm, pytorch_optimizer and torch's fused steps.
 
-    python bench/optimizers_cpu.py [--model resnet50] [--threads 2] [--rounds 15]
+    python bench/optimizers_cpu.py [--model resnet50] [--threads 2] [--rounds 15] [--out FILE]
 
 Every contender steps its own copy of the model's tensors once a round, in turn, in one process, so that a
 noisy neighbour hits all of them; ratios are taken within a round. timm and pytorch_optimizer are measured
-where installed. Appends one JSON line to bench/results/optimizers_cpu.jsonl and prints a table.
+where installed. Prints a table.
 """
 
 import argparse
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,22 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from fastlocal import LAMB, LARS  # noqa: E402 - a checkout nobody installed must be measurable
 from fastlocal.bench import machine  # noqa: E402
+from fastlocal.bench.installed import installed_optimizers  # noqa: E402
 from fastlocal.bench.shapes import SHAPES  # noqa: E402
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-
-
-def timm_optimizers() -> tuple[Any, Any] | None:
-    """timm's Lamb and Lars without timm's own imports, which need torchvision; None if not installed."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    root = Path(spec.submodule_search_locations[0])
-    for package, path in (("timm", root), ("timm.optim", root / "optim")):
-        stub = ModuleType(package)
-        stub.__path__ = [str(path)]
-        sys.modules[package] = stub
-    return importlib.import_module("timm.optim.lamb").Lamb, importlib.import_module("timm.optim.lars").Lars
 
 
 def contenders() -> dict[str, dict[str, Make]]:
@@ -49,9 +35,9 @@ def contenders() -> dict[str, dict[str, Make]]:
     lamb: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01)}
     clip: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01, max_grad_norm=1.0)}
     lars: dict[str, Make] = {"fastlocal": lambda p: LARS(p, lr=0.1, weight_decay=1e-4)}
-    timm = timm_optimizers()
-    if timm is not None:
-        timm_lamb, timm_lars = timm
+    peers, _ = installed_optimizers()
+    if "timm" in peers:
+        timm_lamb, timm_lars = peers["timm"]
         lamb["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=None)
         clip["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=1.0)
         lars["timm"] = lambda p: timm_lars(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -118,8 +104,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet50")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contender")
-    results = ROOT / "bench/results/optimizers_cpu.jsonl"
-    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--out", type=Path, help="file to append a JSON line to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shapes = SHAPES[arguments.model]()
@@ -142,9 +127,7 @@ def main() -> None:
             spread = f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
             ratio = f"{row['median_ratio']:.2f}x ours, first step {row['first_step_ms']:.1f} ms"
             print(f"{algorithm:14} {name:18} {row['median_ms']:9.2f} ms {spread:20} {ratio}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    machine.append_row(arguments.out, record)
 
 
 if __name__ == "__main__":

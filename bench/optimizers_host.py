@@ -1,6 +1,6 @@
 """How long the host takes to issue a fused LAMB or LARS step, the kernel launches themselves left out.
 
-    python bench/optimizers_host.py [--tensors 400] [--rounds 200] [--beside ../another-checkout]
+    python bench/optimizers_host.py [--tensors 400] [--rounds 200] [--beside ../another-checkout] [--out FILE]
 
 Every kernel is replaced by one that does nothing, so that this needs no GPU; the tensors lie on the CPU.
 "kept" gradients keep their addresses from step to step; "moved" ones alternate between two sets, which is what
@@ -11,12 +11,11 @@ this one in the same process, so that a noisy neighbour hits both.
 every weight and gradient, the dtype, size and pending sign of every gradient, and autograd's version counters.
 PyTorch has no call that reads them of a whole list.
 "torch" is torch.optim.AdamW(fused=True) beside LAMB, and SGD(fused=True) with momentum beside LARS, their kernels
-left out likewise. Appends one JSON line to bench/results/optimizers_host.jsonl.
+left out likewise. Prints a line a case.
 """
 
 import argparse
 import importlib
-import json
 import os
 import statistics
 import sys
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--beside", type=Path, help="another checkout of fastlocal")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/optimizers_host.jsonl")
+    parser.add_argument("--out", type=Path, help="file to append a JSON line to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     paths = {"this": ROOT} | ({} if arguments.beside is None else {"beside": arguments.beside})
@@ -147,9 +146,7 @@ def main() -> None:
             record["rows"][name] = rows
             medians = ", ".join(f"{c} {row['median_us']:.0f} us" for c, row in rows.items())
             print(f"{name:40} {arguments.tensors} tensors: {medians}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    machine.append_row(arguments.out, record)
 
 
 if __name__ == "__main__":

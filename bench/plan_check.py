@@ -1,12 +1,12 @@
-"""Measure what `fastlocal plan` predicts: python bench/plan_check.py (as root; needs iproute2, nothing else).
+"""Measure what `fastlocal plan` predicts: python bench/plan_check.py [--out plan_check.jsonl] (as root; needs
+iproute2, nothing else).
 
 Gloo processes in network namespaces of their own, joined by a bridge, each sending through a token bucket (tc tbf) of
 100 Mb/s. A round is J real steps of LeNet-5 on made-up images and one flat all-reduce of the parameters, through
 torch.distributed alone, so that what is measured is the link and not this library. The prediction is given the link's
 rate, and two measured figures: the latency, from all-reduces of one element, and the seconds of a step while all
 processes compute, from J steps without a sync before each round, since a shared machine is not equally fast all the
-time. Everything is timed from barrier to barrier. One JSON line a setting is appended to
-bench/results/plan_check.jsonl.
+time. Everything is timed from barrier to barrier. One JSON line a setting is appended to the file.
 """
 
 import argparse
@@ -37,7 +37,6 @@ RATE_GBPS, BURST_BYTES, QUEUE_MS = 0.1, 65_536, 50
 # receives: 1,448 bytes of payload in 1,514, and 66 bytes back for every second segment.
 PAYLOAD_SHARE = 1448 / (1514 + 66 / 2)
 ROUNDS, BATCH = {1: 8, 4: 6, 16: 4}, 16  # rounds timed, by interval; images a step
-RESULTS = ROOT / "bench" / "results" / "plan_check.jsonl"
 
 
 def sh(command: str) -> None:
@@ -194,7 +193,6 @@ def measure_and_record(
     description: str | None,
     program: str,
     workers: Sequence[int],
-    results: Path,
     work: Callable[[int], dict],
     lines: Callable[[int, dict], Iterable[tuple[dict, str]]],
 ) -> None:
@@ -204,14 +202,13 @@ def measure_and_record(
         description: of the program.
         program: its file.
         workers: numbers of processes to measure, by default.
-        results: the file to append the records to, by default.
         work: what one of so many processes measures.
         lines: the records of so many processes' measurement, each with what to say of it.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workers", type=int, nargs="+", default=list(workers))
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--out", type=Path, help="file to append JSON lines to")
     arguments = parser.parse_args()
     if arguments.rank is not None:
         take_part(arguments.rank, arguments.workers[0], work, arguments.out)
@@ -221,10 +218,9 @@ def measure_and_record(
         parser.error("namespaces and traffic shaping need root")
     for count in arguments.workers:
         for record, said in lines(count, measure(count, program)):
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            machine.append_row(arguments.out, record)
             print(said)
 
 
 if __name__ == "__main__":
-    measure_and_record(__doc__, __file__, [2, 3, 4], RESULTS, work, lines)
+    measure_and_record(__doc__, __file__, [2, 3, 4], work, lines)

@@ -1,6 +1,6 @@
 """Where does the trainer's time go? Images a second, and the share of each part, over K, J and the network.
 
-    python bench/trainer.py [--threads 2] [--steps 60] [--out bench/results/trainer.jsonl]
+    python bench/trainer.py [--threads 2] [--steps 60] [--out trainer.jsonl]
 
 Each row is one short run on the synthetic images. A step is one local step of all K workers, the median over the run,
 and its share of a sync. Augmentation and optimizer are timed by themselves afterwards, on the same objects;
@@ -90,7 +90,7 @@ def gemm_gigaflops() -> float:
 
 def main() -> None:
     """Measure every case and append one line each."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path)
@@ -104,9 +104,7 @@ def main() -> None:
             **{k: round(v, 3) if isinstance(v, float) else v for k, v in measure(case, arguments.steps).items()},
         }
         print(json.dumps(row), flush=True)
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        machine.append_row(arguments.out, row)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Seconds of a sync over a slow link, of parameters and of rounded progress: python bench/wire_dtype.py (as root).
+"""Seconds of a sync over a slow link, of parameters and of rounded progress: python bench/wire_dtype.py [--out FILE]
+(as root).
 
 Gloo processes behind links of 100 Mb/s, laid as in plan_check.py. A round without gradients is a sync of LeNet-5's
 parameters and nothing else; those with wire_dtype=None, bfloat16 and float8_e4m3fn are timed in turn, from barrier to
-barrier. One JSON line a method and number of processes is appended to bench/results/wire_dtype_seconds.jsonl.
+barrier. One JSON line a method and number of processes is appended to the file.
 """
 
 import os
@@ -10,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 
 import torch
-from plan_check import RATE_GBPS, ROOT, measure_and_record, seconds
+from plan_check import RATE_GBPS, measure_and_record, seconds
 
 from fastlocal import LocalSGD, SlowMo
 from fastlocal.bench import machine
@@ -18,7 +19,6 @@ from fastlocal.train.model import build
 
 METHODS, TURNS = {"LocalSGD": LocalSGD, "SlowMo": SlowMo}, 9
 DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
-RESULTS = ROOT / "bench" / "results" / "wire_dtype_seconds.jsonl"
 
 
 def work(workers: int) -> dict:
@@ -63,4 +63,4 @@ def lines(workers: int, measured: dict) -> Iterator[tuple[dict, str]]:
 
 
 if __name__ == "__main__":
-    measure_and_record(__doc__, __file__, [2, 4], RESULTS, work, lines)
+    measure_and_record(__doc__, __file__, [2, 4], work, lines)

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 4 examples/fsdp_slowmo.py
 
-Gradients and parameters travel every step within a group (one machine, say), and every 8 steps between groups.
+Within a group (one machine, say) gradients and parameters travel in every step; between groups parameters alone,
+every 8 steps.
 """
 
 import torch

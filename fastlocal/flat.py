@@ -231,8 +231,9 @@ class Rows:
             if block.owner is None and not block.holds(parameter, worker, slot):
                 raise RuntimeError(
                     f"parameter {slot.name!r} of worker {worker} no longer lies in its row (the model was moved, "
-                    "cast, re-assigned, or shared with a spawned process): do that before it is handed to fastlocal; "
-                    "several optimizers of one model take the same Workers"
+                    "cast, re-assigned, shared with a spawned process, or prepared by accelerate, Lightning or the "
+                    "like): do that before it is handed to fastlocal; several optimizers of one model take the same "
+                    "Workers"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -220,6 +220,10 @@ class SlowMomentum:
         return Coefficients(direct=0.0, momentum=alpha, decay=decay, gain=1.0)
 
 
+Outer = Average | SlowMomentum
+"""What a block's mean becomes, either way."""
+
+
 def _new_parts(rows: Tensor) -> Tensor:
     shape = (rows.shape[0], ops.num_drift_parts(rows.shape[1]))
     return torch.empty(shape, dtype=torch.float32, device=rows.device)

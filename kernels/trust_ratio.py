@@ -187,11 +187,12 @@ def lamb_(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     options: Any,
-    norm: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
     cache: dict,
     masters: Sequence[Tensor] | None = None,
+    *,
+    norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     again: bool = False,
 ) -> bool:
     """One LAMB step of every tensor, and one more in each of `steps`.
@@ -263,14 +264,14 @@ def lars_(
     momentum_buffers: Sequence[Tensor | None],
     steps: Sequence[Tensor | None],
     options: Any,
-    norm: None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
     cache: dict,
     masters: Sequence[Tensor] | None = None,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     again: bool = False,
 ) -> bool:
-    """One LARS step of every tensor, and one more in each of `steps`. LARS does not clip: `norm` is None.
+    """One LARS step of every tensor, and one more in each of `steps`.
 
     masters: the weights in float32, of which the parameters are roundings; None where they are their own.
     again: return False, having done nothing, unless the tensors are those of the step before.

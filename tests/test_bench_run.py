@@ -13,7 +13,7 @@ import torch
 from fastlocal.bench import cases, machine
 from fastlocal.bench.__main__ import main as module_main
 from fastlocal.bench.measure import _timing
-from fastlocal.bench.run import Plan, ahead, run
+from fastlocal.bench.run import BenchPlan, ahead, run
 from fastlocal.bench.shapes import SHAPES, num_parameters
 from fastlocal.train.cli import main
 
@@ -39,7 +39,7 @@ def test_medians_percentiles_and_ratios_are_those_computed_by_hand():
 
 
 def test_a_plan_covers_all_operations_and_leaves_out_the_mean_of_one_row():
-    planned = list(Plan().cases())
+    planned = list(BenchPlan().cases())
     assert {operation for operation, _, _ in planned} == set(cases.OPERATIONS)
     assert ("outer-step", "lenet", 1) in planned
     assert ("average", "lenet", 1) not in planned
@@ -47,7 +47,7 @@ def test_a_plan_covers_all_operations_and_leaves_out_the_mean_of_one_row():
     assert ("average", "bert-base", 4) in planned
     assert ("average", "bert-base", 8) not in planned
     with pytest.raises(ValueError, match="size must be one of .* got 'gpt'"):
-        Plan(size="gpt")
+        BenchPlan(size="gpt")
 
 
 def test_bench_writes_a_traceable_row_for_each_contender(tmp_path, capsys):
@@ -140,7 +140,8 @@ def test_what_does_not_fit_into_the_memory_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(machine, "free_bytes", lambda device: 10**8)
     said = []
     assert (
-        run(Plan(operation="average", size="resnet18", quick=True, device="cpu"), lambda *_: None, said.append) == []
+        run(BenchPlan(operation="average", size="resnet18", quick=True, device="cpu"), lambda *_: None, said.append)
+        == []
     )
     # 2 rows, what an outer step adds, a copy's pair, and 8 temporaries, of 11.2 million numbers.
     assert said[0] == "average, resnet18, 2 workers: left out, it needs 0.6 GB of memory, 0.1 GB are free"

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from fastlocal import comm
 from fastlocal.comm import launch
+from fastlocal.comm.answer import within
 from fastlocal.comm.group import _bytes_of
 from fastlocal.comm.notes import Notes
 
@@ -74,11 +76,12 @@ except comm.RendezvousError as error:
 
 
 def test_a_process_that_does_not_come_to_the_rendezvous_is_named(store):
-    processes = [start(JOIN, store.port, rank, 3, **UNDER_TORCHRUN) for rank in (0, 2)]
+    # Long enough that the two who come meet on a busy machine.
+    processes = [start(JOIN.replace("2.0", "8.0"), store.port, rank, 3, **UNDER_TORCHRUN) for rank in (0, 2)]
     for rank, process in zip((0, 2), processes, strict=True):
         _, said, errors = finish(process)
         assert said.startswith(f"rank {rank} of 3 did not meet the others at 127.0.0.1:{store.port} "), errors
-        assert said.endswith(" s: rank 1 did not come\n")
+        assert said.endswith(" s: rank 1 did not come\n"), said
 
 
 def test_rank_0_that_does_not_come_to_the_rendezvous_is_named_too(store):
@@ -225,6 +228,55 @@ def test_a_process_that_is_killed_at_work_alone_is_named_soon(store):
         "s to fetch the images at local step 7: rank 0, at work alone, has given no sign of life for 3 s" in said
     ), errors
     assert time.monotonic() - killed < 20
+
+
+STORE_STOPS = """
+import os, signal, time
+import torch
+from torch import distributed as dist, nn
+from fastlocal import LocalSGD, comm
+
+dist.init_process_group("gloo")
+model = nn.Linear(4, 2)
+optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, timeout=2.0)
+for step in range(4):
+    if step == 3:
+        print("at step 3", flush=True)
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        optimizer.step()
+    except comm.LostRankError as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_process_whose_store_is_stopped_says_so_and_ends():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = (start(STORE_STOPS, port, rank, 2) for rank in range(2))
+    try:
+        assert next_line(second) == "at step 3\n", second.communicate()[1]
+        began = time.monotonic()
+        code, said, errors = finish(second)
+        assert "close a round at local step 4, and torch.distributed's store no longer answers" in said, errors
+        assert said.endswith("(rank 0, or torchrun) has ended or is stopped\n")
+        assert code == 0
+        assert time.monotonic() - began < 60  # 2 s for the message, 2 for the notes and 5 for the answer, at rest
+    finally:
+        first.kill()
+        finish(first)
+
+
+def test_what_a_call_within_a_time_returns_and_raises_is_its_own_and_a_longer_one_is_an_error():
+    assert within(10.0, lambda: 7) == 7
+    with pytest.raises(KeyError, match="x"):
+        within(10.0, lambda: {}["x"])
+    held = threading.Event()
+    with pytest.raises(RuntimeError, match=r"no answer within 0\.01 s"):
+        within(0.01, held.wait)
+    held.set()
 
 
 STALLED = """

@@ -56,10 +56,10 @@ TRAIN_ARROWS = {
     },
     "display": {"record", "tables"},
     "tables": set(),
-    "report": {"checkpoint", "config", "errors", "kinds", "record"},
+    "run_files": {"checkpoint", "config", "errors", "kinds", "record"},
     "run": {
         *(
-            "report",
+            "run_files",
             "build",
             "data",
             "allocator",
@@ -74,32 +74,55 @@ TRAIN_ARROWS = {
             "ready",
         ),
     },
-    "bench": {"errors", "tables"},
+    "bench_table": {"errors", "tables"},
     "plan": {"errors"},
     "plan_report": {"errors", "figures", "plan", "tables"},
     "values": {"config", "errors"},
-    "study": {"config", "errors", "values"},
+    "study_file": {"config", "errors", "values"},
     "ready": {"build", "config", "data", "errors"},
     "lock": {"errors"},
-    "job": {"display", "errors", "report", "run", "tables", "values"},
-    "pool": {"config", "errors", "job", "report"},
-    "cells": {"errors", "pool", "report", "study"},
+    "job": {"display", "errors", "run_files", "run", "tables", "values"},
+    "pool": {"config", "errors", "job", "run_files"},
+    "cells": {"errors", "pool", "run_files", "study_file"},
     "study_display": {"pool", "tables"},
-    "search": {"config", "errors", "study", "values"},
-    "trials": {
-        *("checkpoint", "config", "errors", "kinds", "lock", "pool", "ready", "report", "search", "study"),
+    "search_file": {"config", "errors", "study_file", "values"},
+    "search": {
+        *(
+            "checkpoint",
+            "config",
+            "errors",
+            "kinds",
+            "lock",
+            "pool",
+            "ready",
+            "run_files",
+            "search_file",
+            "study_file",
+        ),
         *("study_display", "tables", "values"),
     },
     "kinds": set(),
-    "collect": {"cells", "config", "errors", "job", "kinds", "report"},
+    "collect": {"cells", "config", "errors", "job", "kinds", "run_files"},
     "figures": set(),
     "curves": {"checkpoint", "figures", "record"},
     "plots": {"collect", "figures", "tuned"},
     "tuned": {"collect"},
-    "page": {"checkpoint", "collect", "config", "display", "errors", "plots", "tuned"},
+    "report": {"checkpoint", "collect", "config", "display", "errors", "plots", "tuned"},
     "cli": {
-        *("bench", "cells", "config", "display", "errors", "lock", "page", "plan_report", "pool", "run", "search"),
-        *("ready", "study", "study_display", "tables", "trials"),
+        *(
+            "bench_table",
+            "cells",
+            "config",
+            "display",
+            "errors",
+            "lock",
+            "report",
+            "plan_report",
+            "pool",
+            "run",
+            "search_file",
+        ),
+        *("ready", "study_file", "study_display", "tables", "search"),
     },
     "__init__": set(),
 }
@@ -169,6 +192,19 @@ def test_every_module_has_its_place_in_the_arrows():
     assert {place(path) for path in sources()} == set(ARROWS)
     train = {path.stem for path in (ROOT / "fastlocal" / "train").glob("*.py")}
     assert train == set(TRAIN_ARROWS)
+
+
+def test_no_arrow_is_without_an_import():
+    used, used_in_train = {name: set() for name in ARROWS}, {name: set() for name in TRAIN_ARROWS}
+    for path in sources():
+        names = {name for name in imports(path) if name.startswith("fastlocal")}
+        names = {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+        used[place(path)] |= set(map(target_of, names))
+        if place(path) == "train":
+            used_in_train[path.stem] |= {name.split(".")[2] for name in names if target_of(name) == "train"}
+    for shown, found in ((ARROWS, used), (TRAIN_ARROWS, used_in_train)):
+        stale = {name: targets - found[name] for name, targets in shown.items() if targets - found[name]}
+        assert not stale
 
 
 def test_the_diagram_for_contributors_shows_arrows_that_hold():

@@ -211,7 +211,7 @@ def test_distributed_checkpointing_keeps_masters(optimizer):
         assert fresh.state[a]["master"].dtype == torch.float32
 
 
-def test_the_door_names_masters_that_do_not_fit():
+def test_steps_name_masters_that_do_not_fit():
     p = [torch.zeros(2, dtype=torch.bfloat16)]
     with pytest.raises(ValueError, match=r"masters must hold one entry a parameter, 1, got 0"):
         ops.lars_(p, p, [None], [None], replace(LARS_OPTIONS, momentum=0.0), masters=[])

@@ -223,7 +223,7 @@ def test_the_gradient_multiplier_is_one_over_scale_and_clip():
     assert reference.grad_multiplier(None, None, None) == 1.0
 
 
-def test_the_door_names_what_is_wrong():
+def test_steps_name_the_argument_that_is_wrong():
     p, g = [torch.zeros(2)], [torch.ones(2)]
     options = LAMB
     with pytest.raises(ValueError, match=r"grads must hold one entry a parameter, 1, got 0"):

@@ -25,7 +25,7 @@ def test_warmup_rises_linearly_reaches_the_peak_and_then_falls():
     assert rates[3:] == pytest.approx([0.15 * (1 + math.cos(math.pi * step / 10)) for step in range(1, 10)])
 
 
-def test_constant_is_constant():
+def test_the_constant_schedule_keeps_the_peak_rate():
     assert {learning_rate("constant", 0.1, step, 5, 2) for step in range(5)} == {0.1}
 
 

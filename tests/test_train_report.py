@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from fastlocal.train import cells, curves, kinds, page, plan_report, plots, study, tuned
+from fastlocal.train import cells, curves, kinds, plan_report, plots, report, study_file, tuned
 from fastlocal.train.cli import main
 from fastlocal.train.collect import Group, Run, Spread, collect
 from fastlocal.train.errors import UsageError
@@ -85,7 +85,7 @@ def begun(out, text=TOML, epochs=None):
     out.mkdir(parents=True)
     path = out / "grids.toml"
     path.write_text(text)
-    read = study.load(path, epochs=epochs)
+    read = study_file.load(path, epochs=epochs)
     cells.begin(read, out)
     places = cells.places(read, out, data_dir=None, threads=None, device=None, retry=False)
     return {(cell.group, cell.config.seed): place for cell, place in zip(read.cells, places, strict=True)}
@@ -152,12 +152,12 @@ def test_validation_chooses_the_rate_of_each_setting_and_the_test_images_have_no
 
 
 def test_the_page_shows_the_fixed_rate_and_the_chosen_one(tuned_root):
-    text = page.write(tuned_root).read_text()
+    text = report.write(tuned_root).read_text()
     table = text[text.index('<table id="rates">') :]
     assert re.findall(r"<th>([\d.]+)</th>", table[: table.index("</tr>")]) == ["0.01", "0.04", "0.08"]
     assert rows(table)["k2"] == ["<b>40.00</b>", "38.00", ""]
     assert rows(table)["k4"] == ["30.00", "36.00", "<b>35.00</b>"]
-    assert '<table id="rates">' not in page._render(collect(tuned_root / "k4-other-s0"), {})
+    assert '<table id="rates">' not in report._render(collect(tuned_root / "k4-other-s0"), {})
 
 
 def test_a_rate_at_which_seeds_diverged_is_not_chosen_where_another_is_and_says_how_many_ended(tmp_path):
@@ -175,7 +175,7 @@ def test_a_rate_at_which_seeds_diverged_is_not_chosen_where_another_is_and_says_
     collection = collect(tmp_path / "rates")
     found = {search.name: tuned.rate(search.chosen) for search in tuned.searches(collection.groups)}
     assert found == {"k2": 0.01, "k4": 0.04}  # of two rates with diverged seeds the better one
-    html = page.write(tmp_path / "rates").read_text()
+    html = report.write(tmp_path / "rates").read_text()
     table = html[html.index('<table id="rates">') :]
     k2 = ["<b>41.00 ± 1.00</b>", "38.00 ± 0.00", "50.00 (1 of 3 seeds)"]
     k4 = ["31.00 ± 1.41 (2 of 3 seeds)", "<b>33.00 (1 of 3 seeds)</b>", ""]
@@ -184,12 +184,12 @@ def test_a_rate_at_which_seeds_diverged_is_not_chosen_where_another_is_and_says_
 
 
 def test_a_seed_that_diverged_in_one_folder_and_ended_in_another_has_ended(tmp_path, tuned_root):
-    read = study.load(tuned_root / "grids.toml")
+    read = study_file.load(tuned_root / "grids.toml")
     again = cells.places(read, tmp_path / "again", data_dir=None, threads=None, device=None, retry=False)
     for place in again:
         diverge(place)
     assert [group.diverged for group in collect(tmp_path).groups] == [set()] * 6
-    assert "the others diverged" not in page.write(tmp_path).read_text()
+    assert "the others diverged" not in report.write(tmp_path).read_text()
 
 
 def test_a_plot_over_workers_has_a_line_at_the_fixed_rate_and_one_at_the_chosen(tuned_root):
@@ -274,7 +274,7 @@ def test_bytes_that_differ_between_the_seeds_are_shown_with_their_deviation(root
         path = root / f"adaptive-s{seed}" / "summary.json"
         changed = {"bytes_on_wire": num_bytes, "communication_reduction": saved, "train_seconds": 60.0 + 20 * seed}
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    text = page.write(root).read_text()
+    text = report.write(root).read_text()
     figures = rows(text[: text.index("<h2>Plots")])
     # Of two numbers the sample deviation is their distance over √2: 2 MB, 10 points.
     assert figures["adaptive"][-4:] == ["80.0 ± 7.1", "", "7.0 ± 1.4 MB", "70 s"]
@@ -314,7 +314,7 @@ def test_folders_may_have_any_name(tmp_path, name):
     finish(place, 50.0)
     place.folder.rename(tmp_path / name)
     shutil.rmtree(tmp_path / "study")
-    assert "50.00" in page.write(tmp_path).read_text()
+    assert "50.00" in report.write(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_an_older_study_at_a_budget_of_its_own_is_not_compared_either(tmp_path):
 
 
 def test_a_training_time_reads_as_people_say_it():
-    assert [page.duration(seconds) for seconds in (59.4, 119.4, 150, 3599, 8790)] == [
+    assert [report.duration(seconds) for seconds in (59.4, 119.4, 150, 3599, 8790)] == [
         *("59 s", "119 s", "2 min", "1 h 0 min", "2 h 26 min"),
     ]
 
@@ -522,7 +522,7 @@ def test_rates_that_were_only_validated_are_shown_by_validation(tmp_path):
         finish(place, 0.0, best_val=best)
         summary = json.loads((place.folder / "summary.json").read_text())
         (place.folder / "summary.json").write_text(json.dumps(summary | {"test_accuracy": None}))
-    page.write(out)
+    report.write(out)
     html = (out / "report" / "index.html").read_text()
     assert "best validation accuracy (%) at rate" in html
     assert "<b>33.00</b>" in html

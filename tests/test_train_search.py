@@ -16,12 +16,12 @@ from rich.console import Console
 from sqlalchemy.pool import NullPool
 from waiting import wait_until
 
-from fastlocal.train import study as study_file
+from fastlocal.train import study_file
 from fastlocal.train.cli import main
 from fastlocal.train.config import Config
 from fastlocal.train.errors import UsageError
-from fastlocal.train.search import load
-from fastlocal.train.trials import search
+from fastlocal.train.search import search
+from fastlocal.train.search_file import load
 
 ROOT = Path(__file__).parent.parent
 BASE = "[base]\nsynthetic_images = 60\nbatch_size = 16\nworkers = 2\ninterval = 2\nepochs = 1\n"

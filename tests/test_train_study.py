@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from fastlocal.train import build, cells, cli, pool, search, study
+from fastlocal.policy import Stats
+from fastlocal.train import build, cells, cli, pool, search_file, study_file
 from fastlocal.train.cli import main
 from fastlocal.train.collect import collect
 from fastlocal.train.errors import UsageError
@@ -40,17 +41,17 @@ def written(tmp_path, text):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_builds_all_its_configs(path):
     if path.stem.endswith("-search"):
-        asked = search.load(path)
+        asked = search_file.load(path)
         assert math.prod(len(choice.choices) for choice in asked.space.values()) == asked.trials
         return
-    cells = study.load(path).cells
+    cells = study_file.load(path).cells
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.config.dataset for cell in cells} == {"cifar100"}
-    assert {cell.config.epochs for cell in study.load(path, epochs=20).cells} == {20}
+    assert {cell.config.epochs for cell in study_file.load(path, epochs=20).cells} == {20}
 
 
 def test_the_examples_cover_the_grids_of_the_original():
-    grids = {path.stem: study.load(path).cells for path in EXAMPLES if not path.stem.endswith("-search")}
+    grids = {path.stem: study_file.load(path).cells for path in EXAMPLES if not path.stem.endswith("-search")}
     for name in ("local-sgd", "slowmo"):
         pairs = {(cell.config.workers, cell.config.interval) for cell in grids[name]}
         assert pairs == {(k, j) for k in (2, 4, 8) for j in (4, 8, 16, 32, 64)}
@@ -65,7 +66,7 @@ def test_the_examples_cover_the_grids_of_the_original():
 
 
 def test_the_headline_sets_the_originals_figures_beside_its_own_cells_alone():
-    cells = {cell.group: cell for cell in study.load(ROOT / "examples" / "studies" / "headline.toml").cells}
+    cells = {cell.group: cell for cell in study_file.load(ROOT / "examples" / "studies" / "headline.toml").cells}
     reported = {name: cell.original["test_accuracy"] for name, cell in cells.items() if cell.original}
     assert reported == {
         "sync-k1": 55.24,
@@ -89,19 +90,20 @@ def test_the_headline_sets_the_originals_figures_beside_its_own_cells_alone():
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if not path.stem.endswith("-search")], ids=str)
 def test_every_cell_of_an_example_can_be_planned_at_a_small_budget_and_listed(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for cell, whole in zip(study.load(path, epochs=6).cells, study.load(path).cells, strict=True):
+    for cell, whole in zip(study_file.load(path, epochs=6).cells, study_file.load(path).cells, strict=True):
         config = cell.config
         assert (config.epochs, cell.file_epochs) == (6, whole.config.epochs)
         assert whole.config.epochs == (30 if config.model == "resnet18" else 150)
         steps = 40_000 // config.workers // config.batch_size
         assert steps > 0
-        assert build.policy(config, 6 * steps).state_dict() is not None
+        interval = build.policy(config, 6 * steps).next_interval(Stats(lr=config.learning_rate))
+        assert 1 <= interval <= max(config.interval, config.max_interval)
         rates = [
             learning_rate(config.schedule, config.learning_rate, step, 6 * steps, config.lr_warmup_epochs * steps)
             for step in range(6 * steps)
         ]
         assert 0 < max(rates) <= config.learning_rate
-    count = len(study.load(path).cells)
+    count = len(study_file.load(path).cells)
     assert main(["study", str(path), "--epochs", "6", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert f"{count} cells: {count} new" in shown
@@ -112,7 +114,7 @@ def test_every_cell_of_an_example_can_be_planned_at_a_small_budget_and_listed(pa
 
 def test_the_originals_figures_find_cells_by_the_values_that_their_defaults_become(tmp_path):
     text = "[grid]\nworkers = [2, 4]\n[[original]]\nwhere = { lr = 0.02 }\ntest_accuracy = 50\nnote = 'one seed'"
-    cells = study.load(written(tmp_path, text)).cells
+    cells = study_file.load(written(tmp_path, text)).cells
     assert [(cell.original, cell.note) for cell in cells] == [({"test_accuracy": 50}, "one seed"), ({}, "")]
 
 
@@ -125,7 +127,7 @@ def test_threads_are_shared_out_of_the_processors_that_may_be_used(monkeypatch):
 
 
 def test_threads_that_a_file_asks_for_are_not_shared_out(tmp_path):
-    read = study.load(written(tmp_path, "[grid]\nlr = [0.1]\n[base]\nthreads = 2"))
+    read = study_file.load(written(tmp_path, "[grid]\nlr = [0.1]\n[base]\nthreads = 2"))
     for asked, share, threads in ((None, 1, 2), (3, 1, 3)):
         (place,) = cells.places(
             read, tmp_path, data_dir=None, threads=asked, default_threads=share, device=None, retry=False
@@ -173,7 +175,7 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
     where = { workers = 4, interval = 16 }
     test_accuracy = 50
     """
-    cells = {cell.name: cell for cell in study.load(written(tmp_path, text)).cells}
+    cells = {cell.name: cell for cell in study_file.load(written(tmp_path, text)).cells}
     groups = ["k2-j8", "k2-j16", "k4-j8", "k4-j16"]
     groups += ["slowmo-slow-momentum-0.2", "slowmo-slow-momentum-0.5", "big-b128", "big-b512"]
     assert list(cells) == [f"{group}-s{seed}" for group in groups for seed in (0, 3)]
@@ -232,14 +234,14 @@ def test_cells_are_named_after_what_they_set_and_lists_multiply(tmp_path):
 )
 def test_a_wrong_study_is_one_line_that_names_the_file_and_the_cell(tmp_path, text, message):
     with pytest.raises(UsageError, match=message) as error:
-        study.load(written(tmp_path, text))
+        study_file.load(written(tmp_path, text))
     assert "mine.toml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_list_of_fields_leaves_out_what_a_file_may_not_set(tmp_path):
     with pytest.raises(UsageError, match="the fields are") as error:
-        study.load(written(tmp_path, "[base]\nnodes = 2"))
+        study_file.load(written(tmp_path, "[base]\nnodes = 2"))
     listed = str(error.value).partition("the fields are ")[2].split(", ")
     assert {"workers", "device", "lr"} <= set(listed)
     assert not {"seed", "out", "resume", "download"} & set(listed)
@@ -248,7 +250,7 @@ def test_a_list_of_fields_leaves_out_what_a_file_may_not_set(tmp_path):
 def test_a_warm_up_as_long_as_a_smaller_budget_is_refused_by_both_numbers():
     path = ROOT / "examples" / "studies" / "large-batch.toml"
     with pytest.raises(UsageError, match="--lr-warmup-epochs must be below --epochs 5 .*, got 5"):
-        study.load(path, epochs=5)
+        study_file.load(path, epochs=5)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_a_cell_that_broke_is_remembered_with_its_reason_and_tried_again(tmp_pat
     text = "[base]\nworkers = 2\nbatch_size = 16\nepochs = 1\nsynthetic_images = 30\n[grid]\ninterval = [2]"
     out, log = tmp_path / "study", tmp_path / "study" / "j2-s0.log"
     command = ["study", str(written(tmp_path, text)), "--out", str(out), "--threads", "1"]
-    read = study.load(tmp_path / "mine.toml")
+    read = study_file.load(tmp_path / "mine.toml")
     cells.begin(read, out)
     broke = "process started\nerror: the disk is gone\n"
     for content, state, message in (
@@ -367,11 +369,11 @@ def test_a_killed_study_leaves_no_process_and_the_next_one_goes_on_and_records_w
 def test_cells_that_are_the_same_run_are_refused_by_their_names(tmp_path):
     text = SMALL + "[[cells]]\nname = 'b'\nlr = 0.02\n[[cells]]\nname = 'd'\nlr = 0.02\n"
     with pytest.raises(UsageError, match="b-s0 and d-s0 are the same run: leave one of them out"):
-        study.load(written(tmp_path, text))
+        study_file.load(written(tmp_path, text))
     text = SMALL.replace("epochs = 6", "") + "[grid]\nepochs = [1, 3]\n"
-    assert len(study.load(written(tmp_path, text)).cells) == 2
+    assert len(study_file.load(written(tmp_path, text)).cells) == 2
     with pytest.raises(UsageError, match="epochs-1-s0 and epochs-3-s0 are the same run at --epochs 2"):
-        study.load(written(tmp_path, text), epochs=2)
+        study_file.load(written(tmp_path, text), epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -389,23 +391,23 @@ def test_cells_that_are_the_same_run_are_refused_by_their_names(tmp_path):
 def test_cells_that_come_to_the_same_run_are_refused_whatever_their_file_spells_out(tmp_path, same):
     cells = f"[[cells]]\nname = 'a'\nmethod = 'slowmo'\n[[cells]]\nname = 'b'\nmethod = 'slowmo'\n{same}\n"
     with pytest.raises(UsageError, match="the cells a-s0 and b-s0 are the same run: leave one of them out"):
-        study.load(written(tmp_path, SMALL + cells))
+        study_file.load(written(tmp_path, SMALL + cells))
 
 
 @pytest.mark.parametrize("other", ["lr = 0.03", "slow_momentum = 0.4", "data_dir = 'elsewhere'", "test = false"])
 def test_cells_that_come_to_another_run_are_two(tmp_path, other):
     cells = f"[[cells]]\nname = 'a'\nmethod = 'slowmo'\n[[cells]]\nname = 'b'\nmethod = 'slowmo'\n{other}\n"
-    assert len(study.load(written(tmp_path, SMALL + cells)).cells) == 2
+    assert len(study_file.load(written(tmp_path, SMALL + cells)).cells) == 2
 
 
 def test_a_study_in_another_precision_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, SMALL + "[grid]\nlr = [0.02]\nprecision = ['bf16', 'fp32']\n")
     with pytest.raises(UsageError, match=r"-bf16-s0 and \S+-fp32-s0 are the same run at --epochs 2 --precision bf16"):
-        study.load(path, epochs=2, precision="bf16")
+        study_file.load(path, epochs=2, precision="bf16")
     path = written(tmp_path, SMALL + "precision = 'bf16'\n[grid]\nlr = [0.02]\n")
-    assert [cell.config.precision for cell in study.load(path).cells] == ["bf16"]
-    assert [cell.config.precision for cell in study.load(path, precision="fp32").cells] == ["fp32"]
+    assert [cell.config.precision for cell in study_file.load(path).cells] == ["bf16"]
+    assert [cell.config.precision for cell in study_file.load(path, precision="fp32").cells] == ["fp32"]
     assert main(["study", str(path), "--epochs", "1", "--precision", "fp32"]) == 0
     folder = tmp_path / "runs" / "study" / f"{path.stem}-1-epochs-fp32"
     assert json.loads((folder / "lr0.02-s0" / "config.json").read_text())["precision"] == "fp32"
@@ -424,25 +426,25 @@ def test_a_log_that_cannot_be_written_is_named_and_so_is_a_name_that_is_too_long
     assert capsys.readouterr().err.strip() == f"error: {out}/lr0.02-s0.log cannot be written: Is a directory"
     long = written(tmp_path, SMALL + f"[[cells]]\nname = '{'a' * 250}'\n")
     with pytest.raises(UsageError, match="a cell's name must have at most 240 bytes, got a"):
-        study.load(long)
+        study_file.load(long)
 
 
 def test_a_cells_name_is_measured_in_bytes(tmp_path):
     with pytest.raises(UsageError, match="a cell's name must have at most 240 bytes"):
-        study.load(written(tmp_path, SMALL + f"[[cells]]\nname = '{'é' * 130}'\n"))
+        study_file.load(written(tmp_path, SMALL + f"[[cells]]\nname = '{'é' * 130}'\n"))
 
 
 def test_a_slash_is_refused_in_a_cells_name_and_replaced_in_one_made_of_values(tmp_path):
     with pytest.raises(UsageError, match="name must be a string that can be a folder's name, got 'a/b'"):
-        study.load(written(tmp_path, SMALL + "[[cells]]\nname = 'a/b'\n"))
-    (cell,) = study.load(written(tmp_path, SMALL + "[grid]\ndata_dir = ['a/b']\n")).cells
+        study_file.load(written(tmp_path, SMALL + "[[cells]]\nname = 'a/b'\n"))
+    (cell,) = study_file.load(written(tmp_path, SMALL + "[grid]\ndata_dir = ['a/b']\n")).cells
     assert cell.name == "a_b-s0"
 
 
 def test_a_cell_has_the_figures_and_notes_of_all_that_reported_it(tmp_path):
     text = "[grid]\nworkers = [2]\n"
     text += "[[original]]\ntest_accuracy = 50\nnote = 'One.'\n[[original]]\nbest_val_accuracy = 51\nnote = 'Two.'\n"
-    (cell,) = study.load(written(tmp_path, text)).cells
+    (cell,) = study_file.load(written(tmp_path, text)).cells
     assert cell.original == {"test_accuracy": 50, "best_val_accuracy": 51}
     assert cell.note == "One. Two."
 
@@ -450,7 +452,7 @@ def test_a_cell_has_the_figures_and_notes_of_all_that_reported_it(tmp_path):
 def test_a_cell_whose_process_is_killed_is_remembered_as_such(tmp_path, monkeypatch):
     text = "[base]\nworkers = 2\nbatch_size = 16\nepochs = 1\nsynthetic_images = 60\n[grid]\ninterval = [2]"
     out = tmp_path / "study"
-    read = study.load(written(tmp_path, text))
+    read = study_file.load(written(tmp_path, text))
     cells.begin(read, out)
     (place,) = cells.places(read, out, data_dir=None, threads=1, device=None, retry=False)
     monkeypatch.setattr(sys, "executable", "/bin/false")  # ends before it can say anything

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from fastlocal.bench.cases import OPERATIONS, Case
-from fastlocal.bench.run import Plan, Row, ahead, append, require_writable, run
+from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, require_writable, run
 from fastlocal.bench.shapes import SHAPES
 
 
-def line(row: Row) -> str:
+def line(row: Measurement) -> str:
     """One result in one line."""
     return (
         f"{row.operation:10} {row.size:9} K={row.workers:2} {row.contender:22} {row.seconds_p50 * 1e3:9.3f} ms "
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
 
-    def show(case: Case, rows: list[Row]) -> None:
+    def show(case: Case, rows: list[Measurement]) -> None:
         for row in rows:
             print(line(row), flush=True)
         if case.missing:
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         if given.out:
             require_writable(given.out)
-        plan = Plan(
+        plan = BenchPlan(
             operation=given.operation,
             size=given.size,
             quick=given.quick,

@@ -1,12 +1,13 @@
 """What a figure was measured on, and how much memory and cache there is."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -35,6 +36,14 @@ def origin(device: str) -> Origin:
         threads=torch.get_num_threads(),
         versions=versions(),
     )
+
+
+def append_row(out: Path | None, row: dict[str, Any]) -> None:
+    """One JSON line at the end of a file, which is made with its folder; without a file, nothing."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def device_name(device: str) -> str:

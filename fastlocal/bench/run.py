@@ -1,6 +1,5 @@
 """Which cases are run, and the row that each contender yields."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ FEW_WORKERS = (1, 2, 4)  # of a model that takes seconds: more do not fit into m
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """A contender's result. Times are seconds, from `turns` turns."""
 
     operation: str
@@ -59,7 +58,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What to measure.
 
     Args:
@@ -100,9 +99,11 @@ class Plan:
                         yield operation, size, workers
 
 
-def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str], None]) -> list[Row]:
+def run(
+    plan: BenchPlan, show: Callable[[Case, list[Measurement]], None], note: Callable[[str], None]
+) -> list[Measurement]:
     """Measure every case of the plan; `show` gets each with its rows, `note` what is left out and why."""
-    found: list[Row] = []
+    found: list[Measurement] = []
     for operation, size, workers in plan.cases():
         free, cache = machine.free_bytes(plan.device), machine.cache_bytes(plan.device)
         held = bytes_held(operation, size, workers)
@@ -122,7 +123,7 @@ def run(plan: Plan, show: Callable[[Case, list[Row]], None], note: Callable[[str
     return found
 
 
-def ahead(rows: list[Row]) -> list[str]:
+def ahead(rows: list[Measurement]) -> list[str]:
     """Where somebody is faster than fastlocal, and by how much: a line each."""
     return [
         f"ahead of fastlocal: {row.contender} in {named(row.operation, row.size, row.workers)}: "
@@ -142,16 +143,16 @@ def require_writable(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.open("a").close()
     except OSError as error:
-        raise ValueError(f"--out {file} cannot be written: {error.strerror}") from None
+        raise ValueError(f"out {file} cannot be written: {error.strerror}") from None
 
 
-def append(rows: list[Row], file: Path) -> None:
+def append(rows: list[Measurement], file: Path) -> None:
     """One JSON line a row."""
-    with file.open("a") as lines:
-        lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    for row in rows:
+        machine.append_row(file, asdict(row))
 
 
-def _rows(case: Case, plan: Plan, held: int, cache: int) -> list[Row]:
+def _rows(case: Case, plan: BenchPlan, held: int, cache: int) -> list[Measurement]:
     timings = measure(case, plan.device)
     copy_rate = 8 * case.parameters / timings[COPY].p50
     copy = Contender(COPY, [lambda: None], 8.0)
@@ -162,15 +163,15 @@ def _rows(case: Case, plan: Plan, held: int, cache: int) -> list[Row]:
 
 
 def _row(
-    case: Case, plan: Plan, contender: Contender, timing: Timing, copy_rate: float, held: int, cache: int
-) -> Row:
+    case: Case, plan: BenchPlan, contender: Contender, timing: Timing, copy_rate: float, held: int, cache: int
+) -> Measurement:
     traffic = count(contender.calls[0])
     moved = contender.bytes_a_parameter
     if moved is None:
         moved = round(traffic.bytes_moved / case.parameters, 2)
     sets = len(case.contenders[0].calls)
     runs_triton = contender.name.startswith(OURS) and plan.device == "cuda"
-    return Row(
+    return Measurement(
         operation=case.operation,
         size=case.size,
         workers=case.workers,

@@ -1,5 +1,6 @@
 """Between processes; the only package that may import torch.distributed."""
 
+from fastlocal.comm.data_parallel import averages_gradients as averages_gradients
 from fastlocal.comm.group import Group as Group
 from fastlocal.comm.group import LostRankError as LostRankError
 from fastlocal.comm.group import Operation as Operation
@@ -21,5 +22,6 @@ from fastlocal.comm.pieces import cut_of as cut_of
 from fastlocal.comm.pieces import cuts_of as cuts_of
 from fastlocal.comm.pieces import held_here as held_here
 from fastlocal.comm.pieces import is_sharded as is_sharded
+from fastlocal.comm.pieces import place_of as place_of
 from fastlocal.comm.pieces import ranks_on_mesh as ranks_on_mesh
 from fastlocal.comm.pieces import sum_over_pieces_ as sum_over_pieces_

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlocal.comm.answer import within
 from fastlocal.comm.lent import lent
 from fastlocal.comm.notes import Notes
 from fastlocal.comm.pieces import dimensions_of
@@ -25,6 +26,9 @@ Operation = Literal["sum", "max", "min", "mean"]
 
 _GRACE_SECONDS = 3.0
 """How long the survivors of a broken collective look at the notes before they name who is missing."""
+
+_ANSWER_SECONDS = 5.0
+"""How long the store may take to answer: a request to it has no time limit of its own."""
 
 _WATCHDOG_SECONDS = 30.0
 """How much later NCCL's own watchdog may end the process: by then the error with a name has been raised."""
@@ -124,6 +128,7 @@ class Group:
         rank: this process's number in the group.
         in_stream_order: whether what is sent from `device` ends on it, and the host goes on (NCCL).
         ranks: the global rank of every process, in the group's order.
+        number: which of the wrappers of this process in the process group it is for, the first being 1.
     """
 
     def __init__(self, process_group: "dist.ProcessGroup", timeout: float, device: torch.device) -> None:
@@ -141,8 +146,8 @@ class Group:
             f"fastlocal/{process_group.group_name}", distributed_c10d._get_default_store()
         )
         # The n-th wrapper in one process is the n-th in every other: each has notes of its own.
-        number = store.add(f"wrappers/{self.rank}", 1)
-        self._store = distributed_c10d.PrefixStore(str(number), store)
+        self.number: int = store.add(f"wrappers/{self.rank}", 1)
+        self._store = distributed_c10d.PrefixStore(str(self.number), store)
         self._notes = Notes(self._store, self.rank, self.ranks)
         self._purpose, self._local_steps, self._turns = "", 0, 0
 
@@ -309,7 +314,7 @@ class Group:
         return self._has_nccl and device.type == "cuda"
 
     def _options(self, collective: str, device: torch.device) -> Any:
-        """Gloo ends it when its time is over: a collective that is only no longer waited for holds up the exit.
+        """Of a collective: its time. Gloo ends it then, since one that nobody waits for any more holds up the exit.
 
         NCCL's watchdog ends the whole process then, and so comes after whoever waits here.
         """
@@ -345,7 +350,9 @@ class Group:
     def _lost(self, seconds: float, error: RuntimeError | None) -> LostRankError:
         """Who is missing, now that a collective has failed or taken too long."""
         late = seconds >= self.timeout
-        missing = self._asking(lambda: self._notes.find_missing(late, min(_GRACE_SECONDS, self.timeout)))
+        grace = min(_GRACE_SECONDS, self.timeout)
+        limit = grace + _ANSWER_SECONDS
+        missing = self._asking(lambda: within(limit, lambda: self._notes.find_missing(late, grace)))
         failed = "did not end" if error is None else f"failed: {error}"
         said = missing or f"all ranks had arrived, and the transfer {failed}"
         return LostRankError(
@@ -358,7 +365,8 @@ class Group:
     def _without_store(self) -> str:
         return (
             f"rank {self._named()} wanted to {self._purpose} at local step {self._local_steps}, and "
-            "torch.distributed's store no longer answers: the process that keeps it (rank 0, or torchrun) has ended"
+            "torch.distributed's store no longer answers: the process that keeps it (rank 0, or torchrun) has ended "
+            "or is stopped"
         )
 
     def _named(self) -> int:

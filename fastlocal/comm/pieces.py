@@ -86,6 +86,16 @@ def dimensions_of(owner: Tensor) -> "list[tuple[dist.ProcessGroup, int]]":
     return [(mesh.get_group(dim), int(first)) for dim, first in enumerate(firsts)]
 
 
+def place_of(owner: Tensor) -> list[int]:
+    """Where this process's piece of the DTensor lies, along each dimension of the mesh that cuts it."""
+    cut = cut_of(owner)
+    assert cut is not None
+    mesh, dims = cut
+    here = mesh.get_coordinate()
+    assert here is not None
+    return [here[dim] for dim in dims]
+
+
 def ranks_on_mesh(owner: Tensor) -> set[int]:
     """The global ranks of the processes that hold the DTensor together."""
     from torch.distributed.tensor import DTensor

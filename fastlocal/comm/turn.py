@@ -4,6 +4,8 @@ import threading
 import time
 from typing import Any
 
+from fastlocal.comm.answer import within
+
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 20.0
 """Without a beat for so long, a process has ended or is stopped; threads of a busy one come to run sooner."""
@@ -46,8 +48,8 @@ class Turn:
         """In the others: until the end. Returns 0, or for how many seconds there was no sign of life."""
         beats, since, pause = -1, time.monotonic(), 0.001
         # Not store.wait(): it prints a warning whenever its time is up.
-        while not self._store.check([self._ended]):
-            seen, now = self._store.add(self._beats, 0), time.monotonic()
+        while not within(_SILENT_SECONDS, lambda: self._store.check([self._ended])):
+            seen, now = within(_SILENT_SECONDS, lambda: self._store.add(self._beats, 0)), time.monotonic()
             if seen != beats:
                 beats, since = seen, now
             elif now - since > _SILENT_SECONDS:

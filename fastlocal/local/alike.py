@@ -13,7 +13,7 @@ from fastlocal.checksum import checksum
 from fastlocal.comm import Group
 from fastlocal.ops.averaging import accumulate_dtype
 
-_MOST_ROUNDED = 1e-4
+MOST_ROUNDED = 1e-4
 """Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
 
 
@@ -31,15 +31,15 @@ def are_alike(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
     return len(workers) == 1
 
 
-def are_close(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
-    """Whether each tensor is as near the first process's first one as roundings leave it."""
+def are_close(everything: Sequence[Sequence[Tensor]], group: Group, most: float = MOST_ROUNDED) -> bool:
+    """Whether each tensor is as near the first process's first one, as a share of its norm, as roundings leave it."""
     close = True
     for twins in everything:
         first = twins[0].clone()
         group.broadcast_(first, source=0)
         dtype = accumulate_dtype(first.dtype)
-        most = max(_MOST_ROUNDED, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
-        close = close and all((own - first).norm(dtype=dtype) <= most for own in twins)  # NaN is far
+        farthest = max(most, 2 * torch.finfo(first.dtype).eps) * first.norm(dtype=dtype)
+        close = close and all((own - first).norm(dtype=dtype) <= farthest for own in twins)  # NaN is far
     return all(all(said) for said in group.gather([close]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlocal import comm
 from fastlocal.buffers import Buffers
 from fastlocal.checksum import checksum
 from fastlocal.comm import Group
@@ -21,7 +22,7 @@ from fastlocal.local.one_process import Choices, OneProcess
 from fastlocal.local.rates import Rates
 from fastlocal.local.wrapper import Wrapper
 from fastlocal.ops.implementation import Implementation
-from fastlocal.outer import Average, SlowMomentum
+from fastlocal.outer import Outer
 from fastlocal.policy import Policy, Stats
 
 _FIXED = (
@@ -104,7 +105,7 @@ class Checkpointed(Wrapper):
         self._method = type(self).__name__  # a stand-in's class has another
 
     @abstractmethod
-    def _make_outer(self, block: Block) -> Average | SlowMomentum:
+    def _make_outer(self, block: Block) -> Outer:
         """What the mean of a block becomes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -214,6 +215,7 @@ class Checkpointed(Wrapper):
             "num_workers": self.num_workers,
             "num_rows": len(self.rows),
             "layout": self.rows.layout,
+            "places": self._places(),
             "outer": [outer.state_dict() for outer in self._outers],
             "policy": {"name": type(self.policy).__name__, "state": self.policy.state_dict()},
             "stats": asdict(self.stats),
@@ -229,7 +231,7 @@ class Checkpointed(Wrapper):
         stats = own.get("stats")
         steps = stats.get("local_steps") if isinstance(stats, dict) else None
         apart = isinstance(steps, int) and 0 < steps <= self.warmup_steps
-        return {"resting": [], "buffers_apart": apart, "rows": []}
+        return {"resting": [], "buffers_apart": apart, "rows": [], "places": self._places()}
 
     def _rows_of_anchors(self) -> list[int]:
         """Checksums of the rows that the anchors go with; none in a round, or before there are anchors."""
@@ -242,6 +244,10 @@ class Checkpointed(Wrapper):
         """Of the first row of each block that has an anchor."""
         blocks = zip(self.rows.blocks, self._outers, strict=True)
         return [int(checksum(block.rows[0])) for block, outer in blocks if outer.anchor is not None]
+
+    def _places(self) -> list[int]:
+        """Where the pieces of this process lie on the mesh, one way of cutting after the other."""
+        return [coordinate for owner in self.rows.owners() for coordinate in comm.place_of(owner)]
 
     def _names(self) -> list[str]:
         return list(self.rows.parameters[0])
@@ -273,6 +279,11 @@ class Checkpointed(Wrapper):
                 f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
             )
         self.rows.require_layout(own["layout"])
+        if own["places"] != present["places"]:
+            raise ValueError(
+                f"state_dict is of the pieces at {own['places']} on the mesh, this process holds those at "
+                f"{present['places']}: load in each process its own"
+            )
         first = own["outer"][0] if isinstance(own["outer"], list) and own["outer"] else None
         if isinstance(first, dict) and ("anchor" in first) != (self._outers[0].anchor is not None):
             raise ValueError(
@@ -296,5 +307,4 @@ class Checkpointed(Wrapper):
         self._rates.find_groups()
         if self.stats.local_steps:
             self.rows.begin(self.inner)
-        if self.steps_in_round == 0:
-            self._compared = False  # what is loaded into rank 0 alone is where all processes go on
+        self._compared = False  # what is loaded into rank 0 alone is where all processes go on, but within a round

@@ -22,9 +22,9 @@ from fastlocal.local.checkpoint import Checkpointed
 from fastlocal.local.clock import Clock
 from fastlocal.local.one_process import Round
 from fastlocal.local.scaling import Scaling
-from fastlocal.ops.implementation import Implementation, check_implementation
-from fastlocal.outer import AnchoredAverage, Average, SlowMomentum
-from fastlocal.policy import Policy, Stats, require_interval
+from fastlocal.ops.implementation import Implementation, check_implementation, choose
+from fastlocal.outer import AnchoredAverage, Average, Outer
+from fastlocal.policy import Policy, Stats, decides_alike, require_interval
 from fastlocal.workers import Workers
 
 
@@ -34,21 +34,23 @@ class LocalSGD(Checkpointed):
     Wraps an optimizer and is one: hooks, closures, LR schedulers, `state_dict` and `deepcopy` work as on any.
     `param_groups` and `state` are the inner optimizer's own.
 
-    Weights loaded into worker 0 alone before the first step of workers just made or copied become those of all
-    workers of the process; so before the first step after `load_state_dict` of a state saved at a round's end. At
-    any other time load every worker: what parameters are set to then counts as progress of the round. Before the
-    optimizer is built, if a forward pass writes to parameters, as one of an embedding with a `max_norm` does.
+    Loading weights: until the first step, weights loaded into worker 0 alone become those of all workers of the
+    process; likewise until the first step after `load_state_dict` of a state saved at the end of a round. At any
+    other time load every worker: what you set a parameter to then counts as progress of the round. If a forward pass
+    writes to parameters, as that of an embedding with `max_norm` does, load before you build this optimizer.
 
-    Parameters that require no gradient when the model is handed over are each worker's own and not averaged. A model
-    that keeps a moving average of its weights has it averaged if it is a buffer.
+    Parameters that require no gradient when the model is handed over stay each worker's own. A moving average of the
+    weights is averaged if it is a buffer.
 
-    In a process group each process has k rows, and the workers of all are averaged. Before such a step settings
-    are compared, and where parameters differ rank 0's parameters and buffers replace the others', except for kept
-    buffers that cannot be sent, such as sparse ones, and after a state saved in the warm-up for differences no larger
-    than roundings, a ten-thousandth of a tensor's norm. Rank 0's policy decides for all, on the losses that it
-    observes. A step that GradScaler skips in one process still counts there.
-    DTensors (FSDP) are averaged piece by piece: `process_group` is then the mesh dimension across which whole models
-    are replicated, and rank 0's policy decides for all pieces.
+    Several processes: each holds k rows, and the workers of all are averaged. Before the first step, and before the
+    first one after `load_state_dict`, the processes compare their settings, and where parameters differ, rank 0's
+    parameters and buffers replace the others'. Two things are not replaced: kept buffers that cannot be sent, such as
+    sparse ones, and, after a state saved in the warm-up, parameters that differ by no more than roundings, 1e-4 of a
+    tensor's norm. Rank 0's policy decides for all, on the losses that rank 0 observes. A step that GradScaler skips
+    in one process still counts there.
+
+    FSDP2: pass `process_group=mesh.get_group("replicate")`, the group of the mesh dimension across which whole models
+    are replicated. DTensors are averaged piece by piece, and rank 0's policy decides for all pieces.
 
     Args:
         inner: the optimizer that takes the local steps, built over the parameters of all workers.
@@ -57,11 +59,14 @@ class LocalSGD(Checkpointed):
         inner_state: what a sync does to the inner optimizer's state: "keep" leaves each worker its own, "reset" drops
             it, "average" gives all the mean.
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
-            maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm needs.
+            maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm and
+            fake quantisers need, whose buffers belong together.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
             A loaded state whose workers have stepped alone is past them.
-        impl: how the averaging is carried out: "triton", which takes CUDA, "portable" in PyTorch, or "reference", the
-            readable definition; "auto" chooses Triton on CUDA.
+        impl: how a process averages its rows, looks for values that are not finite and takes the outer step: "triton"
+            on CUDA, "portable" in PyTorch, or "reference", the readable definition. "auto" chooses Triton on CUDA for
+            up to 32 workers a process, but for float64. Sums over processes and what `wire_dtype` sends are plain
+            PyTorch always.
         process_group: the processes that are averaged; the default group if torch.distributed is initialised.
         timeout: seconds that a process waits for the others at a sync before it raises an error that names who is
             missing. Give more where one process evaluates or saves for longer than that between two steps.
@@ -85,6 +90,7 @@ class LocalSGD(Checkpointed):
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: `impl` cannot run where the parameters are.
 
     References:
         Stich, `Local SGD Converges Fast and Communicates Little <https://arxiv.org/abs/1805.09767>`_, 2019
@@ -119,6 +125,8 @@ class LocalSGD(Checkpointed):
         super().__init__(inner)
         self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
+        for block in self.rows.blocks:
+            choose(impl, block.rows.device, block.rows.dtype)  # raises here, not at the first sync
         self.rows.following.catch_up()  # a forward pass before the first step may write to parameters
         self.inner_state: InnerState = inner_state
         self.buffers: Buffers = buffers
@@ -134,7 +142,7 @@ class LocalSGD(Checkpointed):
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
 
-    def _make_outer(self, block: Block) -> Average | SlowMomentum:
+    def _make_outer(self, block: Block) -> Outer:
         return (Average if self.wire_dtype is None else AnchoredAverage)(block.rows, impl=self.impl)
 
     @property
@@ -178,11 +186,13 @@ class LocalSGD(Checkpointed):
             LostRankError: a process has ended or stalled; seen at the first step, and where a round begins or closes.
             DisagreementError: the processes differ in settings or step counts; likewise.
             RuntimeError: a parameter has left its row, buffers differ or cannot be averaged, a gradient of the
-                warm-up is sparse, or torch.distributed was initialised after this optimizer was built.
+                warm-up is sparse, the model is under DistributedDataParallel without its no_sync(), or
+                torch.distributed was initialised after this optimizer was built.
             TypeError: the policy's interval is no int.
             ValueError: it is below 1.
         """
-        # Of a loaded state workers may have stepped alone, whose momenta are apart: the same step is none any more.
+        # In a loaded state the workers may have stepped alone: their momenta differ, and would take a mean gradient
+        # to different places.
         warming_up = self.stats.local_steps < self.warmup_steps and not self._anchored
         if not self._round_is_open:
             self._begin_round(warming_up)
@@ -206,8 +216,8 @@ class LocalSGD(Checkpointed):
         self._compare()
         self.stats.lr = max(float(group["lr"]) for group in self.param_groups)
         if warming_up:
-            if getattr(self.policy, "decides_alike", False):
-                self.policy.next_interval(self.stats)  # it may follow the rate; its answer counts later
+            if decides_alike(self.policy):
+                self.policy.next_interval(self.stats)  # it may follow the rate; this answer is not used
         else:
             if not self._anchored or self._rows_saved:
                 self._anchor()

@@ -8,6 +8,7 @@ parameters take an all-to-all and an all-gather instead, but for bfloat16 betwee
 import itertools
 import math
 import pickle
+import struct
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,15 +21,19 @@ from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.following import drop_gradients
 from fastlocal.local.alike import are_alike, are_close, take_first_
-from fastlocal.local.meeting import BEGIN, CLOSE, GRADIENTS, LOADED, Header, compare, meet
+from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, DisagreementError, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
 from fastlocal.ops import progress
-from fastlocal.outer import Average, SlowMomentum
-from fastlocal.policy import Policy, Stats
+from fastlocal.outer import Outer, SlowMomentum
+from fastlocal.policy import Policy, Stats, decides_alike
+
+_MOST_APART = 1e-2
+"""Of the norm of an anchor or a slow momentum: what unlike processors leave between them in hundreds of rounds of
+rounded progress is far below, what another run has is far above."""
 
 
 class ManyProcesses(OneProcess):
@@ -48,7 +53,7 @@ class ManyProcesses(OneProcess):
     def __init__(
         self,
         rows: Rows,
-        outers: list[Average | SlowMomentum],
+        outers: list[Outer],
         inner: torch.optim.Optimizer,
         choices: Choices,
         group: Group,
@@ -85,21 +90,28 @@ class ManyProcesses(OneProcess):
 
         Raises:
             DisagreementError: on every process, if one was set up differently.
+            RuntimeError: DistributedDataParallel averages the gradients of every step.
         """
+        if comm.averages_gradients(self.rows.modules, self.group.ranks):
+            raise RuntimeError(
+                "the model is under DistributedDataParallel, which averages the gradients of every step: call "
+                "forward and backward inside of its no_sync(), or hand over and call the module that it holds"
+            )
         slots = [
             (slot.name, tuple(slot.shape), slot.stride, str(block.rows.dtype))
             for block in self.rows.blocks
             for slot in block.slots
         ]
-        if self._has_compared:  # where some have loaded a state and others go on as before, messages would not fit
-            meet(self.group, self._header(LOADED, stats, 0))
         buffers, frozen = self._sent_buffers(), self.rows.frozen()
         others = [*buffers.items(), *frozen.items()]
         kinds = [(name, tuple(own[0].shape), str(own[0].dtype)) for name, own in others]
-        compare(self.group, settings, slots + kinds, stats.local_steps)
+        purpose = LOADED if self._has_compared else COMPARE
+        compare(self.group, settings, slots + kinds, stats.local_steps, purpose)
         self._has_compared = True
         self._healed = list(self._healable())  # the same in all processes; one may freeze or add others later
         self.compare_pieces(settings, stats)
+        if stats.local_steps:
+            self._compare_outer_states()
         begin = self.rows.begin(self.inner)
         if expected != "apart":
             self.rows.pull()
@@ -129,17 +141,34 @@ class ManyProcesses(OneProcess):
                 merged = [*buffers.values(), *self._kept_buffers()]
                 merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
 
+    def _compare_outer_states(self) -> None:
+        """Anchors and slow momenta that were loaded: the first process's, where they differ by roundings.
+
+        Raises:
+            DisagreementError: on every process, if they differ by more.
+        """
+        kept = [tensor for outer in self.outers for tensor in outer.state_dict().values() if torch.is_tensor(tensor)]
+        if are_alike([[tensor] for tensor in kept], self.group):
+            return
+        if not are_close([[tensor] for tensor in kept], self.group, _MOST_APART):
+            raise DisagreementError(
+                "the processes go on from different anchors or slow momenta: each must load the state that was saved "
+                "by the same run, after the same step"
+            )
+        for tensor in kept:
+            self.group.broadcast_(tensor, source=0)
+
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""
-        if getattr(policy, "decides_alike", False):
+        if decides_alike(policy):
             return decide()  # an interval that differs after all is found when the round closes
         first, interval, message = self.group.rank == 0, 0, b""
         if first:
             interval = decide()
             message = pickle.dumps((policy.state_dict(), stats.val_loss, stats.train_loss, stats.observations))
             self._last_message, message = message, b"" if message == self._last_message else message
-        header = self._header(BEGIN, stats, 0)._replace(interval=interval, message_bytes=len(message))
-        said = meet(self.group, header)[0]
+        header = self._header(stats, 0)._replace(interval=interval, message_bytes=len(message))
+        said = meet(self.group, BEGIN, header)[0]
         if said.message_bytes:
             packed = self.group.broadcast_bytes(message if first else None, said.message_bytes, source=0)
             if not first:
@@ -159,7 +188,7 @@ class ManyProcesses(OneProcess):
 
     def average_gradients(self, stats: Stats, finite: bool, weights: Sequence[float]) -> bool:
         """Give every worker the weighted mean gradient, unless one process's overflowed: then nobody steps."""
-        headers = meet(self.group, self._header(GRADIENTS, stats, 0, [finite] * len(self.rows), weights))
+        headers = meet(self.group, GRADIENTS, self._header(stats, 0, [finite] * len(self.rows), weights))
         if not all(flag for header in headers for flag in header.flags):
             return False
         everybody = ops.relative_weights([weight for header in headers for weight in header.weights])
@@ -186,18 +215,18 @@ class ManyProcesses(OneProcess):
         """
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
-        header = self._header(
-            CLOSE, closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights
-        )
+        header = self._header(closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights)
+        rates = self._rates_read(closing.rates)
         header = header._replace(
-            rates=self._sum_of_rates(closing.rates),
+            rates=math.fsum(rates),
+            order_of_rates=zlib.crc32(struct.pack(f"{len(rates)}d", *rates)),
             resting=self._checksum_of_resting(closing.rates),
             slow_lr=getattr(self.outers[0], "slow_lr", 0.0),
             slow_momentum=getattr(self.outers[0], "slow_momentum", 0.0),
             elements=sum(own[0].numel() for own in buffers),
             reads_drift=int(closing.reads_drift),
         )
-        headers = meet(self.group, header)
+        headers = meet(self.group, CLOSE, header)
         closing = closing._replace(reads_drift=any(h.reads_drift for h in headers))
         included = [list(header.flags) for header in headers]
         counted = [w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)]
@@ -229,7 +258,7 @@ class ManyProcesses(OneProcess):
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
         buffers = list(self._sent_buffers().values())
         elements = sum(own[0].numel() for own in buffers)
-        headers = meet(self.group, self._header(CLOSE, stats, 0)._replace(elements=elements))
+        headers = meet(self.group, CLOSE, self._header(stats, 0)._replace(elements=elements))
         included = [[True] * len(header.flags) for header in headers]
         return merge_across_(buffers, self.choices.buffers, included, self.group)
 
@@ -266,7 +295,7 @@ class ManyProcesses(OneProcess):
         if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
             shares, divisor = [weight / total for weight in own], 1.0
         measures = closing.reads_drift
-        counted = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
+        counts = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
         squares = torch.zeros(len(own), dtype=torch.float64, device="cpu")
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             dtype = ops.accumulate_dtype(block.rows.dtype)
@@ -285,14 +314,14 @@ class ManyProcesses(OneProcess):
                 ops.weighted_sum_(mean, block.rows, shares)
                 self.group.reduce_(mean, "sum")
                 divide_(mean, divisor)
-            parts = outer.step_(counted.to(block.rows.device), rates, mean, measures=measures)
+            parts = outer.step_(counts.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += self.whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]
-        sums, counts = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
-        return math.fsum(sums) / sum(counts)
+        sums, lengths = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
+        return math.fsum(sums) / sum(lengths)
 
     def _own_of(self, everybody: list[float]) -> list[float]:
         """This process's part of a list with an entry a worker."""
@@ -322,11 +351,11 @@ class ManyProcesses(OneProcess):
             self._wires[key] = wire = torch.empty(size + extra, dtype=dtype, device=block.rows.device)
         return wire[: size + extra]
 
-    def _sum_of_rates(self, rates: list[list[float | None]]) -> float:
-        """Of those that the outer step reads."""
+    def _rates_read(self, rates: list[list[float | None]]) -> list[float]:
+        """By the outer step, parameter by parameter."""
         if not any(isinstance(outer, SlowMomentum) and outer.form == "lr-scaled" for outer in self.outers):
-            return 0.0
-        return math.fsum(rate for own in rates for rate in own if rate is not None)
+            return []
+        return [rate for own in rates for rate in own if rate is not None]
 
     def _checksum_of_resting(self, rates: list[list[float | None]]) -> int:
         """Of which parameters take no outer step; 0 if all do, or there is none."""
@@ -335,22 +364,17 @@ class ManyProcesses(OneProcess):
         return zlib.crc32(bytes(rest)) if takes_steps and any(rest) else 0
 
     def _header(
-        self, purpose: int, stats: Stats, steps_in_round: int, flags: Any = None, weights: Any = None
+        self,
+        stats: Stats,
+        steps_in_round: int,
+        flags: Sequence[bool] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Header:
         ones = [1] * len(self.rows)
         return Header(
-            purpose=purpose,
-            rounds=stats.rounds,
-            local_steps=stats.local_steps,
-            steps_in_round=steps_in_round,
-            rates=0.0,
-            slow_lr=0.0,
-            slow_momentum=0.0,
-            resting=0,
-            elements=0,
-            interval=0,
-            message_bytes=0,
-            reads_drift=0,
+            stats.rounds,
+            stats.local_steps,
+            steps_in_round,
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )

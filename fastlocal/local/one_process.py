@@ -23,8 +23,8 @@ from fastlocal.local.meeting import compare
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
-from fastlocal.outer import Average, SlowMomentum
-from fastlocal.policy import Policy, Stats
+from fastlocal.outer import Outer
+from fastlocal.policy import Policy, Stats, decides_alike
 
 Standing = Literal["equal", "close", "apart"]
 """How workers must stand to each other where an optimizer begins: before the first step and at a round's end, after
@@ -84,7 +84,7 @@ class OneProcess:
     def __init__(
         self,
         rows: Rows,
-        outers: list[Average | SlowMomentum],
+        outers: list[Outer],
         inner: torch.optim.Optimizer,
         choices: Choices,
     ) -> None:
@@ -113,7 +113,7 @@ class OneProcess:
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy says; see share_decision."""
-        return decide() if getattr(policy, "decides_alike", False) else self.share_decision(decide(), policy, stats)
+        return decide() if decides_alike(policy) else self.share_decision(decide(), policy, stats)
 
     def share_decision(self, interval: int, policy: Policy, stats: Stats) -> int:
         """Who holds a worker's first piece decides for its others, on the losses observed there."""
@@ -153,25 +153,25 @@ class OneProcess:
         weights = finite.to(torch.float32)
         if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
-        sent = None
+        counted = None
         # Of float64 the weights must have all digits too, which those that the kernels take have not.
         wide = any(block.rows.dtype == torch.float64 for block in self.rows.blocks) and set(relative) != {1.0}
         if self.choices.wire_dtype is not None or wide:
-            sent = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
-            if not any(sent):
+            counted = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
+            if not any(counted):
                 raise DivergedError(closing.stats.local_steps)
         squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             mean = None
-            if sent is not None and (self.choices.wire_dtype is not None or block.rows.dtype == torch.float64):
+            if counted is not None and (self.choices.wire_dtype is not None or block.rows.dtype == torch.float64):
                 mean = torch.empty(
                     block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
                 )
                 if self.choices.wire_dtype is not None:
-                    self.write_mean_of_progress(mean, block, outer, sent, math.fsum(sent))
+                    self.write_mean_of_progress(mean, block, outer, counted, math.fsum(counted))
                 else:
-                    weighted_sum_(mean, block.rows, sent)
-                    divide_(mean, math.fsum(sent))
+                    weighted_sum_(mean, block.rows, counted)
+                    divide_(mean, math.fsum(counted))
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
                 squares += self.whole(own, block.owner).to(finite.device)
@@ -213,7 +213,7 @@ class OneProcess:
         return flags.to(torch.bool).tolist()
 
     def write_mean_of_progress(
-        self, mean: Tensor, block: Block, outer: Average | SlowMomentum, weights: Sequence[float], total_weight: float
+        self, mean: Tensor, block: Block, outer: Outer, weights: Sequence[float], total_weight: float
     ) -> None:
         """Overwrite `mean`, shape (n,), with the workers' mean as their rounded progress gives it."""
         assert outer.anchor is not None

@@ -38,7 +38,7 @@ def merge_across_(
 
 
 def _means(buffers: list[list[Tensor]], included: Sequence[Sequence[bool]], group: Group) -> list[Tensor]:
-    """The mean of the finite ones, NaN if there is none; of integers the maximum."""
+    """The mean of the finite ones, and where none is finite the first counted worker's; of integers the maximum."""
     own = included[group.rank]
     donors = [
         [b for b, counts, finite in zip(twins, own, flags, strict=True) if counts and finite]

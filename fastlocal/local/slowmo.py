@@ -1,5 +1,6 @@
 """Outer steps with slow momentum: SlowMo and DiLoCo."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastlocal.local.arguments import checked_slow_lr, checked_slow_momentum
 from fastlocal.local.kept import Kept
 from fastlocal.local.local_sgd import LocalSGD
 from fastlocal.ops.implementation import Implementation
-from fastlocal.outer import Average, Form, SlowMomentum
+from fastlocal.outer import Form, Outer, SlowMomentum
 from fastlocal.policy import Policy
 from fastlocal.workers import Workers
 
@@ -43,6 +44,7 @@ class SlowMo(LocalSGD):
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: `impl` cannot run where the parameters are.
 
     References:
         Wang et al., `SlowMo <https://arxiv.org/abs/1910.00643>`_, 2020, algorithm 1
@@ -89,7 +91,7 @@ class SlowMo(LocalSGD):
     @property
     def slow_lr(self) -> float:
         """α; it may be set between rounds, in all processes alike, and counts from the next sync on."""
-        return self._momenta[0].slow_lr if self._momenta else self._slow_lr
+        return self._slow_lr
 
     @slow_lr.setter
     def slow_lr(self, slow_lr: float) -> None:
@@ -99,8 +101,8 @@ class SlowMo(LocalSGD):
 
     @property
     def slow_momentum(self) -> float:
-        """β, likewise."""
-        return self._momenta[0].slow_momentum if self._momenta else self._slow_momentum
+        """β; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        return self._slow_momentum
 
     @slow_momentum.setter
     def slow_momentum(self, slow_momentum: float) -> None:
@@ -110,11 +112,7 @@ class SlowMo(LocalSGD):
 
     @property
     def _momenta(self) -> list[SlowMomentum]:
-        """What takes the outer steps; none before the optimizer is put together."""
-        return [outer for outer in getattr(self, "_outers", ()) if isinstance(outer, SlowMomentum)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_slow_lr": self.slow_lr, "_slow_momentum": self.slow_momentum}
+        return [outer for outer in self._outers if isinstance(outer, SlowMomentum)]
 
     def _saved(self) -> dict[str, Any]:
         return super()._saved() | self._slow_settings()
@@ -131,7 +129,7 @@ class SlowMo(LocalSGD):
         super()._restore(own)
         self.slow_lr, self.slow_momentum = own["slow_lr"], own["slow_momentum"]
 
-    def _make_outer(self, block: Block) -> Average | SlowMomentum:
+    def _make_outer(self, block: Block) -> Outer:
         return SlowMomentum(
             block.rows,
             [(slot.start, slot.stop) for slot in block.slots],
@@ -142,7 +140,10 @@ class SlowMo(LocalSGD):
         )
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | self._slow_settings()
+        last_rates = repr([rate for outer in self._momenta for rate in outer.last_rates])
+        return (
+            super()._settings() | self._slow_settings() | {"checksum of last rates": zlib.crc32(last_rates.encode())}
+        )
 
     def _slow_settings(self) -> dict[str, float]:
         return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}
@@ -171,6 +172,7 @@ class DiLoCo(SlowMo):
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
         TypeError: an argument is of the wrong kind.
+        RuntimeError: `impl` cannot run where the parameters are.
 
     References:
         Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, algorithm 1

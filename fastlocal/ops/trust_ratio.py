@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlocal.ops import trust_ratio_portable as portable
 from fastlocal.ops import trust_ratio_sharded as sharded
 from fastlocal.ops.implementation import Implementation, choose
+from fastlocal.ops.trust_ratio_checks import check, resolved
 from fastlocal.ops.trust_ratio_sharded import Sum
 from fastlocal.reference import trust_ratio as reference
 from fastlocal.reference.trust_ratio import Adapt as Adapt
@@ -69,73 +70,14 @@ def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], the
     return tables if len(parts) == 1 else tables.setdefault(these, {"memory": tables.setdefault("memory", {})})
 
 
-def _require_shapes(name: str, values: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> None:
-    """Raises ValueError unless all that are there have their parameter's shape: torch's fused kernels do not look."""
-    there: Sequence[Any] = values
-    if any(map(is_, values, repeat(None))):
-        pairs = [(v, s) for v, s in zip(values, shapes, strict=True) if v is not None]
-        there, shapes = [v for v, _ in pairs], [s for _, s in pairs]
-    if (found := [v.shape for v in there]) != list(shapes):
-        own, shape = next((f, s) for f, s in zip(found, shapes, strict=True) if f != s)
-        raise ValueError(f"{name} must have their parameter's shape {tuple(shape)}, got {tuple(own)}")
-
-
-def _require_as_precise(params: Sequence[Tensor], state: Mapping[str, Sequence[Tensor | None]]) -> None:
-    """Raises TypeError where the state of a float64 parameter is not float64: it would be stepped in float32."""
-    for name, values in state.items():
-        for param, value in zip(params, values, strict=True):
-            if param.dtype == torch.float64 and value is not None and value.dtype != torch.float64:
-                raise TypeError(
-                    f"{name} must be float64, as their parameters are, got {value.dtype}: were they cast since the "
-                    "last step? optimizer.load_state_dict(optimizer.state_dict()) casts the state too"
-                )
-
-
-def _check(lists: Mapping[str, Sequence[Any]]) -> None:
-    first = next(iter(lists.values()))
-    num_tensors, shapes = len(first), [t.shape for t in first]
-    for name, values in lists.items():
-        if len(values) != num_tensors:
-            raise ValueError(f"{name} must hold one entry a parameter, {num_tensors}, got {len(values)}")
-    for name, values in lists.items():
-        if name != "steps":
-            _require_shapes(name, values, shapes)
-    dtypes = {tensor.dtype for tensor in first}
-    for dtype in dtypes:
-        if not dtype.is_floating_point:
-            raise TypeError(f"LARS and LAMB step real floating-point parameters, got {dtype}")
-    if torch.float64 in dtypes:
-        _require_as_precise(first, {n: v for n, v in lists.items() if n not in ("params", "grads", "steps")})
-    for name in lists.keys() - {"params", "grads", "steps"}:
-        for dtype in {value.dtype for value in lists[name] if value is not None}:
-            if torch.promote_types(dtype, torch.float32) != dtype:
-                raise TypeError(f"{name} must be at least float32, got {dtype}")
-    require_strided(lists["grads"])
-
-
-def require_strided(grads: Sequence[Tensor]) -> None:
-    """Raises RuntimeError for a sparse gradient."""
-    for grad in grads:
-        if grad.layout is not torch.strided:
-            raise RuntimeError(f"LARS and LAMB do not support sparse gradients, got one of layout {grad.layout}")
-
-
-def _resolved(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients with every minus sign that is pending written out: kernels read memory alone.
-
-    Autograd leaves one at what real parameters get from conjugates and imaginary parts.
-    """
-    if torch.compiler.is_compiling() or not any(map(torch.Tensor.is_neg, grads)):
-        return grads
-    return [grad.resolve_neg() for grad in grads]
-
-
 def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
     return values if len(indices) == len(values) else [values[i] for i in indices]
 
 
-def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
+def _scalars(device: torch.device, *values: Tensor | None) -> dict[str, Tensor]:
+    """Those of norm, grad_scale and found_inf that there are, on a device."""
+    names = ("norm", "grad_scale", "found_inf")
+    return {name: value.to(device) for name, value in zip(names, values, strict=True) if value is not None}
 
 
 def _may_repeat(impl: Implementation, tables: dict | None) -> bool:
@@ -157,48 +99,62 @@ def _step_(
     sum_: Sum | None,
 ) -> None:
     params: Any = lists["params"]
-    grads: Any = _resolved(lists["grads"])
+    grads: Any = resolved(lists["grads"])
     lists = {**lists, "grads": grads}
-    must_find_norm = norm is None and max_grad_norm is not None
     if sum_ is not None:
-        if impl == "triton":
-            raise RuntimeError(
-                "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
-            )
-        _check(lists if masters is None else {**lists, "masters": masters})
-        if must_find_norm:
-            norm = grad_norm(grads, sum_=sum_)
-        if not sharded.found_anywhere(found_inf, len(params), sum_):
-            multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
-            _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
-        return
+        return _step_pieces_(kind, lists, masters, options, norm, max_grad_norm, grad_scale, found_inf, impl, sum_)
     if params and _may_repeat(impl, tables) and (masters is None or not any(map(is_, masters, repeat(None)))):
         from fastlocal.kernels import trust_ratio as kernels
 
-        scalars = [_to(scalar, params[0].device) for scalar in (norm, grad_scale, found_inf)]
-        if getattr(kernels, kind)(*lists.values(), options, *scalars, tables, masters, again=True):
+        scalars = _scalars(params[0].device, norm, grad_scale, found_inf)
+        if getattr(kernels, kind)(*lists.values(), options, tables, masters, again=True, **scalars):
             torch.autograd.graph.increment_version(params)
             return
-    _check(lists if masters is None else {**lists, "masters": masters})
+    check(lists if masters is None else {**lists, "masters": masters})
     parts = _split(impl, params, masters, tables)
     kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
-    if must_find_norm and parts and not kernels_find_it:
+    if norm is None and max_grad_norm is not None and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
     for these, indices in parts:
         room = _room(tables, parts, these)
         part: list[Any] = [_take(values, indices) for values in lists.values()]
         own: Any = _take(masters, indices) if masters is not None and these.mastered else None
-        scalars = [_to(scalar, these.device) for scalar in (norm, grad_scale, found_inf)]
+        scalars = _scalars(these.device, norm, grad_scale, found_inf)
         if these.chosen == "triton":
             from fastlocal.kernels import trust_ratio as kernels
 
-            getattr(kernels, kind)(*part, options, *scalars, room, own)
-        elif scalars[2] is None or not scalars[2].item():
-            multiplier = reference.grad_multiplier(scalars[0], max_grad_norm, scalars[1])
+            getattr(kernels, kind)(*part, options, room, own, **scalars)
+        elif not scalars.get("found_inf", 0):
+            multiplier = reference.grad_multiplier(scalars.get("norm"), max_grad_norm, scalars.get("grad_scale"))
             _step_with_torch_(kind, these.chosen, part, own, options, multiplier, room, None)
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             torch.autograd.graph.increment_version(part[0])
+
+
+def _step_pieces_(
+    kind: Literal["lamb_", "lars_"],
+    lists: Mapping[str, Sequence[Any]],
+    masters: Sequence[Tensor | None] | None,
+    options: LambOptions | LarsOptions,
+    norm: Tensor | None,
+    max_grad_norm: float | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    impl: Implementation,
+    sum_: Sum,
+) -> None:
+    """Steps pieces of tensors whose other pieces lie in other processes."""
+    if impl == "triton":
+        raise RuntimeError(
+            "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
+        )
+    check(lists if masters is None else {**lists, "masters": masters})
+    if norm is None and max_grad_norm is not None:
+        norm = grad_norm(lists["grads"], sum_=sum_)
+    if not sharded.found_anywhere(found_inf, len(lists["params"]), sum_):
+        multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
+        _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
 
 
 def _step_with_torch_(
@@ -248,7 +204,7 @@ def grad_norm(
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
-    grads = _resolved(grads)
+    grads = resolved(grads)
     if sum_ is not None:
         return sharded.grad_norm(grads, sum_)
     if _may_repeat(impl, tables):
@@ -257,7 +213,7 @@ def grad_norm(
         norm = kernels.grad_norm(grads, {} if tables is None else tables, again=True)
         if norm is not None:
             return norm
-    _check({"grads": grads})
+    check({"grads": grads})
     norms, parts = [], _split(impl, grads, None, tables)
     for these, indices in parts:
         part = _take(grads, indices)

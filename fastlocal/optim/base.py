@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlocal.ops.implementation import Implementation, choose
-from fastlocal.ops.trust_ratio import require_implementation, require_strided
+from fastlocal.ops.trust_ratio import require_implementation
+from fastlocal.ops.trust_ratio_checks import require_strided
 from fastlocal.optim.columns import StateColumns
 from fastlocal.optim.pieces import is_sharded
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 
 _OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
 """Options of torch's and timm's that change a step, and that no optimizer here has."""
@@ -27,7 +28,7 @@ _OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
 class TrustRatioOptimizer(Optimizer):
     """A `torch.optim.Optimizer` with state in at least float32 and a step that is one call of an op."""
 
-    def __init__(self, params: Any, defaults: Group):
+    def __init__(self, params: Any, defaults: ParamGroup):
         self._tables: dict = {}
         self._columns = StateColumns()
         self._check_group(defaults)
@@ -50,7 +51,7 @@ class TrustRatioOptimizer(Optimizer):
                 if name != "differentiable":  # added by the base class; these steps never are
                     group.setdefault(name, value)
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Adds parameters with options of their own, checked like the constructor's."""
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
@@ -217,7 +218,7 @@ class TrustRatioOptimizer(Optimizer):
                 owned[name] = self._new_moment(param).copy_(value)
         return owned
 
-    def _masters(self, index: int, group: Group, params: list[Tensor]) -> list[Tensor | None] | None:
+    def _masters(self, index: int, group: ParamGroup, params: list[Tensor]) -> list[Tensor | None] | None:
         """The float32 weights of the parameters that have some, created where they are missing."""
         if not group["master_weights"]:
             return None
@@ -251,7 +252,7 @@ class TrustRatioOptimizer(Optimizer):
         return torch.full((), count, dtype=torch.float32, device=param.device)  # no copy from the host
 
     @staticmethod
-    def _impl(group: Group) -> Implementation:
+    def _impl(group: ParamGroup) -> Implementation:
         if group["fused"]:
             return "triton"
         if group["foreach"] is None:
@@ -264,16 +265,16 @@ class TrustRatioOptimizer(Optimizer):
     _mark: str
 
     @abstractmethod
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: ParamGroup) -> None:
         """Raises ValueError for an option out of its range."""
 
-    def _translate_group(self, group: Group) -> None:
+    def _translate_group(self, group: ParamGroup) -> None:
         """Renames another library's options in a loaded group, in place."""
 
     @abstractmethod
     def _step_groups(
         self,
-        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        groups: list[tuple[ParamGroup, list[Tensor], list[Tensor]]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -291,13 +292,13 @@ def _has_master(param: Tensor) -> bool:
     return param.dtype in (torch.bfloat16, torch.float16)
 
 
-def scalar_lr(group: Group) -> float | Tensor:
+def scalar_lr(group: ParamGroup) -> float | Tensor:
     """The learning rate; a 1-element tensor as a 0-dimensional one, which broadcasts with every shape."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr
 
 
-def check_shared(group: Group) -> None:
+def check_shared(group: ParamGroup) -> None:
     """Checks the options that both optimizers have."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -317,7 +318,7 @@ def check_shared(group: Group) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def check_choice(group: Group, name: str, *allowed: object) -> None:
+def check_choice(group: ParamGroup, name: str, *allowed: object) -> None:
     """Raises ValueError unless the option is one of those allowed."""
     value = group[name]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):

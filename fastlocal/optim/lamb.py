@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.implementation import Implementation
 from fastlocal.ops.trust_ratio import Adapt, LambOptions
-from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import ParamGroup, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
 from fastlocal.optim.pieces import is_sharded, pieces, sum_over_pieces
 
 
@@ -105,7 +105,7 @@ class LAMB(TrustRatioOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: ParamGroup) -> None:
         check_shared(group)
         for name in ("betas", "trust_clip"):
             pair = group[name]
@@ -123,7 +123,7 @@ class LAMB(TrustRatioOptimizer):
         check_choice(group, "grad_averaging", True, False)
         check_choice(group, "decay", "update", "l2", "decoupled")
 
-    def _translate_group(self, group: Group) -> None:
+    def _translate_group(self, group: ParamGroup) -> None:
         for name in ("bias_correction", "grad_averaging"):
             if group.get(name) in (0, 1):  # apex keeps integers
                 group[name] = bool(group[name])
@@ -136,7 +136,7 @@ class LAMB(TrustRatioOptimizer):
 
     def _step_groups(
         self,
-        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        groups: list[tuple[ParamGroup, list[Tensor], list[Tensor]]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -167,7 +167,7 @@ class LAMB(TrustRatioOptimizer):
                 sum_=sum_,
             )
 
-    def _grad_norm(self, groups: list[tuple[Group, list[Tensor], list[Tensor]]]) -> Tensor:
+    def _grad_norm(self, groups: list[tuple[ParamGroup, list[Tensor], list[Tensor]]]) -> Tensor:
         """‖G‖ of whole gradients and of pieces together."""
         whole = [grad for _, params, grads in groups if not is_sharded(params[0]) for grad in grads]
         cut = [grad for _, params, grads in groups if is_sharded(params[0]) for grad in grads]
@@ -181,7 +181,7 @@ class LAMB(TrustRatioOptimizer):
             norms.append(ops.grad_norm(*pieces(cut), sum_=sum_over_pieces(cut, cut)))
         return norms[0] if len(norms) == 1 else ops.grad_norm(norms, impl="reference")
 
-    def _own(self, param: Tensor, saved: Group, foreign: bool) -> Group:
+    def _own(self, param: Tensor, saved: ParamGroup, foreign: bool) -> ParamGroup:
         owned = super()._own(param, saved, foreign)
         if owned and "step" not in owned:
             raise ValueError("state_dict has moments but no 'step' for them, which their bias is corrected by")
@@ -196,7 +196,7 @@ class LAMB(TrustRatioOptimizer):
         return state
 
 
-def _options(group: Group) -> LambOptions:
+def _options(group: ParamGroup) -> LambOptions:
     return LambOptions(
         lr=scalar_lr(group),
         betas=group["betas"],

@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.trust_ratio import Adapt, LarsOptions
-from fastlocal.optim.base import Group, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import ParamGroup, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
 from fastlocal.optim.pieces import pieces, sum_over_pieces
 
 
@@ -108,7 +108,7 @@ class LARS(TrustRatioOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: ParamGroup) -> None:
         check_shared(group)
         momentum, dampening = group["momentum"], group["dampening"]
         if not 0.0 <= momentum < 1.0:
@@ -124,7 +124,7 @@ class LARS(TrustRatioOptimizer):
         check_choice(group, "norm", "sum", "joint")
         check_choice(group, "momentum_form", "torch", "lr_in_buffer")
 
-    def _translate_group(self, group: Group) -> None:
+    def _translate_group(self, group: ParamGroup) -> None:
         if "trust_coeff" in group:  # timm's spelling
             group["trust_coefficient"] = group.pop("trust_coeff")
         if "always_adapt" in group:
@@ -132,7 +132,7 @@ class LARS(TrustRatioOptimizer):
 
     def _step_groups(
         self,
-        groups: list[tuple[Group, list[Tensor], list[Tensor]]],
+        groups: list[tuple[ParamGroup, list[Tensor], list[Tensor]]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -180,7 +180,7 @@ class LARS(TrustRatioOptimizer):
         return state
 
 
-def _options(group: Group) -> LarsOptions:
+def _options(group: ParamGroup) -> LarsOptions:
     return LarsOptions(
         lr=scalar_lr(group),
         momentum=group["momentum"],

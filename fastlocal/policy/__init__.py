@@ -4,7 +4,7 @@ A policy is asked once a round, when the round begins, and answers from the numb
 deterministic, never sees a tensor, and its state travels in a checkpoint. Standard library only.
 """
 
-from fastlocal.policy.base import Policy, Stats, require_interval
+from fastlocal.policy.base import Policy, Stats, decides_alike, require_interval
 from fastlocal.policy.drift import ConsensusDistance
 from fastlocal.policy.fixed import FixedInterval, PostLocal
 from fastlocal.policy.rate import QSR
@@ -21,5 +21,6 @@ __all__ = [
     "PostLocal",
     "Stats",
     "ValidationLoss",
+    "decides_alike",
     "require_interval",
 ]

@@ -93,6 +93,11 @@ class Stateless:
     decides_alike = True
 
 
+def decides_alike(policy: Policy) -> bool:
+    """Whether every process comes to the same interval by itself, see `Policy`."""
+    return getattr(policy, "decides_alike", False)
+
+
 def require_interval(name: str, interval: int) -> int:
     """Return `interval`, or raise TypeError or ValueError if it is not a whole number of at least 1."""
     if isinstance(interval, bool) or not isinstance(interval, int):

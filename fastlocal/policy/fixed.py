@@ -28,7 +28,7 @@ class FixedInterval(Stateless):
         return {"interval": self.interval}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what state_dict() returned; of older versions nothing."""
+        """Take back what state_dict() returned. An older version's is empty: the settings then stay."""
         if state_dict:
             FixedInterval.__init__(self, **state_dict)
 
@@ -61,6 +61,6 @@ class PostLocal(Stateless):
         return {"start_step": self.start_step, "interval": self.interval}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what state_dict() returned; of older versions nothing."""
+        """Take back what state_dict() returned. An older version's is empty: the settings then stay."""
         if state_dict:
             PostLocal.__init__(self, **state_dict)

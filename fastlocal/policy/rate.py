@@ -62,7 +62,7 @@ class QSR:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what state_dict() returned; of older versions nothing."""
+        """Take back what state_dict() returned. An older version's is empty: the settings then stay."""
         if state_dict:
             settings = dict(state_dict)
             highest, has_fallen = float(settings.pop("highest", 0.0)), bool(settings.pop("has_fallen", False))

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastlocal.train import report
+from fastlocal.train import run_files
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.pool import Place, find, placed
-from fastlocal.train.study import Study
+from fastlocal.train.study_file import Study
 
 STUDY = "study.json"
 """In a study's folder: the cells it asks for."""
@@ -49,7 +49,7 @@ def begin(study: Study, root: Path) -> None:
     """
     path = root / STUDY
     if path.exists():
-        saved = report.read_json(path)
+        saved = run_files.read_json(path)
         now = {"name": study.name, "epochs": study.epochs, "precision": study.precision}
         for what in now:
             if saved.get(what) != now[what]:
@@ -58,7 +58,7 @@ def begin(study: Study, root: Path) -> None:
                 )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        report.write_json(path, as_json(study))
+        run_files.write_json(path, as_json(study))
     except OSError as error:
         raise UsageError(f"--out {root} cannot be made: {error.strerror}") from None
     except RunError as error:

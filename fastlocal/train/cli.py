@@ -14,10 +14,9 @@ from rich.console import Console
 import fastlocal
 from fastlocal import comm
 from fastlocal.bench.cases import Operation
-from fastlocal.bench.run import Plan, require_writable
-from fastlocal.train import cells, pool
-from fastlocal.train import study as studies
-from fastlocal.train.bench import bench as run_bench
+from fastlocal.bench.run import BenchPlan, require_writable
+from fastlocal.train import cells, pool, study_file
+from fastlocal.train.bench_table import bench as run_bench
 from fastlocal.train.config import Config, Precision
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunError, UsageError, of_the_machine
@@ -77,35 +76,23 @@ def study(
 ) -> None:
     """Run the grid of a TOML file cell by cell; the same command goes on with what is missing.
 
-    Parameters
-    ----------
-    file
-        The study: [base], [grid], [[cells]], seeds and what the original reported.
-    out
-        Folder of the study. Default: runs/study/ and its name.
-    epochs
-        Instead of the file's, for all cells: a smaller budget, kept in a folder of its own.
-    precision
-        Instead of the file's, likewise: fp32 where the processor has no bfloat16.
-    parallel
-        Cells at a time, each in its own process.
-    only
-        Names of the cells to run, with * and ?.
-    data_dir
-        Instead of the file's.
-    device
-        Instead of the file's.
-    threads
-        CPU threads of each cell. Default: the file's; else with --parallel above 1 the processors that may be used,
-        divided by it.
-    retry
-        Run cells that diverged again, from the beginning.
-    dry_run
-        Show the cells and where they stand, and stop.
+    Args:
+        file: The study: [base], [grid], [[cells]], seeds and what the original reported.
+        out: Folder of the study. Default: runs/study/ and its name.
+        epochs: Replaces the epochs of all cells: a smaller budget, kept in a folder of its own.
+        precision: Replaces the file's precision, in a folder of its own; give fp32 to a processor without bfloat16.
+        parallel: Cells at a time, each in its own process.
+        only: Names of the cells to run, with * and ?.
+        data_dir: Replaces the file's folder of the images.
+        device: Replaces the file's device.
+        threads: CPU threads of each cell. Default: the file's; else with --parallel above 1 the processors that may
+            be used, divided by it.
+        retry: Run cells that diverged again, from the beginning.
+        dry_run: Show the cells and where they stand, and stop.
     """
     share = _shared_threads(threads, parallel, epochs)
-    read = studies.load(file, epochs=epochs, precision=precision)
-    root = out or Path("runs") / "study" / studies.folder_of(read.name, epochs, precision)
+    read = study_file.load(file, epochs=epochs, precision=precision)
+    root = out or Path("runs") / "study" / study_file.folder_of(read.name, epochs, precision)
 
     def chosen_cells() -> list[pool.Place]:
         return cells.places(
@@ -176,9 +163,9 @@ def _shared_threads(threads: int | None, parallel: int, epochs: int | None) -> i
 @app.command
 def report(folder: Path, /) -> None:
     """Write FOLDER/report/index.html: tables and plots of all runs below a folder, on one page."""
-    from fastlocal.train import page  # jinja2 and the drawing are for this command alone
+    from fastlocal.train.report import write  # jinja2 and the drawing are for this command alone
 
-    print_line(Console(), f"written: {page.write(folder)}")
+    print_line(Console(), f"written: {write(folder)}")
 
 
 @app.command
@@ -198,42 +185,31 @@ def search(
 ) -> None:
     """Search hyper-parameters on the validation images with Optuna; the same command goes on.
 
-    Parameters
-    ----------
-    file
-        The search: [base], [space], sampler, objective, trials and seed.
-    out
-        Folder of the search. Default: runs/search/ and its name.
-    trials
-        Instead of the file's, counting those already made.
-    epochs
-        Instead of the file's, for each trial; kept in a folder of its own.
-    precision
-        Instead of the file's, likewise: fp32 where the processor has no bfloat16.
-    parallel
-        Trials at a time, each in its own process.
-    data_dir
-        Instead of the file's.
-    device
-        Instead of the file's.
-    threads
-        CPU threads of each trial. Default: the file's; else with --parallel above 1 the processors that may be used,
-        divided by it.
-    dry_run
-        Show what is searched and how many trials are made, and stop.
+    Args:
+        file: The search: [base], [space], sampler, objective, trials and seed.
+        out: Folder of the search. Default: runs/search/ and its name.
+        trials: Replaces the file's number of trials; those already made count.
+        epochs: Replaces the epochs of each trial; kept in a folder of its own.
+        precision: Replaces the file's precision, in a folder of its own; give fp32 to a processor without bfloat16.
+        parallel: Trials at a time, each in its own process.
+        data_dir: Replaces the file's folder of the images.
+        device: Replaces the file's device.
+        threads: CPU threads of each trial. Default: the file's; else with --parallel above 1 the processors that may
+            be used, divided by it.
+        dry_run: Show what is searched and how many trials are made, and stop.
     """
     share = _shared_threads(threads, parallel, epochs)
     try:
-        from fastlocal.train import search as searches
-        from fastlocal.train import trials as trying
+        from fastlocal.train import search as searching
+        from fastlocal.train import search_file
     except ModuleNotFoundError as error:
         raise UsageError(f"a search needs {error.name}: pip install 'fastlocal[search]'") from None
-    read = searches.load(file, trials=trials, epochs=epochs, precision=precision)
-    root = out or Path("runs") / "search" / studies.folder_of(read.name, epochs, precision)
+    read = search_file.load(file, trials=trials, epochs=epochs, precision=precision)
+    root = out or Path("runs") / "search" / study_file.folder_of(read.name, epochs, precision)
     if dry_run:
-        trying.plan(read, root, Console(), data_dir=data_dir, device=device)
+        searching.plan(read, root, Console(), data_dir=data_dir, device=device)
         return
-    trying.search(
+    searching.search(
         read,
         root,
         Console(),
@@ -268,11 +244,11 @@ def bench(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        plan = Plan(operation=operation, size=size, quick=quick, device=device, compiled=compiled)
+        plan = BenchPlan(operation=operation, size=size, quick=quick, device=device, compiled=compiled)
         if out is not None:
             require_writable(out)
     except ValueError as error:
-        raise UsageError(f"--{str(error).removeprefix('--')}") from error
+        raise UsageError(f"--{error}") from error
     run_bench(plan, out, Console())
 
 

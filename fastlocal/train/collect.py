@@ -13,7 +13,7 @@ from fastlocal.train.config import NOT_PART_OF_A_RUN, Config
 from fastlocal.train.errors import UsageError
 from fastlocal.train.job import FAILED, last_error, log_of
 from fastlocal.train.kinds import CELL, CONFIG, RECORD, STUDY_FILE, SUMMARY, wrong
-from fastlocal.train.report import read_json, read_summary
+from fastlocal.train.run_files import read_json, read_summary
 
 _SPLITS = {
     "official": "CIFAR-100, official split",

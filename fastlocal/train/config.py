@@ -72,13 +72,13 @@ class Config:
     """Local steps between two syncs; where the policy starts from."""
 
     min_interval: int = 4
-    """The two val-loss policies and consensus never go below it."""
+    """Lower bound of the interval for val-loss, val-loss-original and consensus."""
 
     max_interval: int = 64
-    """No policy but fixed and post-local goes above it."""
+    """Upper bound of the interval for every policy but fixed and post-local."""
 
     post_local_steps: int = 0
-    """Steps with a sync each before the post-local policy lets go."""
+    """Local steps, each with a sync, after which the post-local policy takes --interval."""
 
     qsr_alpha: float | None = None
     """alpha of the qsr policy: interval (alpha/lr)^2. Default: the one that starts at --interval."""
@@ -90,7 +90,7 @@ class Config:
     """Average gradients instead of parameters for so many steps first."""
 
     workers: int = 4
-    """Model replicas, K. They share the samples of an epoch."""
+    """Workers, K; they share the images of an epoch."""
 
     inner_state: Literal["keep", "reset", "average"] = "keep"
     """What a sync does to the inner optimizer's momentum."""
@@ -111,13 +111,13 @@ class Config:
     """Peak learning rate. Default: 0.01 times the workers for sgd, 0.001 for adamw, 8 for lars, 0.01 for lamb."""
 
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """Momentum of sgd and lars."""
 
     weight_decay: float | None = None
-    """Default: 0.001 for sgd and lars, 0.1 for adamw, 0.01 for lamb."""
+    """Weight decay. Default: 0.001 for sgd and lars, 0.1 for adamw, 0.01 for lamb."""
 
     schedule: Schedule = "cosine"
-    """Of the learning rate, step by step; the two cosines end at 0."""
+    """How the learning rate changes from step to step; both cosines end at 0."""
 
     lr_warmup_epochs: int = 5
     """Epochs of linear rise in warmup-cosine."""
@@ -126,7 +126,7 @@ class Config:
     """The network."""
 
     batch_size: int = 64
-    """Images a worker and step."""
+    """Images of one worker in one step."""
 
     epochs: int = 150
     """Passes over the training images, by all workers together; a last batch that is not full is left out."""
@@ -138,16 +138,16 @@ class Config:
     """Evaluate the test images once, at the end. A search does not."""
 
     precision: Precision = "fp32"
-    """bf16: automatic mixed precision."""
+    """fp32, or bf16 by automatic mixed precision."""
 
     device: str = "auto"
-    """auto (CUDA where it is), cpu, cuda, cuda:1 ..."""
+    """cpu, cuda, cuda:1 ...; auto is CUDA if there is a GPU."""
 
     threads: int | None = None
     """CPU threads of PyTorch. Default: its own choice."""
 
     seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
 
     out: Path | None = None
     """Folder of the run. Default: runs/ and a name made of dataset, model, method, policy, workers and seed."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastlocal.train import report
+from fastlocal.train import run_files
 from fastlocal.train.display import Display
 from fastlocal.train.errors import RunDivergedError, RunError, UsageError, of_the_machine
 from fastlocal.train.run import run
@@ -66,7 +66,7 @@ def main() -> int:
                 run(config, display)
         except RunDivergedError as error:
             # The run has let go of its folder; the study has not of its own.
-            report.write_json(config.folder / FAILED, {"message": str(error), "config": config.as_dict()})
+            run_files.write_json(config.folder / FAILED, {"message": str(error), "config": config.as_dict()})
             _say(error)
             return 1
     except (UsageError, RunError) as error:

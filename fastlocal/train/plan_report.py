@@ -35,22 +35,22 @@ class PlanConfig:
     """A question to the planner."""
 
     parameters: float
-    """Of the model: 1e9."""
+    """Parameters of the model, such as 1e9."""
 
     workers: int = 8
-    """Model replicas, W."""
+    """Workers, W."""
 
     gbps: float = 1.0
     """Rate of a worker's (or a group's) link to the others, in Gb/s, each way."""
 
     latency_ms: float = 0.0
-    """From one worker to the next, in milliseconds."""
+    """Latency from one worker to the next, in milliseconds."""
 
     shared_link: bool = False
     """All workers (or groups) send through one such link together."""
 
     payload_share: float = TCP_SHARE
-    """Of the rate, what is left when headers are sent. Default: TCP over Ethernet."""
+    """Share of the rate that is left to payload. Default: that of TCP over Ethernet."""
 
     step_seconds: float | None = None
     """Computing of a local step; or give --step-flops and --device-flops."""
@@ -62,7 +62,7 @@ class PlanConfig:
     """Peak operations a second of a worker."""
 
     utilisation: float | None = None
-    """Of that peak, what training reaches. Default: 0.4."""
+    """Share of the peak that training reaches. Default: 0.4."""
 
     method: PlanMethod = "local-sgd"
     """streaming: DiLoCo that sends a fragment at a time while the workers go on."""
@@ -71,32 +71,32 @@ class PlanConfig:
     """Local steps between two syncs."""
 
     wire_dtype: WireDtype = "fp32"
-    """Of what the method sends."""
+    """dtype of what --method sends."""
 
     baseline_dtype: WireDtype | None = None
-    """Of gradients, in the synchronous training compared with and within groups. Default: --wire-dtype, but bf16 at
-    least; with --method sync --wire-dtype itself."""
+    """dtype of gradients, in the synchronous training compared with and within groups. Default: --wire-dtype, but
+    bf16 at least; with --method sync --wire-dtype itself."""
 
     overlap: Overlap = "none"
-    """backward: gradients are averaged while the backward pass goes on."""
+    """What overlaps with messages; backward: gradients are averaged while the backward pass goes on."""
 
     group_size: int = 1
-    """Workers of a group, with a link of their own; 1: a flat ring."""
+    """Workers of a group that has a link of its own; 1 is a flat ring."""
 
     inner_gbps: float | None = None
     """Rate of the link within a group, in Gb/s of payload."""
 
     inner_latency_ms: float | None = None
-    """Within a group, in milliseconds. Default: 0."""
+    """Latency within a group, in milliseconds. Default: 0."""
 
     within: Within = "round"
-    """step: a group averages its gradients in every step, and only groups are on their own."""
+    """When the workers of a group meet. step: they average gradients in every step, and only groups step alone."""
 
     fragments: int = 8
-    """Of streaming: parts of the model sent at different times."""
+    """Parts into which streaming cuts the model, each sent at another time."""
 
     overlap_steps: int = 1
-    """Of streaming: steps a fragment may take to arrive before anybody waits."""
+    """Local steps that a fragment of streaming may take to arrive before anybody waits."""
 
     json: bool = False
     """Print JSON instead of a table."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from fastlocal.train import report
+from fastlocal.train import run_files
 from fastlocal.train.config import Config
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.job import FAILED, last_error, log_of, note_error
@@ -87,13 +87,13 @@ def find(config: Config, *, retry: bool = False) -> Place:
     broke = last_error(log_of(folder))
     if "config.json" not in present:
         return Place(config, "new") if broke is None else Place(config, "broken", broke)
-    differences = config.differences(report.read_json(folder / "config.json"))
+    differences = config.differences(run_files.read_json(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}; choose another --out")
     if "summary.json" in present:
         return Place(config, "finished")
     if FAILED in present:
-        message = str(report.read_json(folder / FAILED).get("message", ""))
+        message = str(run_files.read_json(folder / FAILED).get("message", ""))
         return Place(config, "started") if retry else Place(config, "diverged", message)
     return Place(config, "started") if broke is None else Place(config, "broken", broke)
 
@@ -153,7 +153,7 @@ def _ended(place: Place) -> bool:
     assert place.process.stdin
     place.process.stdin.close()
     if (place.folder / FAILED).exists():
-        place.state, place.message = "diverged", str(report.read_json(place.folder / FAILED)["message"])
+        place.state, place.message = "diverged", str(run_files.read_json(place.folder / FAILED)["message"])
     elif code == 0:
         place.state = "finished"
     else:

@@ -1,112 +1,189 @@
-"""What a run leaves behind: config.json, records.jsonl, summary.json. Never sees the model."""
+"""`fastlocal report`: one HTML page of all runs below a folder, which asks nothing of the network."""
 
-import json
-import os
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+import base64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import fastlocal
-from fastlocal.bench.machine import device_name
 from fastlocal.train.checkpoint import write_bytes
-from fastlocal.train.config import Config
+from fastlocal.train.collect import Collection, Group, Run, Spread, collect
+from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
+from fastlocal.train.display import megabytes, percent_saved
 from fastlocal.train.errors import UsageError
-from fastlocal.train.kinds import wrong
-from fastlocal.train.record import Record
+from fastlocal.train.plots import draw_all
+from fastlocal.train.tuned import RateSearch, chosen, rate, searches
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What a figure depends on beside its config."""
-    on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else f"{device_name('cpu')}, {os.cpu_count()} processors"
-    return {
-        "fastlocal": fastlocal.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-    }
+@dataclass(frozen=True)
+class TableRow:
+    """A group in the tables, as text."""
+
+    name: str
+    seeds: int
+    epochs: int
+    test: str
+    original: str
+    note: str  # its number, or nothing
+    difference: str
+    best: str
+    saved: str
+    original_saved: str
+    sent: str
+    seconds: str
 
 
-def summarise(
-    config: Config,
-    records: Sequence[Record],
-    *,
-    test_loss: float | None,
-    test_accuracy: float | None,
-    train_samples: int,
-    interval_trace: list[list[int]],
-    images: dict[str, str],
-    device: torch.device,
-) -> dict[str, Any]:
-    """One run in figures. Accuracies are percent, bytes are one worker's.
+def write(root: Path) -> Path:
+    """Read the runs below a folder and write its report/; returns the page.
 
-    Args:
-        config: the run.
-        records: all its epochs.
-        test_loss: cross-entropy on the test images; None where they were not looked at.
-        test_accuracy: percent, or None.
-        train_samples: images trained on, all workers together.
-        interval_trace: [local step, interval] wherever the interval changed.
-        images: where they come from, and the SHA-256 over all of them.
-        device: where it ran.
+    Raises:
+        UsageError: there is no run, or the folder cannot be used.
+        RunError: a file cannot be written.
     """
-    last = records[-1]
-    synchronous = last.bytes_synchronous
-    accuracies = [record.val_accuracy for record in records if record.val_accuracy is not None]
-    return {
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        "best_val_accuracy": max(accuracies),
-        "val_accuracy": accuracies[-1],
-        "train_samples": train_samples,
-        "local_steps": last.local_steps,
-        "rounds": last.rounds,
-        "bytes_on_wire": last.bytes_on_wire,
-        "bytes_synchronous": synchronous,
-        "communication_reduction": 1 - last.bytes_on_wire / synchronous if synchronous else None,
-        "excluded": last.excluded,
-        "sync_seconds": last.sync_seconds,
-        "train_seconds": last.train_seconds,
-        "samples_per_second": train_samples / last.train_seconds,
-        "interval_trace": interval_trace,
-        "folder": str(config.folder),
-        "config": config.as_dict(),
-        "resolved": config.resolved(),
-        "images": images,
-        "versions": versions(device),
-    }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UsageError if the file holds none."""
+    collection = collect(root)
+    folder = root / "report"
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return value
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
+    plots = draw_all(collection.groups) if collection.groups else {}
+    for name, (_, png) in plots.items():
+        write_bytes(folder / name, png)
+    page = folder / "index.html"
+    write_bytes(page, _render(collection, plots).encode())
+    return page
 
 
-def read_summary(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a finished run; UsageError if it cannot be read, or lacks something of a shape in `kinds`."""
-    path = folder / "summary.json"
-    summary = read_json(path)
-    if told := wrong(summary, shape):
-        raise UsageError(f"{path} is no summary of a run: {told}; delete it to finish the run again")
-    return summary
+def _render(collection: Collection, plots: dict[str, tuple[str, bytes]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("fastlocal.train", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    groups = collection.groups
+    tried = searches(groups)
+    tested = any(group.spread("test_accuracy") for search in tried for group in search.groups)
+    searched = "test_accuracy" if tested else "best_val_accuracy"  # a search never looks at the test images
+    some_diverged = any(group.diverged for search in tried for group in search.groups)
+    runs = [run for group in groups for run in group.runs]
+    notes = list(dict.fromkeys(group.note for group in groups if group.note))
+    return environment.get_template("report.html").render(
+        title=collection.title,
+        datasets=sorted({group.images for group in groups}),
+        budgets=sorted({run.config["epochs"] for run in runs}),
+        num_runs=len(runs),
+        seeds=sorted({len(group.runs) for group in groups}),
+        rows=[_row(group, notes) for group in groups],
+        has_original=any(group.original for group in groups),
+        other_budget=any(_other_budget(group) for group in groups),
+        notes=notes,
+        rates=sorted({rate(group) for search in tried for group in search.groups}),
+        searches=[(search.name, _by_rate(search, searched)) for search in tried],
+        some_diverged=some_diverged,
+        searched={"test_accuracy": "test accuracy", "best_val_accuracy": "best validation accuracy"}[searched],
+        plots=[(title, base64.b64encode(png).decode()) for title, png in plots.values()],
+        unfinished=collection.unfinished,
+        common=_common(groups),
+        details=[(group.name, _own(group, groups)) for group in groups],
+        versions=sorted({f"{key} {value}" for run in runs for key, value in run.summary["versions"].items()}),
+    )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all; RunError if it cannot be written."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+def _other_budget(group: Group) -> bool:
+    """Whether the original's figures are of another number of epochs, or may be."""
+    return bool(group.original) and group.original_epochs != group.config["epochs"]
 
 
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write one JSON object a line; RunError if it cannot be written."""
-    write_bytes(path, "".join(json.dumps(asdict(record)) + "\n" for record in records).encode())
+def _row(group: Group, notes: list[str]) -> TableRow:
+    test, original = group.spread("test_accuracy"), group.original.get("test_accuracy")
+    saved, original_saved = group.spread("communication_reduction"), group.original.get("communication_reduction")
+    sent, seconds = group.spread("bytes_on_wire"), group.spread("train_seconds")
+    assert sent
+    assert seconds
+    elsewhere = f" at {group.original_epochs or 'other'} epochs" if _other_budget(group) else ""
+    return TableRow(
+        name=group.name,
+        seeds=len(group.runs),
+        epochs=group.config["epochs"],
+        test=percent(test),
+        original="" if original is None else f"{original:.2f}{elsewhere}",
+        note=str(1 + notes.index(group.note)) if group.note else "",
+        difference=_difference(test, original) if not elsewhere else "",
+        best=percent(group.spread("best_val_accuracy")),
+        saved=_saved(saved),
+        original_saved="" if original_saved is None else f"{100 * original_saved:.1f}{elsewhere}",
+        sent=_sent(sent),
+        seconds=duration(seconds.mean),
+    )
+
+
+def _by_rate(search: RateSearch, figure: str) -> dict[float, tuple[str, bool]]:
+    """The figure by rate, and whether validation chooses that rate; of two groups of one rate the better one's."""
+    found: dict[float, tuple[str, bool]] = {}
+    for value in {rate(group) for group in search.groups}:
+        group = chosen([group for group in search.groups if rate(group) == value])
+        ended = len(group.runs)
+        some = f" ({ended} of {ended + len(group.diverged)} seeds)" if group.diverged else ""
+        found[value] = percent(group.spread(figure)) + some, rate(search.chosen) == value
+    return found
+
+
+def percent(spread: Spread | None) -> str:
+    """A figure in percent: mean ± standard deviation, or the one value."""
+    if spread is None:
+        return "–"
+    return f"{spread.mean:.2f}" if spread.std is None else f"{spread.mean:.2f} ± {spread.std:.2f}"
+
+
+def _saved(spread: Spread | None) -> str:
+    """Percent; a deviation only where the seeds differ, as they do under an adaptive policy."""
+    if spread is None:
+        return "–"
+    return percent_saved(spread.mean) + (f" ± {100 * spread.std:.1f}" if spread.std else "")
+
+
+def _sent(spread: Spread) -> str:
+    """Megabytes, likewise."""
+    if spread.std:
+        return f"{spread.mean / 1e6:,.1f} ± {megabytes(round(spread.std))}"
+    return megabytes(round(spread.mean)) if spread.mean else "–"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "59 s", "12 min", "2 h 27 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _difference(test: Spread | None, original: float | None) -> str:
+    return "" if original is None or test is None else f"{test.mean - original:+.2f}".replace("-", "−")
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What a run was made with, defaults resolved as the run itself recorded them."""
+    hidden = (*NOT_PART_OF_A_RUN, "seed")
+    used = {key: value for key, value in run.config.items() if key not in hidden and has_use(key, run.config)}
+    if "resolved" not in run.summary:
+        for key in ("lr", "weight_decay"):
+            used[key] = "default (its value was not recorded)" if used.get(key) is None else used[key]
+    return {key: value for key, value in (used | run.summary.get("resolved", {})).items() if value is not None}
+
+
+def _common(groups: list[Group]) -> list[tuple[str, Any]]:
+    """Settings that all groups share."""
+    if not groups:
+        return []
+    first, *others = [_settings(group.runs[0]) for group in groups]
+    return [(key, value) for key, value in first.items() if all(other.get(key) == value for other in others)]
+
+
+def _own(group: Group, groups: list[Group]) -> str:
+    """Settings of a group that not all share."""
+    common = dict(_common(groups))
+    own = [f"{key} {value}" for key, value in _settings(group.runs[0]).items() if key not in common]
+    return ", ".join(own) or "no other settings"

@@ -9,7 +9,7 @@ import torch
 
 from fastlocal import comm
 from fastlocal.local import DisagreementError
-from fastlocal.train import build, data, report
+from fastlocal.train import build, data, run_files
 from fastlocal.train.allocator import keep_freed_memory
 from fastlocal.train.config import Config
 from fastlocal.train.display import Display
@@ -107,7 +107,7 @@ def _run(
         display.note(f"{len(processes)} processes with {config.workers // len(processes)} workers each")
     for record in training.epochs():
         if processes.rank == 0:
-            report.write_records(folder / "records.jsonl", training.records)
+            run_files.write_records(folder / "records.jsonl", training.records)
         display.epoch(record, config.epochs, training.train_samples)
     test_loss, test_accuracy = training.test() if config.test else (None, None)
     return processes.from_first(lambda: _finish(config, training, splits.source, test_loss, test_accuracy))
@@ -130,7 +130,7 @@ def _finish(
     from fastlocal.train.curves import write_curves  # Matplotlib takes half a second: no other command waits for it
 
     folder = config.folder
-    summary = report.summarise(
+    summary = run_files.summarise(
         config,
         training.records,
         test_loss=test_loss,
@@ -140,9 +140,9 @@ def _finish(
         images={"source": source, "sha256": training.digest},
         device=training.device,
     )
-    report.write_records(folder / "records.jsonl", training.records)
+    run_files.write_records(folder / "records.jsonl", training.records)
     write_curves(folder / "curves.png", training.records, training.interval_trace)
-    report.write_json(folder / "summary.json", summary)
+    run_files.write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -158,12 +158,12 @@ def _look(folder: Path, config: Config) -> dict[str, Any] | None:
         return None
     if not config.resume:
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
-    differences = config.differences(report.read_json(folder / "config.json"))
+    differences = config.differences(run_files.read_json(folder / "config.json"))
     if differences:
         raise UsageError(f"{folder} holds another run: {', '.join(differences)}")
     if "summary.json" not in present:
         return None
-    return report.read_summary(folder, SUMMARY | SHOWN) | {"folder": str(folder)}  # which may have been moved
+    return run_files.read_summary(folder, SUMMARY | SHOWN) | {"folder": str(folder)}  # which may have been moved
 
 
 def _begin(folder: Path, config: Config, display: Display, held: ExitStack) -> dict[str, Any] | None:
@@ -177,7 +177,7 @@ def _begin(folder: Path, config: Config, display: Display, held: ExitStack) -> d
         return finished
     if not (folder / "config.json").exists():
         try:
-            report.write_json(folder / "config.json", config.as_dict())
+            run_files.write_json(folder / "config.json", config.as_dict())
         except RunError as error:
             raise UsageError(str(error)) from None
     return None

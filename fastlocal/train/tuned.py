@@ -26,7 +26,7 @@ def chosen(groups: Sequence[Group]) -> Group:
 
 
 @dataclass(frozen=True)
-class Search:
+class RateSearch:
     """One setting at several rates, from low to high."""
 
     name: str
@@ -38,7 +38,7 @@ class Search:
         return chosen(self.groups)
 
 
-def searches(groups: Sequence[Group]) -> list[Search]:
+def searches(groups: Sequence[Group]) -> list[RateSearch]:
     """The settings that were tried at more than one rate, in the order of the groups."""
     families: dict[str, list[Group]] = {}
     for group in groups:
@@ -49,5 +49,5 @@ def searches(groups: Sequence[Group]) -> list[Search]:
             first = members[0]
             # The rate's part of the name, wherever the study's file has it.
             name = re.sub(rf"(^|-)lr{re.escape(f'{rate(first):g}')}(?=-|$)", "", first.name).lstrip("-")
-            found.append(Search(name or "all", sorted(members, key=rate)))
+            found.append(RateSearch(name or "all", sorted(members, key=rate)))
     return found

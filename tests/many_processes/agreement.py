@@ -65,6 +65,62 @@ def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
         optimizer.sync()
 
 
+def wrappers_called_in_another_order_are_an_error_on_every_rank(rank, new_group):
+    for steps in (2, 0):  # before their first steps, too, where they compare settings
+        group = new_group()
+        pair = [build(kind, 1, 1, group) for kind in (LocalSGD, LocalSGD)]
+        for optimizer, team in pair:
+            run(optimizer, team, steps, worker=rank)
+        optimizer, team = pair[rank == 3]
+        with pytest.raises(DisagreementError, match="rank 3 is at wrapper 2, rank 0 at 1"):
+            run(optimizer, team, 1, first=steps, worker=rank)
+
+
+def a_process_that_begins_while_others_go_on_is_an_error_on_every_rank(rank, new_group):
+    optimizer, team = build(LocalSGD, 1, 1, new_group())
+    run(optimizer, team, 2, worker=rank)
+    if rank == 1:
+        optimizer = copy.deepcopy(optimizer)
+    with pytest.raises(DisagreementError, match="rank 1 is at purpose 'compare settings', rank 0 at 'close a round'"):
+        optimizer.step()
+
+
+def rates_that_differ_by_parameter_and_not_in_sum_are_an_error_on_every_rank(rank, new_group):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    rates = (0.2, 0.1) if rank == 1 else (0.1, 0.2)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(model.parameters(), rates, strict=True)]
+    optimizer = SlowMo(torch.optim.SGD(groups), model, 1, process_group=new_group(), timeout=20.0)
+    with pytest.raises(DisagreementError, match="rank 1 is at learning rates by parameter with checksum "):
+        optimizer.step()
+
+
+def states_of_different_runs_are_an_error_on_every_rank_and_of_one_but_for_roundings_are_not(rank, new_group):
+    group = new_group()
+    for kind, steps in ((SlowMo, 4), (DiLoCo, 5), (LocalSGD, 5)):
+        saved = []
+        for seed in (0, 1):
+            optimizer, team = build(kind, 1, 2, group, seed=seed, wire_dtype=torch.bfloat16)
+            run(optimizer, team, steps, worker=rank)
+            saved.append((copy.deepcopy(team.state_dict()), copy.deepcopy(optimizer.state_dict())))
+        for rounding in (True, False):
+            workers, state = saved[0 if rounding else int(rank == 2)]
+            if rounding and rank == 1:
+                state = copy.deepcopy(state)
+                state["fastlocal"]["outer"][0]["anchor"] *= 1 + 1e-6
+            optimizer, team = build(kind, 1, 2, group, wire_dtype=torch.bfloat16)
+            team.load_state_dict(workers)
+            optimizer.load_state_dict(state)
+            if rounding:
+                run(optimizer, team, 4 - steps % 2, first=steps, worker=rank)
+                assert_equal_everywhere(parameters_of(team[0]), group)
+            else:
+                with pytest.raises(
+                    DisagreementError, match="go on from different anchors or slow momenta: each must"
+                ):
+                    run(optimizer, team, 2, first=steps, worker=rank)
+
+
 def a_state_that_one_rank_alone_loads_is_an_error_on_every_rank(rank, new_group):
     for policy in (2, AdaComm(2)):
         optimizer, team = build(LocalSGD, 1, policy, group=new_group())

@@ -375,6 +375,17 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
             backward(wrapped, step, rank)
         optimizer.step()
     assert torch.equal(parameters_of(model), parameters_of(team[0]))
+    team = [new_group([0, 1]), new_group([2, 3])][rank // 2]  # whose gradients DDP averages, and nobody else's
+    wrapped = nn.parallel.DistributedDataParallel(network(), process_group=team)
+    others = [new_group([0, 2]), new_group([1, 3])][rank % 2]
+    for process_group, fails in ((others, False), (group, True)):
+        optimizer = LocalSGD(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, 3, process_group=process_group)
+        backward(wrapped, 0, rank)
+        if fails:
+            with pytest.raises(RuntimeError, match="under DistributedDataParallel, which averages the gradients of"):
+                optimizer.step()
+        else:
+            optimizer.step()
 
 
 def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group):

@@ -227,6 +227,23 @@ def pieces_that_are_written_to_after_the_optimizer_was_built_become_the_first_wo
     assert all((parameter.to_local() == 1).all() for parameter in net.parameters())
 
 
+def a_state_of_other_pieces_is_refused_and_one_of_older_versions_is_not(rank, new_group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = SlowMo(inner, net, 1, process_group=mesh.get_group("replicate"), timeout=20.0)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["fastlocal"]["places"] == [rank % 2]
+    state["fastlocal"]["places"] = [1 - rank % 2]
+    here = rf"pieces at \[{1 - rank % 2}\] on the mesh, this process holds those at \[{rank % 2}\]"
+    with pytest.raises(ValueError, match=here):
+        optimizer.load_state_dict(state)
+    del state["fastlocal"]["places"]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+
+
 def two_workers_of_one_process_that_are_healed_count_their_steps_apart(rank, new_group):
     pair = [new_group([0, 1]), new_group([2, 3])][rank // 2]
     team = Workers(nn.Linear(2, 1), 2)

@@ -7,19 +7,19 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlocal.bench.cases import Case, named
-from fastlocal.bench.run import Plan, Row, ahead, append, run
+from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, run
 from fastlocal.train.errors import RunError
 from fastlocal.train.tables import print_whole
 
 
-def bench(plan: Plan, out: Path | None, console: Console) -> None:
+def bench(plan: BenchPlan, out: Path | None, console: Console) -> None:
     """Measure the plan, print one table a case, and append the rows to `out`.
 
     Raises:
         RunError: they cannot be written.
     """
 
-    def show(case: Case, rows: list[Row]) -> None:
+    def show(case: Case, rows: list[Measurement]) -> None:
         print_whole(console, _table(case, rows))
         if case.missing:
             console.print(f"not installed, so not compared: {', '.join(case.missing)}", highlight=False)
@@ -42,7 +42,7 @@ def bench(plan: Plan, out: Path | None, console: Console) -> None:
         )
 
 
-def _table(case: Case, rows: list[Row]) -> Table:
+def _table(case: Case, rows: list[Measurement]) -> Table:
     resident = "in the cache" if rows[0].rotated_bytes < rows[0].cache_bytes else "from memory"
     name = named(case.operation, case.size, case.workers)
     title = f"{name}: {case.tensors} tensors, {case.parameters:,} parameters, {resident}"

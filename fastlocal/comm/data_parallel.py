@@ -1,0 +1,21 @@
+"""DistributedDataParallel beside a wrapper: whether it averages what the workers are to keep apart."""
+
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def averages_gradients(modules: Iterable[nn.Module], ranks: Sequence[int]) -> bool:
+    """Whether one of the modules is under a DistributedDataParallel that several of these global ranks are in, and
+    the last forward pass was not inside of its `no_sync()`.
+    """
+    return any(
+        isinstance(part, DistributedDataParallel)
+        and part._lazy_init_ran  # a forward pass has come by it
+        and part.require_forward_param_sync
+        and len({*dist.get_process_group_ranks(part.process_group)} & {*ranks}) > 1
+        for module in modules
+        for part in module.modules()
+    )
