@@ -1,6 +1,6 @@
 """How long a LAMB and a LARS step take on this CPU, beside timm, pytorch_optimizer and torch's fused steps.
 
-    python bench/optimizers_cpu.py [--model resnet50] [--threads 2] [--rounds 15] [--out FILE]
+    python bench/optimizers_cpu.py [--model resnet50] [--threads 2] [--rounds 15] [--compiled] [--out FILE]
 
 Every contender steps its own copy of the model's tensors once a round, in turn, in one process, so that a
 noisy neighbour hits all of them; ratios are taken within a round. timm and pytorch_optimizer are measured
@@ -27,11 +27,18 @@ from fastlocal.bench import machine  # noqa: E402
 from fastlocal.bench.installed import installed_optimizers  # noqa: E402
 from fastlocal.bench.shapes import SHAPES  # noqa: E402
 
-Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+Make = Callable[[list[torch.nn.Parameter]], Any]
 
 
-def contenders() -> dict[str, dict[str, Make]]:
-    """By algorithm, by name, the constructors; equal options, ours first."""
+class Compiled:
+    """An optimizer whose step is compiled: its first takes as long as that does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.step = torch.compile(optimizer.step)
+
+
+def contenders(compiled: bool) -> dict[str, dict[str, Make]]:
+    """By algorithm, by name, the constructors; equal options, ours first, and if asked for, ours compiled."""
     lamb: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01)}
     clip: dict[str, Make] = {"fastlocal": lambda p: LAMB(p, weight_decay=0.01, max_grad_norm=1.0)}
     lars: dict[str, Make] = {"fastlocal": lambda p: LARS(p, lr=0.1, weight_decay=1e-4)}
@@ -48,7 +55,11 @@ def contenders() -> dict[str, dict[str, Make]]:
         lars["pytorch_optimizer"] = lambda p: peer.LARS(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
     lamb["torch AdamW fused"] = lambda p: torch.optim.AdamW(p, fused=True)
     lars["torch SGD fused"] = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)
-    return {"LAMB": lamb, "LAMB, clipped": clip, "LARS": lars}
+    found = {"LAMB": lamb, "LAMB, clipped": clip, "LARS": lars}
+    if compiled:
+        for makers in found.values():
+            makers["fastlocal compiled"] = lambda p, make=makers["fastlocal"]: Compiled(make(p))
+    return found
 
 
 def make_params(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet50")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contender")
+    parser.add_argument("--compiled", action="store_true", help="add our own steps under torch.compile")
     parser.add_argument("--out", type=Path, help="file to append a JSON line to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -121,7 +133,7 @@ def main() -> None:
     }
     print(f"{arguments.model}: {len(shapes)} tensors, {num_parameters:,} parameters")
     print(f"{arguments.threads} threads; copy of as many float32: {record['copy_8_bytes_a_parameter_ms']} ms")
-    for algorithm, makers in contenders().items():
+    for algorithm, makers in contenders(arguments.compiled).items():
         record["rows"][algorithm] = measure(makers, shapes, arguments.rounds)
         for name, row in record["rows"][algorithm].items():
             spread = f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"

@@ -47,7 +47,7 @@ def _update(w, m, v, inverse1, inverse2, eps, update_decay):
 
 @triton.jit
 def _moments_block(
-    values,  # as below
+    values,  # what of this tensor is unpacked first
     start,
     weight_squares,
     update_squares,
@@ -77,9 +77,9 @@ def _moments_block(
 @triton.jit
 def moments_chunk(
     program,  # row of the chunk table
-    tables,  # as below
+    tables,  # (pointers, sizes, chunks, num_tensors)
     coefficients,  # (num_tensors, COLUMNS) float32
-    numbers,  # as below
+    numbers,  # (beta1, beta2, beta3, beta4, eps, l2_decay, update_decay)
     partials,  # (num_chunks, 2) float32, written: Σw², Σu²
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
@@ -145,7 +145,7 @@ def multiply_by_ratio(
 
 @triton.jit
 def _weights_block(
-    values,  # as below
+    values,  # what of this tensor is unpacked first
     start,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -164,7 +164,7 @@ def _weights_block(
 @triton.jit
 def weights_chunk(
     program,  # row of the chunk table
-    tables,  # as below
+    tables,  # (pointers, sizes, chunks, num_tensors)
     coefficients,  # (num_tensors, COLUMNS) float32
     eps,
     update_decay,

@@ -38,7 +38,7 @@ B = tl.constexpr(2)
 
 @triton.jit
 def _norms_block(
-    values,  # as below
+    values,  # what of this tensor is unpacked first
     start,
     ww,
     gg,
@@ -60,7 +60,7 @@ def _norms_block(
 @triton.jit
 def norms_chunk(
     program,  # row of the chunk table
-    tables,  # as below
+    tables,  # (pointers, sizes, chunks, num_tensors)
     adapts,  # (num_tensors,) int32
     partials,  # (num_chunks, 2) float32, written: Σw², Σg² or Σ(g + λw)²
     grad_scale,
@@ -107,7 +107,7 @@ def prepare_tensor(
     partials,  # (num_chunks, 2) float32
     first_chunk,  # (num_tensors + 1,) int32
     adapts,  # (num_tensors,) int32
-    numbers,  # as below
+    numbers,  # (lr, grad_scale, weight_decay, trust_coefficient, eps, kept)
     HAS_SCALE: tl.constexpr,
     COUNTED: tl.constexpr,  # dampening, which the first step does without
     STEP: tl.constexpr,  # row of the step counts
@@ -156,7 +156,7 @@ def prepare_tensor(
 
 @triton.jit
 def _weights_block(
-    values,  # as below
+    values,  # what of this tensor is unpacked first
     start,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -182,7 +182,7 @@ def _weights_block(
 @triton.jit
 def weights_chunk(
     program,  # row of the chunk table
-    tables,  # as below
+    tables,  # (pointers, sizes, chunks, num_tensors)
     coefficients,  # (num_tensors, COLUMNS) float32
     momentum,
     weight_decay,

@@ -11,7 +11,7 @@ import torch
 from local_runs import KeepsAverage, make, measured, parameters_of, poison, run
 from torch import nn
 
-from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal import LAMB, LARS, DiLoCo, LocalSGD, SlowMo, Workers
 
 
 def quadratic(team, step):
@@ -632,3 +632,34 @@ def test_a_parameter_that_moves_in_any_worker_takes_the_outer_step(moves):
     optimizer.step()
     # Half of the way to the mean: of -1 and 0, and of -1 and -1.
     assert [[parameter.item() for parameter in model.parameters()] for model in team] == [[-0.25, -0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LARS, {"dampening": 0.5}),
+        (LARS, {"norm": "joint", "momentum_form": "lr_in_buffer"}),
+        (LAMB, {}),
+        (LAMB, {"decay": "l2"}),
+    ],
+    ids=str,
+)
+def test_each_worker_has_the_trust_ratios_of_a_model_alone(kind, options):
+    torch.manual_seed(0)
+    team = Workers(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), 3)
+    alone = [copy.deepcopy(worker) for worker in team]
+    settings = {"lr": 0.1, "weight_decay": 0.1, **options}
+    optimizer = LocalSGD(kind(team.parameters(), **settings), team, 100)
+    each = [kind(model.parameters(), **settings) for model in alone]
+    for _ in range(4):
+        for size, models in enumerate(zip(team, alone, strict=True), start=1):
+            x = size * torch.randn(5, 3)
+            for model in models:
+                model.zero_grad()
+                model(x).square().sum().backward()
+        optimizer.step()
+        for own in each:
+            own.step()
+    for worker, model in zip(team, alone, strict=True):
+        torch.testing.assert_close(parameters_of(worker), parameters_of(model), rtol=0, atol=0)
+    assert not torch.equal(parameters_of(team[0]), parameters_of(team[1]))

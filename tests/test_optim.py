@@ -6,6 +6,7 @@ import pytest
 import torch
 from optim_params import BOTH, EVERY_FORM, assert_equal, clone, make_params, moved, set_grads, step_counts, train
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -314,6 +315,21 @@ def test_a_step_can_be_compiled(optimizer, options):
         train(eager, same, [seed])
     for a, b in zip(params, same, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias_correction", [True, "step"])
+def test_a_compiled_lamb_step_takes_no_exponential_an_element(bias_correction):
+    torch.compiler.reset()
+    params = [nn.Parameter(torch.ones(64, 64))]
+    opt = LAMB(params, lr=torch.tensor(0.1), bias_correction=bias_correction)
+    params[0].grad = torch.full((64, 64), 0.5)
+    opt.step()
+    _, sources = run_and_get_code(torch.compile(opt.step))
+    kernels = [text for text in "\n".join(sources).split("'''") if "for(int64_t" in text or "std::expm1" in text]
+    assert any("4096L" in kernel for kernel in kernels)
+    assert any("std::expm1" in kernel for kernel in kernels)
+    for kernel in kernels:  # one corrects the bias, another loops over the elements
+        assert "std::expm1" not in kernel or "4096L" not in kernel
 
 
 @BOTH

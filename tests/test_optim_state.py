@@ -566,6 +566,44 @@ def test_states_of_steps_with_numbers_of_their_own_are_refused():
         LAMB(params).load_state_dict(theirs.state_dict())
 
 
+def test_a_state_of_pytorch_optimizer_with_what_its_last_step_left_goes_on_as_theirs():
+    lamb = pytest.importorskip(
+        "pytorch_optimizer", reason="pytorch-optimizer, of the test extra, is not installed"
+    ).Lamb
+    (param,) = params = [nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64))]
+    theirs = lamb(params, lr=0.1, eps=0.0, weight_decay=0.1, weight_decouple=False, foreach=False)
+    param.grad = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    theirs.step()
+    assert {"weight_norm", "adam_norm", "trust_ratio"} <= theirs.state[param].keys()
+    same = clone(params)
+    opt = LAMB(same, weight_decay=0.1, bias_correction=False)
+    opt.load_state_dict(theirs.state_dict())
+    opt.param_groups[0]["eps"] = 0.0
+    opt.param_groups[0]["lr"] = 0.1 / (1 - 0.9**2)  # it divides only the step, by 1 − β1^t
+    opt.param_groups[0]["bias_correction"] = False
+    assert opt.state[same[0]]["step"].item() == 1.0
+    same[0].grad = param.grad.clone()
+    theirs.step()
+    opt.step()
+    torch.testing.assert_close(same[0], param, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_of_deepspeed_bound_the_ratio_and_do_not_clip():
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    saved = copy.deepcopy(opt.state_dict())
+    theirs = {"lr": 0.1, "bias_correction": True, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    bounds = {"max_grad_norm": 0.0, "max_coeff": 10.0, "min_coeff": 0.01}
+    saved["param_groups"] = [{**theirs, **bounds, "params": g["params"]} for g in saved["param_groups"]]
+    opt.load_state_dict(saved)
+    for group in opt.param_groups:
+        assert group["trust_clip"] == (0.01, 10.0)
+        assert (group["bias_correction"], group["adapt"], group["max_grad_norm"]) == ("step", "all", None)
+        assert not group.keys() & {"max_coeff", "min_coeff"}
+    train(opt, params, [2])
+
+
 def test_a_count_that_timm_keeps_in_the_group_loads_under_another_default_device():
     params = make_params()
     opt = LAMB(params)

@@ -1,21 +1,24 @@
-"""The README's Python snippets run as they stand, one after another."""
+"""The Python snippets of the README, then of docs/wrappers.md, run as they stand, one after another."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastlocal
+from fastlocal.train import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+SNIPPETS = "".join((ROOT / page).read_text() for page in ("README.md", "docs/wrappers.md"))
 
 
 def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", SNIPPETS, flags=re.DOTALL)
     assert len(snippets) >= 3
     names = {}
     for snippet in snippets:
@@ -41,12 +44,64 @@ def _headings(page):
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "bench/results/README.md", "examples/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/wrappers.md",
+        "docs/trainer.md",
+        "docs/plan.md",
+        "bench/results/README.md",
+        "examples/README.md",
+    ],
+)
 def test_files_and_headings_that_a_page_links_to_exist(page):
     path = ROOT / page
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", path.read_text())
-    assert len(links) > 5
+    assert links
     for name, heading in links:
         target = path.parent / name if name else path
         assert target.exists(), f"{page}: {name}"
         assert not heading or heading in _headings(target.read_text()), f"{page}: {name}#{heading}"
+
+
+PAGES = ["README.md", "docs/trainer.md", "docs/plan.md", "bench/results/README.md"]
+
+
+def _commands(page):
+    """Every command line of ours in the page's shell blocks, one flag list each."""
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "fastlocal" in words and words[0] != "git" and "cd" not in words:
+                yield words[words.index("fastlocal") + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one_that_the_command_line_takes(page):
+    commands = list(_commands(page))
+    assert commands
+    for words in commands:
+        words = [word.replace("$study", "local-sgd").replace("$runs", "*") for word in words if word != "done"]
+        cli.app.parse_args([word.rstrip(";") for word in words], exit_on_error=False, print_error=False)
+        for word in words:
+            assert not word.endswith(".toml") or (ROOT / word).exists(), words
+
+
+def test_the_figures_of_the_plan_are_those_that_its_commands_give(capsys):
+    page = (ROOT / "docs" / "plan.md").read_text()
+    commands = [words for words in _commands("docs/plan.md") if "3.5e8" in words]
+    first, second, third = commands
+    halved = [*second, "--wire-dtype", "bf16", "--baseline-dtype", "fp32"]
+    longer = ["500" if word == "100" else word for word in third]
+    for row, (words, changed) in enumerate(zip(commands, (first, halved, longer), strict=True), start=1):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| ({row}) ")]
+        for given in (words, changed):
+            assert cli.main([*given, "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)["estimate"]
+            if given is words:
+                seconds, synchronous = found["step_seconds"], found["synchronous_step_seconds"]
+                assert f"| {seconds:#.3g} ({synchronous:#.3g}) |" in line
+                assert f"| {100 * found['communication_share']:.2g} % |" in line
+            speedup = found["speedup"]
+            assert f" {speedup:#.{2 if speedup < 1 else 3}g}" in line

@@ -747,3 +747,21 @@ def test_a_weight_that_becomes_channels_last_between_steps_meets_its_own_state(o
         plain.step()
         param.data = last(param.data)
     torch.testing.assert_close(param.detach().cpu().double(), exact.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have their parameter's dtype there")
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_gradients_that_no_kernel_takes_are_refused_by_name_or_stepped_without_one(kind):
+    for fused in (True, None):
+        param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
+        param.grad_dtype = None
+        param.grad = torch.full((5,), 0.5, dtype=torch.float64, device=DEVICE)
+        opt = kind([param], lr=0.1, fused=fused)
+        if fused:
+            with pytest.raises(
+                RuntimeError, match="has kernels for float32, bfloat16 and float16, got torch.float64"
+            ):
+                opt.step()
+        else:
+            opt.step()
+        assert torch.equal(param, torch.ones_like(param)) == bool(fused)

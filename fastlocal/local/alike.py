@@ -4,6 +4,7 @@ Every function is called by all processes of the group alike. `everything` is a 
 twins in the workers of this process.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +12,18 @@ from torch import Tensor
 
 from fastlocal.checksum import checksum
 from fastlocal.comm import Group
+from fastlocal.flat import Rows
+from fastlocal.following import drop_gradients
+from fastlocal.local.meeting import DisagreementError
 from fastlocal.ops.averaging import accumulate_dtype
+from fastlocal.outer import Outer
 
 MOST_ROUNDED = 1e-4
 """Of a tensor's norm: what steps together leave between processes is far below, what another model has far above."""
+
+_MOST_APART = 1e-2
+"""Of the norm of an anchor or a slow momentum: what unlike processors leave between them in hundreds of rounds of
+rounded progress is far below, what another run has is far above."""
 
 
 def are_alike(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
@@ -50,3 +59,36 @@ def take_first_(twins: Sequence[Tensor], group: Group) -> None:
     group.broadcast_(message, source=0)
     for twin in twins:
         twin.copy_(message.view(twin.dtype).view(twin.shape))
+
+
+def share_rows(rows: Rows, parts: Sequence[Tensor], group: Group) -> None:
+    """Overwrite the rows' parts, each of shape (k, columns), with the first process's first row; where that changes a
+    worker, its gradients, which were computed elsewhere, become zero.
+    """
+    replaced = [False] * len(rows)
+    for part in parts:
+        before = part.clone()
+        group.broadcast_(part[0], source=0)
+        part.copy_(part[0].clone().expand_as(part))
+        replaced = [r or not torch.equal(a, b) for r, a, b in zip(replaced, before, part, strict=True)]
+    rows.push()
+    for parameters in itertools.compress(rows.parameters, replaced):
+        drop_gradients(parameters.values())
+
+
+def share_states(outers: Sequence[Outer], group: Group) -> None:
+    """Give all the first process's anchors and slow momenta, which may differ by roundings where they were loaded.
+
+    Raises:
+        DisagreementError: on every process, if they differ by more.
+    """
+    kept = [value for outer in outers for value in outer.state_dict().values() if torch.is_tensor(value)]
+    if are_alike([[tensor] for tensor in kept], group):
+        return
+    if not are_close([[tensor] for tensor in kept], group, _MOST_APART):
+        raise DisagreementError(
+            "the processes go on from different anchors or slow momenta: each must load the state that was saved by "
+            "the same run, after the same step"
+        )
+    for tensor in kept:
+        group.broadcast_(tensor, source=0)

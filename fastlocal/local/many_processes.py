@@ -19,9 +19,8 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
-from fastlocal.following import drop_gradients
-from fastlocal.local.alike import are_alike, are_close, take_first_
-from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, DisagreementError, Header, compare, meet
+from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_
+from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
@@ -30,10 +29,6 @@ from fastlocal.ops import averaging as ops
 from fastlocal.ops import progress
 from fastlocal.outer import Outer, SlowMomentum
 from fastlocal.policy import Policy, Stats, decides_alike
-
-_MOST_APART = 1e-2
-"""Of the norm of an anchor or a slow momentum: what unlike processors leave between them in hundreds of rounds of
-rounded progress is far below, what another run has is far above."""
 
 
 class ManyProcesses(OneProcess):
@@ -111,7 +106,7 @@ class ManyProcesses(OneProcess):
         self._healed = list(self._healable())  # the same in all processes; one may freeze or add others later
         self.compare_pieces(settings, stats)
         if stats.local_steps:
-            self._compare_outer_states()
+            share_states(self.outers, self.group)
         begin = self.rows.begin(self.inner)
         if expected != "apart":
             self.rows.pull()
@@ -127,36 +122,11 @@ class ManyProcesses(OneProcess):
                 twins = [[*part] for name, part in parts.items() if name in stepped]
             alike = are_alike(twins, self.group) or (expected == "close" and are_close(twins, self.group))
             if not alike:
-                replaced = [False] * len(self.rows)
-                for part in parts.values():
-                    before = part.clone()
-                    self.group.broadcast_(part[0], source=0)
-                    part.copy_(part[0].clone().expand_as(part))
-                    replaced = [r or not torch.equal(a, b) for r, a, b in zip(replaced, before, part, strict=True)]
-                self.rows.push()
-                for parameters in itertools.compress(self.rows.parameters, replaced):
-                    drop_gradients(parameters.values())
+                share_rows(self.rows, list(parts.values()), self.group)
                 for own in frozen.values():
                     take_first_(own, self.group)
                 merged = [*buffers.values(), *self._kept_buffers()]
                 merge_across_(merged, "broadcast", [[True] * len(self.rows)] * len(self.group), self.group)
-
-    def _compare_outer_states(self) -> None:
-        """Anchors and slow momenta that were loaded: the first process's, where they differ by roundings.
-
-        Raises:
-            DisagreementError: on every process, if they differ by more.
-        """
-        kept = [tensor for outer in self.outers for tensor in outer.state_dict().values() if torch.is_tensor(tensor)]
-        if are_alike([[tensor] for tensor in kept], self.group):
-            return
-        if not are_close([[tensor] for tensor in kept], self.group, _MOST_APART):
-            raise DisagreementError(
-                "the processes go on from different anchors or slow momenta: each must load the state that was saved "
-                "by the same run, after the same step"
-            )
-        for tensor in kept:
-            self.group.broadcast_(tensor, source=0)
 
     def next_interval(self, decide: Callable[[], int], policy: Policy, stats: Stats) -> int:
         """What the policy of the first process says; the others' policies and losses become equal to its."""

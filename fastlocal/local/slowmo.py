@@ -112,7 +112,8 @@ class SlowMo(LocalSGD):
 
     @property
     def _momenta(self) -> list[SlowMomentum]:
-        return [outer for outer in self._outers if isinstance(outer, SlowMomentum)]
+        """What takes the outer steps; none before the optimizer is put together."""
+        return [outer for outer in getattr(self, "_outers", ()) if isinstance(outer, SlowMomentum)]
 
     def _saved(self) -> dict[str, Any]:
         return super()._saved() | self._slow_settings()

@@ -33,19 +33,29 @@ class _Part:
 
 
 def _split(
-    impl: Implementation, tensors: Sequence[Tensor], masters: Sequence[Tensor | None] | None, tables: dict | None
+    impl: Implementation,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor | None] | None,
+    tables: dict | None,
 ) -> list[tuple[_Part, Sequence[int]]]:
     mastered = [False] * len(tensors) if masters is None else [m is not None for m in masters]
-    kinds = [(t.device, t.dtype, has, type(t)) for t, has in zip(tensors, mastered, strict=True)]
-    choices = {kind: _Part(_choose(impl, *kind[:2], kind[3]), kind[0], kind[2]) for kind in dict.fromkeys(kinds)}
+    kinds = [
+        (tensor.device, (tensor.dtype, grad.dtype), type(tensor), has)
+        for tensor, grad, has in zip(tensors, grads, mastered, strict=True)
+    ]
+    choices = {kind: _Part(_choose(impl, *kind[:3]), kind[0], kind[3]) for kind in dict.fromkeys(kinds)}
     parts = list(dict.fromkeys(choices.values()))
     if tables is not None:
         tables["kernels alone"] = impl if [part.chosen for part in parts] == ["triton"] else None
     return [(part, [i for i, kind in enumerate(kinds) if choices[kind] == part]) for part in parts]
 
 
-def _choose(impl: Implementation, device: torch.device, dtype: torch.dtype, kind: type) -> Implementation:
-    """The implementation for tensors of a class too: those that are several in one, or fake, have no memory."""
+def _choose(impl: Implementation, device: torch.device, dtypes: Sequence[torch.dtype], kind: type) -> Implementation:
+    """The implementation for tensors of a class too: those that are several in one, or fake, have no memory.
+
+    dtypes: of the tensor and of its gradient.
+    """
     plain = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ != plain:
         if impl not in ("auto", "reference"):
@@ -54,13 +64,14 @@ def _choose(impl: Implementation, device: torch.device, dtype: torch.dtype, kind
                 "fused unset, or set foreach=False"
             )
         impl = "reference"
-    return choose(impl, device, dtype)
+    chosen: set[Implementation] = {choose(impl, device, dtype) for dtype in dtypes}
+    return chosen.pop() if len(chosen) == 1 else "portable"
 
 
 def require_implementation(impl: Implementation, params: Sequence[Tensor]) -> None:
     """Raises RuntimeError or TypeError if an implementation cannot step one of these tensors."""
     for device, dtype, kind in dict.fromkeys((p.device, p.dtype, type(p)) for p in params):
-        _choose(impl, device, dtype, kind)
+        _choose(impl, device, [dtype], kind)
 
 
 def _room(tables: dict | None, parts: Sequence[tuple[_Part, Sequence[int]]], these: _Part) -> dict:
@@ -111,7 +122,7 @@ def _step_(
             torch.autograd.graph.increment_version(params)
             return
     check(lists if masters is None else {**lists, "masters": masters})
-    parts = _split(impl, params, masters, tables)
+    parts = _split(impl, params, grads, masters, tables)
     kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
     if norm is None and max_grad_norm is not None and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
@@ -214,7 +225,7 @@ def grad_norm(
         if norm is not None:
             return norm
     check({"grads": grads})
-    norms, parts = [], _split(impl, grads, None, tables)
+    norms, parts = [], _split(impl, grads, grads, None, tables)
     for these, indices in parts:
         part = _take(grads, indices)
         if these.chosen == "triton":

@@ -24,6 +24,9 @@ ParamGroup = dict[str, Any]
 _OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
 """Options of torch's and timm's that change a step, and that no optimizer here has."""
 
+_BY_PRODUCTS = {"weight_norm", "adam_norm", "trust_ratio"}
+"""What LAMB of pytorch_optimizer and torch_optimizer leaves of its last step in the state, without a use for it."""
+
 
 class TrustRatioOptimizer(Optimizer):
     """A `torch.optim.Optimizer` with state in at least float32 and a step that is one call of an op."""
@@ -197,7 +200,11 @@ class TrustRatioOptimizer(Optimizer):
         """
         owned = {}
         known = (*self._moments, "master")
-        beside = [n for n, v in saved.items() if foreign and n != "step" and isinstance(v, Tensor)]
+        beside = [
+            name
+            for name, value in saved.items()
+            if foreign and isinstance(value, Tensor) and name not in {"step", *_BY_PRODUCTS}
+        ]
         theirs = [name for name in saved if name in (*known, *beside)]
         if set(theirs) - {"master"} not in (set(), set(self._moments)):
             mine = " and ".join(self._moments)

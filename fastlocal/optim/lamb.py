@@ -127,6 +127,12 @@ class LAMB(TrustRatioOptimizer):
         for name in ("bias_correction", "grad_averaging"):
             if group.get(name) in (0, 1):  # apex keeps integers
                 group[name] = bool(group[name])
+        if group.get("max_grad_norm") == 0:  # off, in apex and DeepSpeed
+            group["max_grad_norm"] = None
+        if "max_coeff" in group:  # DeepSpeed bounds the ratio, and corrects the bias of the step
+            group["trust_clip"] = (group.pop("min_coeff"), group.pop("max_coeff"))
+            group["bias_correction"] = "step" if group.get("bias_correction", True) else False
+            group["adapt"] = "all"
         if isinstance(group.get("trust_clip"), bool):  # timm bounds the ratio by 1
             group["trust_clip"] = (0.0, 1.0) if group["trust_clip"] else None
         if "decoupled_decay" in group:

@@ -180,7 +180,13 @@ def lamb_update_(
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
     """1 − β^t. As a difference it would lose four digits in float32, which not every device has more than."""
-    return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.ones_like(step)
+    if beta == 0:
+        return torch.ones_like(step)
+    correction = -torch.expm1(step * math.log(beta))
+    if torch.compiler.is_compiling() and step.is_cpu:
+        # A compiler takes it anew for every element of the tensor; what a scan returns it keeps.
+        return correction.reshape(1).cumsum(0)[0]
+    return correction
 
 
 def lamb_ratio(weight_norm: Tensor, update_norm: Tensor, options: LambOptions) -> Tensor:
