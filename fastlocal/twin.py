@@ -20,6 +20,9 @@ from fastlocal import comm
 _REFUSALS = (TypeError, AssertionError)
 """What deepcopy raises of what is not to be copied; FSDP2 asserts it."""
 
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
 
 def require_initialised(module: nn.Module) -> None:
     """Raise ValueError for a lazy module that has not seen its first input: it cannot be copied."""
@@ -141,10 +144,6 @@ def _require_own_functions(module: nn.Module, copied: nn.Module, memo: dict[int,
                     f"{where!r} is a function around a part of the model itself, or holds a weak reference to one, "
                     "which the copies of the model would share, and compute with: make it a method"
                 )
-
-
-_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def _around(module: nn.Module, name: str) -> list[nn.Module]:

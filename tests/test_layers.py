@@ -102,12 +102,13 @@ TRAIN_ARROWS = {
         *("study_display", "tables", "values"),
     },
     "kinds": set(),
-    "collect": {"cells", "config", "errors", "job", "kinds", "run_files"},
+    "groups": {"config", "errors"},
+    "collect": {"cells", "errors", "groups", "job", "kinds", "run_files"},
     "figures": set(),
     "curves": {"checkpoint", "figures", "record"},
-    "plots": {"collect", "figures", "tuned"},
-    "tuned": {"collect"},
-    "report": {"checkpoint", "collect", "config", "display", "errors", "plots", "tuned"},
+    "plots": {"figures", "groups", "tuned"},
+    "tuned": {"groups"},
+    "report": {"checkpoint", "collect", "config", "display", "errors", "groups", "plots", "tuned"},
     "cli": {
         *(
             "bench_table",

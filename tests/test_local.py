@@ -663,3 +663,9 @@ def test_each_worker_has_the_trust_ratios_of_a_model_alone(kind, options):
     for worker, model in zip(team, alone, strict=True):
         torch.testing.assert_close(parameters_of(worker), parameters_of(model), rtol=0, atol=0)
     assert not torch.equal(parameters_of(team[0]), parameters_of(team[1]))
+
+
+def test_a_wrapper_shows_its_workers_its_interval_and_the_inner_optimizer():
+    optimizer, team = make(SlowMo, interval=3)
+    run(optimizer, team, 1)
+    assert repr(optimizer).startswith(f"SlowMo({len(team)} workers, interval 3, SGD (\n")

@@ -42,6 +42,9 @@ def test_wrong_arguments_are_named_with_value_and_rule():
         LocalSGD(sgd(), team, 2, buffers="sum")
     with pytest.raises(ValueError, match="impl must be one of auto, triton, portable, reference, got 'cuda'"):
         LocalSGD(sgd(), team, 2, impl="cuda")
+    double = nn.Linear(2, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="impl='triton' has kernels for float32, bfloat16 and float16, got"):
+        LocalSGD(torch.optim.SGD(double.parameters(), lr=0.1), double, 2, impl="triton")
     with pytest.raises(TypeError, match="model must be an nn.Module or Workers, got list"):
         LocalSGD(sgd(), list(team), 2)
     for seconds in (0.0, float("nan"), float("inf"), 1e10):

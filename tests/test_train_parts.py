@@ -1,7 +1,11 @@
 """Config, schedule, networks and checkpoints."""
 
 import math
+import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +181,33 @@ def test_a_least_interval_that_a_policy_has_no_use_for_does_not_bound_its_greate
 def test_images_too_few_to_validate_are_told_apart_from_too_few_for_a_step():
     with pytest.raises(UsageError, match="at least 5 images are needed, so that one validates, there are 4"):
         data.load(Config(synthetic_images=4, batch_size=1, workers=1))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    program = """
+import resource, sys
+import torch
+from fastlocal.train.allocator import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.ones(16 << 20)  # 64 MiB: mapped anew each time, unless the process keeps what it frees
+before = faults()
+for _ in range(5):
+    torch.ones(16 << 20)
+print(faults() - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    counts = {}
+    for choice in ("keep", "leave"):
+        command = [sys.executable, "-c", program, choice]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        counts[choice] = int(said)
+    assert counts["keep"] < 100
+    assert counts["leave"] >= 5 * 32  # 2 MiB a fault where the kernel gives huge pages, 4 KiB where not

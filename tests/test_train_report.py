@@ -16,8 +16,9 @@ import pytest
 
 from fastlocal.train import cells, curves, kinds, plan_report, plots, report, study_file, tuned
 from fastlocal.train.cli import main
-from fastlocal.train.collect import Group, Run, Spread, collect
+from fastlocal.train.collect import collect
 from fastlocal.train.errors import UsageError
+from fastlocal.train.groups import Group, Run, Spread
 from fastlocal.train.plan import Link, Plan
 from fastlocal.train.record import Record
 

@@ -210,8 +210,16 @@ def grad_norm(
 ) -> Tensor:
     """‖G‖ of all gradients together: a 0-dimensional tensor, not read back from its device.
 
-    tables: where the Triton implementation keeps its device tables between calls; None builds them anew.
-    sum_: where the gradients are pieces of larger ones, adds up over the processes that hold the others.
+    Args:
+        grads: of any shapes, on any devices, at least one.
+        impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
+        tables: where the Triton implementation keeps its device tables between calls; None builds them anew.
+        sum_: where the gradients are pieces of larger ones, adds up over the processes that hold the others.
+
+    Raises:
+        ValueError: there is no gradient.
+        TypeError: one is not real floating-point.
+        RuntimeError: one is sparse, or the implementation asked for cannot run there.
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
@@ -271,6 +279,14 @@ def lamb_(
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
         sum_: where the tensors are pieces of larger ones, adds up over the processes that hold the others.
+
+    Raises:
+        ValueError: a list has another length than params, or a tensor another shape than its parameter.
+        TypeError: a parameter is not real floating-point, or its state is not as precise.
+        RuntimeError: a gradient is sparse, or the implementation asked for cannot run there.
+
+    References:
+        You et al., Large Batch Optimization for Deep Learning, arXiv:1904.00962, algorithm 2.
     """
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _step_("lamb_", lists, masters, options, norm, options.max_grad_norm, grad_scale, found_inf, impl, tables, sum_)
@@ -306,6 +322,14 @@ def lars_(
         impl: "auto" chooses Triton on CUDA and the portable path elsewhere.
         tables: what an implementation keeps from step to step, device tables or scratch; None for nothing.
         sum_: where the tensors are pieces of larger ones, adds up over the processes that hold the others.
+
+    Raises:
+        ValueError: a list has another length than params, or a tensor another shape than its parameter.
+        TypeError: a parameter is not real floating-point, or its state is not as precise.
+        RuntimeError: a gradient is sparse, or the implementation asked for cannot run there.
+
+    References:
+        You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv:1708.03888, algorithm 1.
     """
     for name, needed, values in (
         ("momentum_buffers", options.momentum != 0, momentum_buffers),

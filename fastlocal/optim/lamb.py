@@ -8,7 +8,8 @@ from torch.optim.optimizer import ParamsT
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.implementation import Implementation
 from fastlocal.ops.trust_ratio import Adapt, LambOptions
-from fastlocal.optim.base import ParamGroup, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.loading import ParamGroup
 from fastlocal.optim.pieces import is_sharded, pieces, sum_over_pieces
 
 
@@ -113,7 +114,7 @@ class LAMB(TrustRatioOptimizer):
                 raise ValueError(f"{name} must be two numbers, got {pair!r}")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}, it must be in [0, 1)")
         norm, clip = group["max_grad_norm"], group["trust_clip"]
         if norm is not None and not norm > 0.0:
             raise ValueError(f"max_grad_norm must be positive or None, got {norm}")

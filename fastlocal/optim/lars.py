@@ -7,7 +7,8 @@ from torch.optim.optimizer import ParamsT
 
 from fastlocal.ops import trust_ratio as ops
 from fastlocal.ops.trust_ratio import Adapt, LarsOptions
-from fastlocal.optim.base import ParamGroup, TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.base import TrustRatioOptimizer, check_choice, check_shared, scalar_lr
+from fastlocal.optim.loading import ParamGroup
 from fastlocal.optim.pieces import pieces, sum_over_pieces
 
 

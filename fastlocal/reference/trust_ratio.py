@@ -129,8 +129,14 @@ def lamb_(
 ) -> None:
     """One LAMB step of one tensor, in place.
 
-    step: 0-dimensional, how many steps this tensor has taken, this one included.
-    multiplier: what the gradient is multiplied by first (see `grad_multiplier`).
+    Args:
+        param: the weights, of any shape; stepped.
+        grad: shaped like param.
+        exp_avg: the first moment, shaped like param, at least float32; stepped.
+        exp_avg_sq: the second moment, likewise.
+        step: 0-dimensional, how many steps this tensor has taken, this one included.
+        options: the group's hyper-parameters.
+        multiplier: what the gradient is multiplied by first (see `grad_multiplier`).
     """
     w, update, lr = lamb_update_(param, grad, exp_avg, exp_avg_sq, step, options, multiplier)
     # x ← x − η r u,  r = ‖x‖/‖u‖
@@ -208,8 +214,14 @@ def lars_(
 ) -> None:
     """One LARS step of one tensor, in place.
 
-    momentum_buffer: None where momentum is 0; zeros before the first step.
-    step: 0-dimensional, steps taken, this one included; None where dampening is 0, which needs no count.
+    Args:
+        param: the weights, of any shape; stepped.
+        grad: shaped like param.
+        momentum_buffer: shaped like param, at least float32, zeros before the first step; stepped. None where
+            momentum is 0.
+        step: 0-dimensional, steps taken, this one included; None where dampening is 0, which needs no count.
+        options: the group's hyper-parameters.
+        multiplier: what the gradient is multiplied by first (see `grad_multiplier`).
     """
     w, d, measured = lars_direction(param, grad, options, multiplier)
     if options.adapts(param):

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
-from fastlocal.train.collect import Group, Run, alike_but_for
 from fastlocal.train.figures import plain_style
+from fastlocal.train.groups import Group, Run, alike_but_for
 from fastlocal.train.tuned import chosen, rate
 
 _MARKERS = "osD^vPX*<>"

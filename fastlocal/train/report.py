@@ -8,10 +8,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastlocal.train.checkpoint import write_bytes
-from fastlocal.train.collect import Collection, Group, Run, Spread, collect
+from fastlocal.train.collect import Collection, collect
 from fastlocal.train.config import NOT_PART_OF_A_RUN, has_use
 from fastlocal.train.display import megabytes, percent_saved
 from fastlocal.train.errors import UsageError
+from fastlocal.train.groups import Group, Run, Spread
 from fastlocal.train.plots import draw_all
 from fastlocal.train.tuned import RateSearch, chosen, rate, searches
 

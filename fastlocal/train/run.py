@@ -1,5 +1,6 @@
 """One run, from a Config to a finished folder."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -85,32 +86,38 @@ def _run(
         display.note(f"going on after epoch {training.epoch}, step {training.step}")
     elif config.resume:
         display.note(f"no checkpoint in {folder}: starting from the beginning")
-    display.note(
-        f"{config.dataset}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
-        f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
-        f"{training.device}, {config.precision}, {training.total_steps:,} local steps"
-    )
-    if slow := what_is_slow([config]):
-        display.note(slow)
-    between = config.eval_every * training.steps_per_epoch
-    if config.method != "sync" and config.interval > between:
-        display.note(
-            f"--interval {config.interval} is longer than the {between} steps between two evaluations, each of which "
-            "closes a round"
-        )
-    left_out = len(splits.train) - config.workers * config.batch_size * training.steps_per_epoch
-    if left_out > len(splits.train) / 100:
-        display.note(f"{left_out:,} images are left out of each epoch: they fill no batch of every worker")
-    if config.warmup_steps >= training.total_steps:
-        display.note(f"--warmup-steps {config.warmup_steps} is the whole run: each step averages gradients")
-    if len(processes) > 1:
-        display.note(f"{len(processes)} processes with {config.workers // len(processes)} workers each")
+    for note in _notes(config, splits, training, len(processes)):
+        display.note(note)
     for record in training.epochs():
         if processes.rank == 0:
             run_files.write_records(folder / "records.jsonl", training.records)
         display.epoch(record, config.epochs, training.train_samples)
     test_loss, test_accuracy = training.test() if config.test else (None, None)
     return processes.from_first(lambda: _finish(config, training, splits.source, test_loss, test_accuracy))
+
+
+def _notes(config: Config, splits: data.Splits, training: Training, num_processes: int) -> Iterator[str]:
+    """What somebody should know of a run before it begins."""
+    yield (
+        f"{config.dataset}: {len(splits.train):,} images to train on, {len(splits.val):,} to validate, "
+        f"{len(splits.test):,} to test; {config.model}, {config.method} with {config.workers} workers on "
+        f"{training.device}, {config.precision}, {training.total_steps:,} local steps"
+    )
+    if slow := what_is_slow([config]):
+        yield slow
+    between = config.eval_every * training.steps_per_epoch
+    if config.method != "sync" and config.interval > between:
+        yield (
+            f"--interval {config.interval} is longer than the {between} steps between two evaluations, each of which "
+            "closes a round"
+        )
+    left_out = len(splits.train) - config.workers * config.batch_size * training.steps_per_epoch
+    if left_out > len(splits.train) / 100:
+        yield f"{left_out:,} images are left out of each epoch: they fill no batch of every worker"
+    if config.warmup_steps >= training.total_steps:
+        yield f"--warmup-steps {config.warmup_steps} is the whole run: each step averages gradients"
+    if num_processes > 1:
+        yield f"{num_processes} processes with {config.workers // num_processes} workers each"
 
 
 def _require_equal(processes: Processes, settings: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastlocal.train.collect import Group, alike_but_for
+from fastlocal.train.groups import Group, alike_but_for
 
 
 def rate(group: Group) -> float:
