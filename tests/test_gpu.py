@@ -386,6 +386,14 @@ def test_a_worker_with_nan_is_left_out_and_goes_on_from_the_mean(device, impl):
         torch.testing.assert_close(worker.weight.detach().double(), mean, rtol=1e-6, atol=1e-6)
 
 
+@GPU
+def test_more_rows_than_a_kernel_holds_are_averaged_without_one():
+    rows = torch.randn(33, 1000, device="cuda")
+    mean = rows.double().mean(0)
+    ops.average_(rows, torch.ones(33, device="cuda"), None)
+    torch.testing.assert_close(rows.double(), mean.expand(33, -1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31_are_right():
     n = 2**31 + 4096

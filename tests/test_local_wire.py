@@ -87,3 +87,13 @@ def test_with_a_low_precision_wire_each_round_sends_the_progress_since_the_last_
         optimizer.sync()
         mean = start + ROUND[dtype](sent[0] + sent[1]) / 2
         torch.testing.assert_close(parameters_of(team[1]).double(), mean, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_what_is_sent_does_not_depend_on_the_implementation(impl):
+    plain, team = make(SlowMo, interval=3, wire_dtype=torch.bfloat16)
+    other, same = make(SlowMo, interval=3, wire_dtype=torch.bfloat16, impl=impl)
+    for optimizer, workers in ((plain, team), (other, same)):
+        run(optimizer, workers, 6)
+    torch.testing.assert_close(parameters_of(same[0]), parameters_of(team[0]), rtol=1e-6, atol=1e-7)
+    assert other.stats.bytes_on_wire == plain.stats.bytes_on_wire

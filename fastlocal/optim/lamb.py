@@ -38,7 +38,8 @@ class LAMB(TrustRatioOptimizer):
         foreach: True is the portable implementation, False the single-tensor reference.
         fused: True is the Triton kernel, for float32, bfloat16 and float16 parameters on CUDA. With neither
             `foreach` nor `fused`, CUDA parameters are stepped by Triton and all others by the portable one.
-            DTensor parameters are stepped by plain PyTorch, with one small all-reduce a group.
+            DTensor parameters are stepped by plain PyTorch, with one small all-reduce a group. With True in every
+            group GradScaler leaves unscaling and skipping to the step, which reads nothing back to the host.
         capturable: True permits a step inside a CUDA graph capture; pass lr as a CUDA tensor to change it
             later.
         master_weights: keeps a float32 copy of bfloat16 and float16 parameters in the state, as "master", and
