@@ -42,7 +42,7 @@ def prepare_kernel(
     log_beta1,
     log_beta2,
     weight_decay,
-    max_norm,
+    max_norm,  # what ‖G‖ is bounded by, where HAS_NORM
     HAS_NORM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
@@ -108,8 +108,8 @@ def moments_kernel(
     beta3,  # of the gradient in m
     beta4,  # of its square in v
     eps,
-    l2_decay,
-    update_decay,
+    l2_decay,  # λ where decay is "l2", else 0
+    update_decay,  # λ where decay is "update", else 0
     HAS_FOUND: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
@@ -137,8 +137,8 @@ def ratio_kernel(
     adapts,  # (num_tensors,) int32
     coefficients,  # (num_tensors, COLUMNS) float32, STEP_SIZE multiplied by the ratio
     found_inf,  # () float32
-    low,
-    high,
+    low,  # least trust ratio, where HAS_CLIP
+    high,  # greatest
     HAS_FOUND: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,7 +159,7 @@ def weights_kernel(
     num_tensors,
     found_inf,  # () float32
     eps,
-    update_decay,
+    update_decay,  # λ where decay is "update", else 0
     HAS_FOUND: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
@@ -191,13 +191,13 @@ def step_kernel(
     found_inf,  # () float32
     beta1,
     beta2,
-    beta3,
-    beta4,
+    beta3,  # of the gradient in m
+    beta4,  # of its square in v
     eps,
-    l2_decay,
-    update_decay,
-    low,
-    high,
+    l2_decay,  # λ where decay is "l2", else 0
+    update_decay,  # λ where decay is "update", else 0
+    low,  # least trust ratio, where HAS_CLIP
+    high,  # greatest
     HAS_FOUND: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_MASTER: tl.constexpr,

@@ -124,8 +124,8 @@ def multiply_by_ratio(
     first_chunk,
     adapts,
     coefficients,
-    low,
-    high,
+    low,  # least trust ratio, where HAS_CLIP
+    high,  # greatest
     HAS_CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -167,7 +167,7 @@ def weights_chunk(
     tables,  # (pointers, sizes, chunks, num_tensors)
     coefficients,  # (num_tensors, COLUMNS) float32
     eps,
-    update_decay,
+    update_decay,  # λ where decay is "update", else 0
     HAS_MASTER: tl.constexpr,
     P_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,

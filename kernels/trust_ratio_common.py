@@ -112,7 +112,7 @@ def sum_partials(partials, column, columns, first, last, BLOCK: tl.constexpr):
 @triton.jit
 def gradient_multiplier(
     norm,  # () float32, ‖G‖ of the gradients as stored
-    max_norm,
+    max_norm,  # what ‖G‖ is bounded by, where HAS_NORM
     grad_scale,  # () float32, what the loss was multiplied by
     HAS_NORM: tl.constexpr,
     HAS_SCALE: tl.constexpr,

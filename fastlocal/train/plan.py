@@ -67,7 +67,7 @@ class Plan:
         group_size: workers of a group, inside which they talk over `inner_link`; 1 is a flat ring.
         inner_link: between the workers of a group.
         within: "round": the groups' workers are on their own too and take part in the round's sync; "step": they
-            average gradients among themselves in every step, so that a group is one replica.
+            average gradients among themselves in every step, so that a group is one worker.
         fragments: of "streaming": parts that are sent at different times of the round.
         overlap_steps: of "streaming": local steps that a fragment may take to arrive before anybody waits.
     """
