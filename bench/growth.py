@@ -6,8 +6,8 @@ The first table is fastlocal's outer step by model and workers (milliseconds a s
 step at an interval; the second is the share of a sync measured within the trainer's local steps.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ def print_table(head: list[str], body: list[list[str]]) -> None:
 
 def main() -> None:
     """Print both tables."""
-    operations, trainer = map(read, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", help="rows of `fastlocal bench`")
+    parser.add_argument("trainer", help="rows of bench/trainer.py")
+    arguments = parser.parse_args()
+    operations, trainer = read(arguments.operations), read(arguments.trainer)
     body = []
     for row in operations:
         if (row["operation"], row["contender"]) == ("outer-step", "fastlocal"):

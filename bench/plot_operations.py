@@ -6,8 +6,8 @@ Needs the extra train. A bar above 1 is slower than fastlocal, one below it fast
 medians of ratios taken in turn, in the order of the file.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,18 @@ def draw(axes: Axes, operation: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Read the rows, leave out ours and the copy, and write the figure."""
-    results, figure = map(Path, sys.argv[1:])
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="rows of `fastlocal bench`")
+    parser.add_argument("figure", type=Path)
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
     canvas, panels = pyplot.subplots(len(PANELS), figsize=(11, 12), layout="constrained")
     for axes, operation in zip(panels, PANELS, strict=True):
         own = [row for row in rows if row["operation"] == operation]
         draw(axes, operation, [row for row in own if row["contender"] not in ("fastlocal", "copy")])
     said = rows[-1]
     canvas.suptitle(f"{said['device']}, {said['threads']} threads, torch {said['versions']['torch']}")
-    canvas.savefig(figure, dpi=100)
+    canvas.savefig(arguments.figure, dpi=100)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def lamb(shapes: Any, dtype: torch.dtype, options: LambOptions, *, offset: int =
     steps, scalar = [torch.zeros(()) for _ in p], torch.zeros(())
     norm = trust_ratio.grad_norm(g, {})
     found = scalar if options.maximize else None
-    trust_ratio.lamb_(p, g, m, v, steps, options, norm, found, found, {}, w if masters else None)
+    trust_ratio.lamb_(
+        p, g, m, v, steps, options, {}, w if masters else None, norm=norm, grad_scale=found, found_inf=found
+    )
 
 
 def lars(shapes: Any, dtype: torch.dtype, options: LarsOptions, *, offset: int = 0, masters: bool = False) -> None:
@@ -75,7 +77,7 @@ def lars(shapes: Any, dtype: torch.dtype, options: LarsOptions, *, offset: int =
     steps = [torch.zeros(()) if options.dampening and options.momentum else None for _ in p]
     found = torch.zeros(()) if options.maximize else None
     w = tensors(shapes, torch.float32) if masters else None
-    trust_ratio.lars_(p, g, buffers, steps, options, None, found, found, {}, w)
+    trust_ratio.lars_(p, g, buffers, steps, options, {}, w, grad_scale=found, found_inf=found)
 
 
 def in_one_launch(step: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from fastlocal import comm
-from fastlocal.comm import launch
+from fastlocal.comm import answer, launch
 from fastlocal.comm.answer import within
 from fastlocal.comm.group import _bytes_of
 from fastlocal.comm.notes import Notes
@@ -238,9 +238,10 @@ from fastlocal import LocalSGD, comm
 
 dist.init_process_group("gloo")
 model = nn.Linear(4, 2)
-optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, timeout=2.0)
+optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, timeout=60.0)
 for step in range(4):
     if step == 3:
+        optimizer._group.timeout = 2.0
         print("at step 3", flush=True)
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -248,6 +249,11 @@ for step in range(4):
         optimizer.step()
     except comm.LostRankError as error:
         print(error, flush=True)
+        began = time.monotonic()
+        try:
+            optimizer.sync()
+        except comm.LostRankError:
+            print("again" if time.monotonic() - began < 1 else "late", flush=True)
 """
 
 
@@ -261,7 +267,7 @@ def test_a_process_whose_store_is_stopped_says_so_and_ends():
         began = time.monotonic()
         code, said, errors = finish(second)
         assert "close a round at local step 4, and torch.distributed's store no longer answers" in said, errors
-        assert said.endswith("(rank 0, or torchrun) has ended or is stopped\n")
+        assert said.endswith("(rank 0, or torchrun) has ended or is stopped\nagain\n")
         assert code == 0
         assert time.monotonic() - began < 60  # 2 s for the message, 2 for the notes and 5 for the answer, at rest
     finally:
@@ -276,7 +282,11 @@ def test_what_a_call_within_a_time_returns_and_raises_is_its_own_and_a_longer_on
     held = threading.Event()
     with pytest.raises(RuntimeError, match=r"no answer within 0\.01 s"):
         within(0.01, held.wait)
+    with pytest.raises(RuntimeError, match="an earlier call has had no answer yet"):
+        within(10.0, lambda: 7)
     held.set()
+    answer._unanswered.pop().join()
+    assert within(10.0, lambda: 7) == 7
 
 
 STALLED = """

@@ -6,13 +6,24 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_unanswered: list[threading.Thread] = []
+"""Those left behind. A store takes one request at a time: the next would wait behind theirs."""
+
+
+def require_answers() -> None:
+    """Raise RuntimeError while an earlier call is still without an answer."""
+    if any(thread.is_alive() for thread in _unanswered):
+        raise RuntimeError("an earlier call has had no answer yet")
+
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """What the call returns; what it raises.
 
     Raises:
-        RuntimeError: it takes longer. Its thread is left behind, and ends with the process.
+        RuntimeError: it takes longer, or an earlier call is still without an answer. The thread of one that takes
+            longer is left behind, and ends with the process.
     """
+    require_answers()
     returned: list[T] = []
     raised: list[BaseException] = []
 
@@ -28,5 +39,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if raised:
         raise raised[0]
     if not returned:
+        _unanswered.append(thread)
         raise RuntimeError(f"no answer within {seconds:g} s")
     return returned[0]

@@ -8,14 +8,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def averages_gradients(modules: Iterable[nn.Module], ranks: Sequence[int]) -> bool:
-    """Whether one of the modules is under a DistributedDataParallel that several of these global ranks are in, and
-    the last forward pass was not inside of its `no_sync()`.
+    """Whether one of the modules is under a DistributedDataParallel that all of these global ranks are in, and its
+    last forward pass was one of training, not inside of its `no_sync()`.
+
+    One of fewer ranks makes these a worker together; one with a hook of its own sends what that says.
     """
     return any(
         isinstance(part, DistributedDataParallel)
+        and part.training
         and part._lazy_init_ran  # a forward pass has come by it
         and part.require_forward_param_sync
-        and len({*dist.get_process_group_ranks(part.process_group)} & {*ranks}) > 1
+        and not part._comm_hooks
+        and {*ranks} <= {*dist.get_process_group_ranks(part.process_group)}
         for module in modules
         for part in module.modules()
     )

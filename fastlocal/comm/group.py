@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlocal.comm.answer import within
+from fastlocal.comm.answer import require_answers, within
 from fastlocal.comm.lent import lent
 from fastlocal.comm.notes import Notes
 from fastlocal.comm.pieces import dimensions_of
@@ -343,6 +343,7 @@ class Group:
     def _asking(self, ask: Callable[[], T]) -> T:
         """What the store says."""
         try:
+            require_answers()
             return ask()
         except RuntimeError as error:
             raise LostRankError(self._without_store()) from error

@@ -28,13 +28,13 @@ class Turn:
 
     def begin(self) -> None:
         """In the process that works: give signs of life until the end."""
-        self._store.add(self._beats, 1)
+        within(_SILENT_SECONDS, lambda: self._store.add(self._beats, 1))
         self._thread.start()
 
     def end(self) -> None:
         """In the process that works: it is done, or has failed."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_SILENT_SECONDS)
         self._store.set(self._ended, "1")
 
     def _beat(self) -> None:

@@ -42,7 +42,8 @@ class LocalSGD(Checkpointed):
     Parameters that require no gradient when the model is handed over stay each worker's own. A moving average of the
     weights is averaged if it is a buffer.
 
-    Several processes: each holds k rows, and the workers of all are averaged. Before the first step, and before the
+    Several processes: each holds k rows, and the workers of all are averaged. All build their wrappers in one order,
+    and no process one more. Before the first step, and before the
     first one after `load_state_dict`, the processes compare their settings, and where parameters differ, rank 0's
     parameters and buffers replace the others'. Two things are not replaced: kept buffers that cannot be sent, such as
     sparse ones, and, after a state saved in the warm-up, parameters that differ by no more than roundings, 1e-4 of a
@@ -196,6 +197,8 @@ class LocalSGD(Checkpointed):
         warming_up = self.stats.local_steps < self.warmup_steps and not self._anchored
         if not self._round_is_open:
             self._begin_round(warming_up)
+        else:
+            self._compare()  # a state that was saved within a round has been loaded
         seen = self._rates.look(self.steps_in_round)
         if warming_up:
             loss = self._step_together(closure)

@@ -141,10 +141,10 @@ class SlowMo(LocalSGD):
         )
 
     def _settings(self) -> dict[str, Any]:
-        last_rates = repr([rate for outer in self._momenta for rate in outer.last_rates])
-        return (
-            super()._settings() | self._slow_settings() | {"checksum of last rates": zlib.crc32(last_rates.encode())}
-        )
+        # DiLoCo reads no rates: its processes may have unlike ones.
+        read = [rate for outer in self._momenta if outer.form == "lr-scaled" for rate in outer.last_rates]
+        checksum = {"checksum of last rates": zlib.crc32(repr(read).encode())}
+        return super()._settings() | self._slow_settings() | checksum
 
     def _slow_settings(self) -> dict[str, float]:
         return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}

@@ -137,8 +137,9 @@ class LAMB(TrustRatioOptimizer):
             group["adapt"] = "all"
         if isinstance(group.get("trust_clip"), bool):  # timm bounds the ratio by 1
             group["trust_clip"] = (0.0, 1.0) if group["trust_clip"] else None
-        if "decoupled_decay" in group:
-            group["decay"] = "decoupled" if group.pop("decoupled_decay") else "update"
+        for name in ("decoupled_decay", "weight_decouple"):  # timm's word, and pytorch_optimizer's
+            if name in group:
+                group["decay"] = "decoupled" if group.pop(name) else "update"
         if "always_adapt" in group:
             group["adapt"] = "all" if group.pop("always_adapt") else "decayed"
 

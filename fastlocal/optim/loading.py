@@ -12,8 +12,8 @@ from fastlocal.ops.implementation import choose
 
 ParamGroup = dict[str, Any]
 
-_OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay")
-"""Options of torch's and timm's that change a step, and that no optimizer here has."""
+_OTHER_STEPS = ("amsgrad", "caution", "corrected_weight_decay", "adam", "rectify", "pre_norm")
+"""Options of torch's, timm's and pytorch_optimizer's that change a step, and that no optimizer here has."""
 
 _BY_PRODUCTS = {"weight_norm", "adam_norm", "trust_ratio"}
 """What LAMB of pytorch_optimizer and torch_optimizer leaves of its last step in the state, without a use for it."""
@@ -38,13 +38,14 @@ class LoadsOthers(Optimizer):
         """Loads a state dict of this class, or of an optimizer of torch.optim, timm, apex, pytorch_optimizer or
         DeepSpeed with the same moments.
 
+        pytorch_optimizer's LAMB corrects the bias of the first moment alone, in the step, which none here does.
         Options that the checkpoint does not know keep their present values; so do foreach, fused and capturable if it
         is of another class, and fused=True has no kernels for where the parameters are now. State stays in at least
         float32, which the base class would cast to the parameter's dtype, and never shares memory with `state_dict`.
 
         Raises:
-            ValueError: it does not fit, is of an optimizer with other state or with `amsgrad`, `caution` or
-                `corrected_weight_decay`, or an option is out of its range; then nothing has changed.
+            ValueError: it does not fit, is of an optimizer with other state or with an option that makes other steps,
+                such as `amsgrad`, or an option is out of its range; then nothing has changed.
             TypeError: a value in it is of the wrong kind; likewise.
         """
         before = dict(vars(self))

@@ -65,6 +65,19 @@ def other_numbers_of_steps_and_rates_are_errors_on_every_rank(rank, new_group):
         optimizer.sync()
 
 
+def processes_of_diloco_with_unlike_rates_go_on_from_what_they_saved(rank, new_group):
+    group = new_group()
+    optimizer, team = build(DiLoCo, 1, 2, group)
+    optimizer.param_groups[0]["lr"] = 0.01 * (1 + rank)
+    run(optimizer, team, 5, worker=rank)
+    again, same = build(DiLoCo, 1, 2, group)
+    same.load_state_dict(team.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    for each, workers in ((optimizer, team), (again, same)):
+        run(each, workers, 3, first=5, worker=rank)
+    assert torch.equal(parameters_of(team[0]), parameters_of(same[0]))
+
+
 def wrappers_called_in_another_order_are_an_error_on_every_rank(rank, new_group):
     for steps in (2, 0):  # before their first steps, too, where they compare settings
         group = new_group()

@@ -378,12 +378,15 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
     team = [new_group([0, 1]), new_group([2, 3])][rank // 2]  # whose gradients DDP averages, and nobody else's
     wrapped = nn.parallel.DistributedDataParallel(network(), process_group=team)
     others = [new_group([0, 2]), new_group([1, 3])][rank % 2]
-    for process_group, fails in ((others, False), (group, True)):
-        optimizer = LocalSGD(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, 3, process_group=process_group)
-        backward(wrapped, 0, rank)
+    whole = nn.parallel.DistributedDataParallel(network(), process_group=group)
+    for model, process_group, fails in ((wrapped, others, False), (wrapped, group, False), (whole, group, True)):
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=process_group)
+        backward(model, 0, rank)
         if fails:
             with pytest.raises(RuntimeError, match="under DistributedDataParallel, which averages the gradients of"):
                 optimizer.step()
+            model.eval()  # evaluated since then: nothing is known of the last training pass
+            optimizer.step()
         else:
             optimizer.step()
 
