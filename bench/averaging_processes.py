@@ -145,7 +145,7 @@ def main() -> None:
                 "turns": arguments.turns,
                 "bytes_on_wire": found["bytes"],
             }
-            machine.append_row(arguments.out, row)
+            machine.append_rows(arguments.out, row)
 
 
 if __name__ == "__main__":

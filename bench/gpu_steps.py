@@ -121,7 +121,7 @@ def main() -> None:
                 row |= {f"{kind} us".replace(" ", "_"): us for kind, us in found.items()}
                 times = "  ".join(f"{kind} {us:.0f}" for kind, us in found.items())
                 print(f"{size:9} {name:18} {100 * share:5.1f} % of copy; us: {times}", flush=True)
-                machine.append_row(given.out, {**machine.origin("cuda"), **row})
+                machine.append_rows(given.out, {**machine.origin("cuda"), **row})
 
 
 if __name__ == "__main__":

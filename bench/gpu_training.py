@@ -94,7 +94,7 @@ def main() -> None:
         )
         row = train(config, torch.device(given.device), given.seconds)
         print(json.dumps(row), flush=True)
-        machine.append_row(given.out, row)
+        machine.append_rows(given.out, row)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main() -> None:
                     name = "two_launches" if lag is None else f"one_launch_lag_{lag}"
                     row[name] = round(bytes_a_parameter(optimizer, sizes, megabytes, lag), 1)
                 print(row, flush=True)
-                machine.append_row(given.out, row)
+                machine.append_rows(given.out, row)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ where installed. Prints a table.
 """
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -48,11 +46,11 @@ def contenders(compiled: bool) -> dict[str, dict[str, Make]]:
         lamb["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=None)
         clip["timm"] = lambda p: timm_lamb(p, weight_decay=0.01, max_grad_norm=1.0)
         lars["timm"] = lambda p: timm_lars(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
-    if importlib.util.find_spec("pytorch_optimizer") is not None:
-        peer = importlib.import_module("pytorch_optimizer")
-        lamb["pytorch_optimizer"] = lambda p: peer.Lamb(p, weight_decay=0.01, weight_decouple=False)
-        clip["pytorch_optimizer"] = lambda p: peer.Lamb(p, weight_decay=0.01, weight_decouple=False, pre_norm=True)
-        lars["pytorch_optimizer"] = lambda p: peer.LARS(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    if "pytorch_optimizer" in peers:
+        peer_lamb, peer_lars = peers["pytorch_optimizer"]
+        lamb["pytorch_optimizer"] = lambda p: peer_lamb(p, weight_decay=0.01, weight_decouple=False)
+        clip["pytorch_optimizer"] = lambda p: peer_lamb(p, weight_decay=0.01, weight_decouple=False, pre_norm=True)
+        lars["pytorch_optimizer"] = lambda p: peer_lars(p, lr=0.1, momentum=0.9, weight_decay=1e-4)
     lamb["torch AdamW fused"] = lambda p: torch.optim.AdamW(p, fused=True)
     lars["torch SGD fused"] = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)
     found = {"LAMB": lamb, "LAMB, clipped": clip, "LARS": lars}
@@ -139,7 +137,7 @@ def main() -> None:
             spread = f"({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
             ratio = f"{row['median_ratio']:.2f}x ours, first step {row['first_step_ms']:.1f} ms"
             print(f"{algorithm:14} {name:18} {row['median_ms']:9.2f} ms {spread:20} {ratio}")
-    machine.append_row(arguments.out, record)
+    machine.append_rows(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def main() -> None:
             record["rows"][name] = rows
             medians = ", ".join(f"{c} {row['median_us']:.0f} us" for c, row in rows.items())
             print(f"{name:40} {arguments.tensors} tensors: {medians}")
-    machine.append_row(arguments.out, record)
+    machine.append_rows(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def measure_and_record(
         parser.error("namespaces and traffic shaping need root")
     for count in arguments.workers:
         for record, said in lines(count, measure(count, program)):
-            machine.append_row(arguments.out, record)
+            machine.append_rows(arguments.out, record)
             print(said)
 
 

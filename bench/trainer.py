@@ -104,7 +104,7 @@ def main() -> None:
             **{k: round(v, 3) if isinstance(v, float) else v for k, v in measure(case, arguments.steps).items()},
         }
         print(json.dumps(row), flush=True)
-        machine.append_row(arguments.out, row)
+        machine.append_rows(arguments.out, row)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """LARS and LAMB against the papers and the other libraries, float64, ten steps, to 1e-12."""
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
 import trust_ratio_formulas as formulas
 
 from fastlocal import LAMB, LARS
+from fastlocal.bench.installed import installed_optimizers
 from fastlocal.reference import trust_ratio as reference
 
 LRS = [0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.01, 0.02, 0.4, 0.1]
@@ -52,23 +47,12 @@ def assert_close(actual, expected, tolerance=1e-12):
     assert any(np.abs(b).max(initial=0) > 0.1 for b in expected)
 
 
-def timm_module(name):
-    """timm.optim.<name> without timm's own imports, which need torchvision."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.submodule_search_locations is None:
+def timm_optimizers():
+    """timm's Lamb and Lars."""
+    found, _ = installed_optimizers()
+    if "timm" not in found:
         pytest.skip("timm is not installed: pip install --no-deps timm")
-    root = Path(spec.submodule_search_locations[0])
-    before = {key: value for key, value in sys.modules.items() if key.split(".")[0] == "timm"}
-    for package, path in (("timm", root), ("timm.optim", root / "optim")):
-        stub = ModuleType(package)
-        stub.__path__ = [str(path)]
-        sys.modules[package] = stub
-    try:
-        return importlib.import_module(f"timm.optim.{name}")
-    finally:
-        for key in [key for key in sys.modules if key.split(".")[0] == "timm"]:
-            del sys.modules[key]
-        sys.modules.update(before)
+    return found["timm"]
 
 
 def two_groups(params):
@@ -149,7 +133,7 @@ def test_lamb_without_decay_and_adapted_everywhere_matches_optax():
     ],
 )
 def test_lamb_matches_timm(theirs, ours):
-    lamb = timm_module("lamb").Lamb
+    lamb, _ = timm_optimizers()
     weights, grads = problem()
     expected = run(lambda p: lamb(two_groups(p), foreach=False, **theirs), weights, grads)
     assert_close(run(lambda p: LAMB(two_groups(p), **ours), weights, grads), expected)
@@ -252,7 +236,7 @@ def test_lars_matches_optax(nesterov):
     ],
 )
 def test_lars_matches_timm(theirs, ours):
-    lars = timm_module("lars").Lars
+    _, lars = timm_optimizers()
     weights, grads = problem()
     lrs = [lr or 0.07 for lr in LRS] if "trust_clip" in theirs else LRS  # timm divides the ratio by lr
     expected = run(lambda p: lars(two_groups(p), foreach=False, **{"momentum": 0.9, **theirs}), weights, grads, lrs)

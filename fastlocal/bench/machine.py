@@ -38,12 +38,12 @@ def origin(device: str) -> Origin:
     )
 
 
-def append_row(out: Path | None, row: dict[str, Any]) -> None:
-    """One JSON line at the end of a file, which is made with its folder; without a file, nothing."""
+def append_rows(out: Path | None, *rows: dict[str, Any]) -> None:
+    """One JSON line a row at the end of a file, which is made with its folder; without a file, nothing."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def device_name(device: str) -> str:

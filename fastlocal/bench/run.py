@@ -148,8 +148,7 @@ def require_writable(file: Path) -> None:
 
 def append(rows: list[Measurement], file: Path) -> None:
     """One JSON line a row."""
-    for row in rows:
-        machine.append_row(file, asdict(row))
+    machine.append_rows(file, *map(asdict, rows))
 
 
 def _rows(case: Case, plan: BenchPlan, held: int, cache: int) -> list[Measurement]:

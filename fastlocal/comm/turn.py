@@ -44,12 +44,16 @@ class Turn:
             except RuntimeError:
                 return  # the store is gone, which end() will say
 
+    def _beats_so_far(self) -> int | None:
+        """None once the turn has ended."""
+        return None if self._store.check([self._ended]) else self._store.add(self._beats, 0)
+
     def wait(self) -> float:
         """In the others: until the end. Returns 0, or for how many seconds there was no sign of life."""
         beats, since, pause = -1, time.monotonic(), 0.001
         # Not store.wait(): it prints a warning whenever its time is up.
-        while not within(_SILENT_SECONDS, lambda: self._store.check([self._ended])):
-            seen, now = within(_SILENT_SECONDS, lambda: self._store.add(self._beats, 0)), time.monotonic()
+        while (seen := within(_SILENT_SECONDS, self._beats_so_far)) is not None:
+            now = time.monotonic()
             if seen != beats:
                 beats, since = seen, now
             elif now - since > _SILENT_SECONDS:

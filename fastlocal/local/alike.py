@@ -82,13 +82,13 @@ def share_states(outers: Sequence[Outer], group: Group) -> None:
     Raises:
         DisagreementError: on every process, if they differ by more.
     """
-    kept = [value for outer in outers for value in outer.state_dict().values() if torch.is_tensor(value)]
-    if are_alike([[tensor] for tensor in kept], group):
+    kept = [[value] for outer in outers for value in outer.state_dict().values() if torch.is_tensor(value)]
+    if are_alike(kept, group):
         return
-    if not are_close([[tensor] for tensor in kept], group, _MOST_APART):
+    if not are_close(kept, group, _MOST_APART):
         raise DisagreementError(
             "the processes go on from different anchors or slow momenta: each must load the state that was saved by "
             "the same run, after the same step"
         )
-    for tensor in kept:
+    for (tensor,) in kept:
         group.broadcast_(tensor, source=0)

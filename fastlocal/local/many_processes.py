@@ -8,7 +8,6 @@ parameters take an all-to-all and an all-gather instead, but for bfloat16 betwee
 import itertools
 import math
 import pickle
-import struct
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from fastlocal.flat import Block, Rows
 from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_
 from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
+from fastlocal.local.rates import checksum_of
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
@@ -189,7 +189,7 @@ class ManyProcesses(OneProcess):
         rates = self._rates_read(closing.rates)
         header = header._replace(
             rates=math.fsum(rates),
-            order_of_rates=zlib.crc32(struct.pack(f"{len(rates)}d", *rates)),
+            order_of_rates=checksum_of(rates),
             resting=self._checksum_of_resting(closing.rates),
             slow_lr=getattr(self.outers[0], "slow_lr", 0.0),
             slow_momentum=getattr(self.outers[0], "slow_momentum", 0.0),

@@ -1,6 +1,5 @@
 """Outer steps with slow momentum: SlowMo and DiLoCo."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastlocal.inner import InnerState
 from fastlocal.local.arguments import checked_slow_lr, checked_slow_momentum
 from fastlocal.local.kept import Kept
 from fastlocal.local.local_sgd import LocalSGD
+from fastlocal.local.rates import checksum_of
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Form, Outer, SlowMomentum
 from fastlocal.policy import Policy
@@ -143,8 +143,7 @@ class SlowMo(LocalSGD):
     def _settings(self) -> dict[str, Any]:
         # DiLoCo reads no rates: its processes may have unlike ones.
         read = [rate for outer in self._momenta if outer.form == "lr-scaled" for rate in outer.last_rates]
-        checksum = {"checksum of last rates": zlib.crc32(repr(read).encode())}
-        return super()._settings() | self._slow_settings() | checksum
+        return super()._settings() | self._slow_settings() | {"checksum of last rates": checksum_of(read)}
 
     def _slow_settings(self) -> dict[str, float]:
         return {"slow_lr": self.slow_lr, "slow_momentum": self.slow_momentum}

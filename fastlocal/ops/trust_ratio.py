@@ -112,8 +112,19 @@ def _step_(
     params: Any = lists["params"]
     grads: Any = resolved(lists["grads"])
     lists = {**lists, "grads": grads}
+    must_find_norm = norm is None and max_grad_norm is not None
     if sum_ is not None:
-        return _step_pieces_(kind, lists, masters, options, norm, max_grad_norm, grad_scale, found_inf, impl, sum_)
+        if impl == "triton":
+            raise RuntimeError(
+                "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
+            )
+        check(lists if masters is None else {**lists, "masters": masters})
+        if must_find_norm:
+            norm = grad_norm(grads, sum_=sum_)
+        if not sharded.found_anywhere(found_inf, len(params), sum_):
+            multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
+            _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
+        return
     if params and _may_repeat(impl, tables) and (masters is None or not any(map(is_, masters, repeat(None)))):
         from fastlocal.kernels import trust_ratio as kernels
 
@@ -124,7 +135,7 @@ def _step_(
     check(lists if masters is None else {**lists, "masters": masters})
     parts = _split(impl, params, grads, masters, tables)
     kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
-    if norm is None and max_grad_norm is not None and parts and not kernels_find_it:
+    if must_find_norm and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
     for these, indices in parts:
         room = _room(tables, parts, these)
@@ -141,31 +152,6 @@ def _step_(
         if not torch.compiler.is_compiling():
             # Neither Triton nor torch's fused CPU kernels tell autograd what they wrote.
             torch.autograd.graph.increment_version(part[0])
-
-
-def _step_pieces_(
-    kind: Literal["lamb_", "lars_"],
-    lists: Mapping[str, Sequence[Any]],
-    masters: Sequence[Tensor | None] | None,
-    options: LambOptions | LarsOptions,
-    norm: Tensor | None,
-    max_grad_norm: float | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    impl: Implementation,
-    sum_: Sum,
-) -> None:
-    """Steps pieces of tensors whose other pieces lie in other processes."""
-    if impl == "triton":
-        raise RuntimeError(
-            "impl='triton' (fused=True) has no kernels for DTensors: leave impl, foreach and fused unset"
-        )
-    check(lists if masters is None else {**lists, "masters": masters})
-    if norm is None and max_grad_norm is not None:
-        norm = grad_norm(lists["grads"], sum_=sum_)
-    if not sharded.found_anywhere(found_inf, len(lists["params"]), sum_):
-        multiplier = reference.grad_multiplier(norm, max_grad_norm, grad_scale)
-        _step_with_torch_(kind, impl, list(lists.values()), masters, options, multiplier, {}, sum_)
 
 
 def _step_with_torch_(
