@@ -1,14 +1,14 @@
 """Between processes; the only package that may import torch.distributed."""
 
 from fastlocal.comm.data_parallel import averages_gradients as averages_gradients
+from fastlocal.comm.find import find_group as find_group
+from fastlocal.comm.find import groups_of_pieces as groups_of_pieces
+from fastlocal.comm.find import is_process_group as is_process_group
+from fastlocal.comm.find import several_processes_run as several_processes_run
 from fastlocal.comm.group import Group as Group
 from fastlocal.comm.group import LostRankError as LostRankError
 from fastlocal.comm.group import Operation as Operation
-from fastlocal.comm.group import find_group as find_group
-from fastlocal.comm.group import groups_of_pieces as groups_of_pieces
-from fastlocal.comm.group import is_process_group as is_process_group
 from fastlocal.comm.group import ring_bytes as ring_bytes
-from fastlocal.comm.group import several_processes_run as several_processes_run
 from fastlocal.comm.launch import RendezvousError as RendezvousError
 from fastlocal.comm.launch import join as join
 from fastlocal.comm.launch import launched_processes as launched_processes

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastlocal.comm.group import Group, find_group, is_initialized
+from fastlocal.comm.find import find_group, is_initialized
+from fastlocal.comm.group import Group
 
 TIMEOUT_SECONDS = 300.0
 """How long a collective waits for a process before the others give it up."""
