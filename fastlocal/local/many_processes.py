@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
-from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_
+from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_, warn_of_equal_gradients
 from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
 from fastlocal.local.rates import checksum_of
@@ -105,6 +105,7 @@ class ManyProcesses(OneProcess):
         self._has_compared = True
         self._healed = list(self._healable())  # the same in all processes; one may freeze or add others later
         self.compare_pieces(settings, stats)
+        warn_of_equal_gradients(self.rows, self.group)
         if stats.local_steps:
             share_states(self.outers, self.group)
         begin = self.rows.begin(self.inner)

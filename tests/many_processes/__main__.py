@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.many_processes.team import ALONE, WORLD
 
 def main(rank, folder, chosen=()):
     torch.set_num_threads(1)
+    # Many scenarios give every rank the same numbers, which a user had better not.
+    warnings.filterwarnings("ignore", "all processes have the same gradients")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     groups = [dist.new_group([number]) for number in range(WORLD)]
     ALONE.append(groups[rank])

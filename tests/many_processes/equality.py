@@ -1,6 +1,7 @@
 """The same training in four processes, in two and in one gives the same run."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -385,9 +386,34 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
         if fails:
             with pytest.raises(RuntimeError, match="under DistributedDataParallel, which averages the gradients of"):
                 optimizer.step()
-            model.eval()  # evaluated since then: nothing is known of the last training pass
-            optimizer.step()
+            model.eval()  # evaluated since then: only the gradients tell
+            with pytest.warns(UserWarning, match="same gradients before their first step"):
+                optimizer.step()
         else:
+            optimizer.step()
+
+
+def a_ddp_put_around_the_model_later_is_noticed_by_its_gradients(rank, new_group):
+    group = new_group()
+    for averages in (True, False):
+        model = network()
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
+        wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)  # as Lightning and accelerate do it
+        if averages:
+            backward(wrapped, 0, rank)
+            with pytest.warns(UserWarning, match="a DistributedDataParallel that was put around the model after"):
+                optimizer.step()
+        else:
+            with wrapped.no_sync():
+                backward(wrapped, 0, rank)
+            with warnings.catch_warnings(action="error"):
+                optimizer.step()
+    for grads in (None, 0.0, torch.inf):  # nothing, no slope, and an overflow of a scaled loss tell nothing
+        model = nn.Linear(2, 1)
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
+        for parameter in model.parameters():
+            parameter.grad = None if grads is None else torch.full_like(parameter, grads)
+        with warnings.catch_warnings(action="error"):
             optimizer.step()
 
 
