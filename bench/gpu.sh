@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one call of under nine minutes:
 #
-#     bash bench/gpu.sh OUT_FOLDER [cpu]
+#     bash bench/gpu.sh OUT_FOLDER [cuda|cpu] [PARTS]
+#
+# PARTS, such as "tests kernels queue roofline", are those to run; without it all are. Where a call may last ten minutes
+# two of them leave each part its time; copy OUT_FOLDER/launch.json to kernels/launch.json in between. Where the checkout
+# has no .git, FASTLOCAL_COMMIT=... names the commit in the rows.
 #
 # Needs a checkout, a CUDA device and a python3 with torch, triton and numpy (PYTHON=... names another one); nothing is
 # installed or fetched. pytest, pytest-timeout, timm and pytorch-optimizer are used where they are. CIFAR-100 is used
@@ -14,11 +18,12 @@
 #     roofline.json    GB/s of every kernel by block size and warps
 #     launch.json      the winners, which the later parts ran with: copy it to kernels/launch.json and commit it
 #     steps.jsonl, bench.jsonl, training.jsonl    timings beside PyTorch and other libraries; whole training runs
-# With the word cpu it only tries its parts out, as far as they go without a GPU, on small sizes.
+# On the cpu it only tries its parts out, as far as they go without a GPU, on small sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-out=${1:?usage: bash bench/gpu.sh OUT_FOLDER [cpu]}
+out=${1:?usage: bash bench/gpu.sh OUT_FOLDER [cuda|cpu] [PARTS]}
 device=${2:-cuda}
+wanted=${3:-}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
@@ -35,8 +40,13 @@ left_out() { # NAME REASON
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 remains=$((505 - SECONDS + began)) start=$SECONDS code
   shift 2
+  if [ -n "$wanted" ] && [[ " $wanted machine " != *" $name "* ]]; then
+    left_out "$name" "not asked for"
+    return 0
+  fi
   if [ "$remains" -lt 15 ]; then
     left_out "$name" "no time is left"
+    failed=1
     return 1
   fi
   [ "$limit" -le "$remains" ] || limit=$remains
@@ -79,7 +89,7 @@ if has pytest; then
       tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py \
       tests/test_progress.py tests/test_float8.py
     # By itself: programs that wait for each other could hang. What has failed is not adopted.
-    part queue 60 "$python" -m pytest "${settings[@]}" -m gpu tests/test_trust_ratio_queue.py || steps=(--no-steps)
+    part queue 75 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_queue.py || steps=(--no-steps)
   fi
 else
   left_out tests "pytest is not installed"
@@ -88,6 +98,11 @@ fi
 if [ "$device" = cuda ]; then
   part roofline 110 "$python" bench/roofline.py --adopt --seconds 85 "${steps[@]}" --out "$out/roofline.json"
   cp kernels/launch.json "$out/launch.json"
+  # The tests before ran with other block sizes and warps than those adopted now.
+  if has pytest; then
+    part adopted 40 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_kernels.py \
+      -k "float64_reference or low_precision or same_bits"
+  fi
   part steps 50 "$python" bench/gpu_steps.py --out "$out/steps.jsonl"
   quick=()
 else

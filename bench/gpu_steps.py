@@ -23,6 +23,7 @@ from fastlocal import LAMB, LARS
 from fastlocal.bench import machine
 from fastlocal.bench.measure import event_seconds
 from fastlocal.bench.shapes import SHAPES, num_parameters
+from fastlocal.kernels.launch import queue_constants
 
 TURNS = 30
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -36,6 +37,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "torch SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     },
 }
+FLOAT32 = (torch.device("cuda"), torch.float32)
 FLOORS = {"fastlocal LAMB": 40, "fastlocal LARS": 28, "torch AdamW fused": 28, "torch SGD fused": 20}
 
 
@@ -112,15 +114,20 @@ def main() -> None:
         parameters = num_parameters(shapes)
         source, target = torch.zeros(2, parameters, device="cuda").unbind()
         copy = statistics.median(event_seconds(lambda s=source, t=target: t.copy_(s)) for _ in range(TURNS))
-        for contenders in CONTENDERS.values():
+        for kind, contenders in CONTENDERS.items():
             for name, make in contenders.items():
                 found = measure(make, shapes)
-                share = FLOORS[name] * parameters / found["device"] * 1e6 / (8 * parameters / copy)
                 row = {"size": size, "tensors": len(shapes), "parameters": parameters, "contender": name}
-                row |= {"share_of_copy": share}
-                row |= {f"{kind} us".replace(" ", "_"): us for kind, us in found.items()}
-                times = "  ".join(f"{kind} {us:.0f}" for kind, us in found.items())
-                print(f"{size:9} {name:18} {100 * share:5.1f} % of copy; us: {times}", flush=True)
+                share = None
+                if 8 * parameters > 2 * machine.cache_bytes("cuda"):  # else neither comes from memory
+                    share = FLOORS[name] * parameters / found["device"] * 1e6 / (8 * parameters / copy)
+                # (block, warps, lag) where a step is one launch, which may move less than FLOORS says.
+                one_launch = queue_constants(f"{kind}_step", *FLOAT32) if name.startswith("fastlocal") else None
+                row |= {"share_of_copy": share, "one_launch": one_launch}
+                row |= {f"{what} us".replace(" ", "_"): us for what, us in found.items()}
+                times = "  ".join(f"{what} {us:.0f}" for what, us in found.items())
+                shown = "      in the cache" if share is None else f"{100 * share:5.1f} % of copy"
+                print(f"{size:9} {name:18} {shown}; us: {times}", flush=True)
                 machine.append_rows(given.out, {**machine.origin("cuda"), **row})
 
 

@@ -33,6 +33,14 @@ class Unsaved(Training):
         """Nobody resumes this run."""
 
 
+def rate(training: Training) -> float:
+    """Images a second, without the first epoch, in which kernels are compiled and the graph is captured."""
+    first, last = training.records[0], training.records[-1]
+    if first is last:
+        return training.train_samples / last.train_seconds
+    return training.train_samples * (1 - 1 / last.epoch) / (last.train_seconds - first.train_seconds)
+
+
 def train(config: Config, device: torch.device, limit: float) -> dict[str, Any]:
     """One run."""
     began = time.perf_counter()
@@ -59,7 +67,7 @@ def train(config: Config, device: torch.device, limit: float) -> dict[str, Any]:
         "load_seconds": loaded - began,
         "train_seconds": last.train_seconds,
         "all_seconds": time.perf_counter() - began,
-        "images_per_second": training.train_samples / last.train_seconds,
+        "images_per_second": rate(training),
         "graph": training.gradients.graph is not None,
         "rounds": last.rounds,
         "sync_seconds": last.sync_seconds,

@@ -12,8 +12,8 @@ import torch
 
 from fastlocal.bench import cases, machine
 from fastlocal.bench.__main__ import main as module_main
-from fastlocal.bench.measure import _timing
-from fastlocal.bench.run import BenchPlan, ahead, run
+from fastlocal.bench.measure import Turn, _timing
+from fastlocal.bench.run import BenchPlan, ahead, host_bound, run
 from fastlocal.bench.shapes import SHAPES, num_parameters
 from fastlocal.train.cli import main
 
@@ -32,8 +32,9 @@ def test_models_have_the_parameters_of_the_originals():
 
 
 def test_medians_percentiles_and_ratios_are_those_computed_by_hand():
-    timing = _timing([2.0, 4.0, 6.0, 8.0], [1.0, 1.0, 3.0, 2.0], 9.0)
-    assert (timing.p50, timing.first, timing.turns) == (5.0, 9.0, 4)
+    turns = [Turn(2.0, False), Turn(4.0, False), Turn(6.0, True), Turn(8.0, False)]
+    timing = _timing(turns, [Turn(seconds, False) for seconds in (1.0, 1.0, 3.0, 2.0)], 9.0)
+    assert (timing.p50, timing.first, timing.host_bound, timing.turns) == (5.0, 9.0, 0.25, 4)
     assert timing.ratio == 3.0  # of 2, 4, 2 and 4
     assert timing.p20 < 4.0 < 6.0 < timing.p80
 
@@ -153,6 +154,19 @@ def test_where_a_peer_is_ahead_is_said_with_how_much():
         for name, ratio in (("fastlocal", 1.0), ("timm", 1.5), ("torch SGD fused", 0.384), ("copy", 0.1))
     ]
     assert ahead(rows) == ["ahead of fastlocal: torch SGD fused in lars, lenet: 0.38 of its time"]
+
+
+def test_whose_time_is_the_hosts_too_is_said_with_how_often():
+    rows = [
+        SimpleNamespace(operation="lamb", size="resnet50", workers=1, contender=name, host_bound=share)
+        for name, share in (("fastlocal", 0.0), ("timm", 0.9))
+    ]
+    assert host_bound(rows) == ["waited for the host: timm in lamb, resnet50, in 90% of the turns"]
+
+
+def test_a_checkout_without_its_history_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("FASTLOCAL_COMMIT", "0123abc")
+    assert machine.origin("cpu")["commit"] == "0123abc"
 
 
 def test_benchmarks_need_torch_alone():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlocal import LAMB, LARS, FixedInterval, LocalSGD, SlowMo, Workers
+from fastlocal.bench.measure import on_device
 from fastlocal.comm.group import Group
 from fastlocal.kernels import trust_ratio, trust_ratio_tables
 from fastlocal.kernels.trust_ratio_common import BLOCK, NUM_WARPS
@@ -456,8 +457,10 @@ def test_training_with_the_kernels_agrees_with_the_reference(dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "lamb"])
-def test_a_run_on_the_gpu_follows_the_same_run_on_the_cpu(optimizer, tmp_path):
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 5e-4), ("lamb", 2e-3), ("lars", 8e-3)])
+def test_a_run_on_the_gpu_follows_the_same_run_on_the_cpu(optimizer, tolerance, tmp_path):
+    # Weights that begin 1e-6 apart move the last losses by 2e-5, 3e-4 and 4e-3, a run without steps by 4e-3 and more:
+    # by 1.2e-2 with LARS.
     losses, rounds, graphs = {}, {}, {}
     for device in ("cpu", "cuda"):
         config = Config(
@@ -477,7 +480,14 @@ def test_a_run_on_the_gpu_follows_the_same_run_on_the_cpu(optimizer, tmp_path):
         graphs[device] = training.gradients.graph is not None
     assert graphs == {"cpu": False, "cuda": True}
     assert rounds["cuda"] == rounds["cpu"]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_turn_in_which_the_device_waits_for_the_host_is_told():
+    x = torch.ones(1000, device="cuda")
+    assert not on_device(lambda: x.mul_(0.5)).host_bound
+    assert on_device(lambda: x.mul_(x.sum().item())).host_bound
 
 
 @EVERYWHERE

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastlocal.bench.cases import OPERATIONS, Case
-from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, require_writable, run
+from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, host_bound, require_writable, run
 from fastlocal.bench.shapes import SHAPES
 
 
@@ -53,7 +53,8 @@ def main() -> int:
         print(f"error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
     try:
-        for said in ahead(run(plan, show, print)):
+        rows = run(plan, show, print)
+        for said in ahead(rows) + host_bound(rows):
             print(said)
     except BrokenPipeError:  # `| head`
         sys.stdout = None  # which is flushed at the end

@@ -86,7 +86,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that is measured; None if it is installed elsewhere."""
+    """Of the checkout that is measured, or FASTLOCAL_COMMIT where that is set; None if it is installed elsewhere."""
+    if told := os.environ.get("FASTLOCAL_COMMIT"):
+        return told
     root = Path(fastlocal.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

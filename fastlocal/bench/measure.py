@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,15 @@ _SECONDS = 4.0
 _FEWEST, _MOST = 5, 30
 
 _CYCLES_ASLEEP = 20_000_000
-"""About 10 ms at 2 GHz, in which the host issues even the thousands of launches that some peers take."""
+"""About 10 ms at 2 GHz, in which the host issues what a stream can hold, some thousand launches."""
+
+
+class Turn(NamedTuple):
+    """One call of a contender."""
+
+    seconds: float
+    host_bound: bool
+    """Whether a GPU waited for the host within these seconds, which are then not the device's alone."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class Timing:
     ratio: float
     first: float
     """Seconds of the very first call."""
+    host_bound: float
+    """Of the turns, the share that was."""
     turns: int
 
 
@@ -41,15 +52,15 @@ def measure(case: Case, device: str) -> dict[str, Timing]:
         case: what to time.
         device: "cpu" or "cuda"; on CUDA, events time the device.
     """
-    clock = event_seconds if device == "cuda" else _host_seconds
+    clock = on_device if device == "cuda" else _on_host
     calls = {contender.name: contender.calls for contender in case.contenders}
     calls[COPY] = _copies(case, device)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[str, list[Turn]] = {name: [] for name in calls}
 
     def take_turn() -> None:
-        turn = len(seconds[OURS])
+        turn = len(turns[OURS])
         for index, (name, sets) in enumerate(calls.items()):
-            seconds[name].append(clock(sets[(turn + index) % len(sets)]))
+            turns[name].append(clock(sets[(turn + index) % len(sets)]))
 
     started = time.perf_counter()
     take_turn()
@@ -62,13 +73,15 @@ def measure(case: Case, device: str) -> dict[str, Timing]:
         if turn >= _FEWEST and time.perf_counter() - started > _SECONDS:
             break
         take_turn()
-    return {name: _timing(all_[warmup:], seconds[OURS][warmup:], all_[0]) for name, all_ in seconds.items()}
+    return {name: _timing(all_[warmup:], turns[OURS][warmup:], all_[0].seconds) for name, all_ in turns.items()}
 
 
-def _timing(seconds: list[float], ours: list[float], first: float) -> Timing:
+def _timing(turns: list[Turn], ours: list[Turn], first: float) -> Timing:
+    seconds = [turn.seconds for turn in turns]
     fifths = statistics.quantiles(seconds, n=5)
-    ratio = statistics.median(s / o for s, o in zip(seconds, ours, strict=True))
-    return Timing(fifths[0], statistics.median(seconds), fifths[-1], ratio, first, len(seconds))
+    ratio = statistics.median(s / own.seconds for s, own in zip(seconds, ours, strict=True))
+    host_bound = sum(turn.host_bound for turn in turns) / len(turns)
+    return Timing(fifths[0], statistics.median(seconds), fifths[-1], ratio, first, host_bound, len(turns))
 
 
 def _copies(case: Case, device: str) -> list[Callable[[], object]]:
@@ -78,19 +91,28 @@ def _copies(case: Case, device: str) -> list[Callable[[], object]]:
     return [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
 
 
-def _host_seconds(call: Callable[[], object]) -> float:
+def _on_host(call: Callable[[], object]) -> Turn:
     started = time.perf_counter()
     call()
-    return time.perf_counter() - started
+    return Turn(time.perf_counter() - started, host_bound=False)
 
 
 def event_seconds(call: Callable[[], object], cycles_asleep: int = _CYCLES_ASLEEP) -> float:
-    """Of the device alone: it sleeps until the host has issued everything, as in training it would be busy."""
+    """Of a call on the device, as `on_device` has them."""
+    return on_device(call, cycles_asleep).seconds
+
+
+def on_device(call: Callable[[], object], cycles_asleep: int = _CYCLES_ASLEEP) -> Turn:
+    """It sleeps until the host has issued everything, as in training it would be busy.
+
+    What a stream cannot hold at once is issued later, and so is what follows a value that is read back.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles_asleep)
     begin.record()
     call()
     end.record()
+    host_bound = begin.query()  # it had begun before all was issued
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return Turn(begin.elapsed_time(end) / 1e3, host_bound)

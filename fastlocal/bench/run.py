@@ -43,6 +43,8 @@ class Measurement:
     """PyTorch operations that run a kernel; None where Triton kernels run, which are not counted here."""
     share_of_copy: float
     """Bytes a second by those of a copy in the same turns."""
+    host_bound: float
+    """The share of turns in which a GPU waited for the host to issue more: its time is then the host's too."""
     turns: int
     sets: int
     """Sets of tensors that the turns rotate over."""
@@ -133,6 +135,16 @@ def ahead(rows: list[Measurement]) -> list[str]:
     ]
 
 
+def host_bound(rows: list[Measurement]) -> list[str]:
+    """Where the times are not the device's alone: a line each."""
+    return [
+        f"waited for the host: {row.contender} in {named(row.operation, row.size, row.workers)}, "
+        f"in {row.host_bound:.0%} of the turns"
+        for row in rows
+        if row.host_bound
+    ]
+
+
 def require_writable(file: Path) -> None:
     """Make the file and its folder, so that nothing is measured in vain.
 
@@ -186,6 +198,7 @@ def _row(
         bytes_a_parameter=moved,
         launches=1 if contender.name == COPY else None if runs_triton else traffic.launches,
         share_of_copy=moved * case.parameters / timing.p50 / copy_rate,
+        host_bound=timing.host_bound,
         turns=timing.turns,
         sets=sets,
         rotated_bytes=held * (len(case.contenders) if case.operation in ("lamb", "lars") else sets),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlocal.bench.cases import Case, named
-from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, run
+from fastlocal.bench.run import BenchPlan, Measurement, ahead, append, host_bound, run
 from fastlocal.train.errors import RunError
 from fastlocal.train.tables import print_whole
 
@@ -31,7 +31,7 @@ def bench(plan: BenchPlan, out: Path | None, console: Console) -> None:
 
     with console.status("measuring"):
         rows = run(plan, show, lambda text: console.print(text, highlight=False))
-    for said in ahead(rows):
+    for said in ahead(rows) + host_bound(rows):
         console.print(said, highlight=False, soft_wrap=True)
     if rows:
         last = rows[-1]
