@@ -14,6 +14,9 @@ def main() -> int:
             raise
         print(f"error: the command line needs {error.name}: pip install 'fastlocal[train]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return run()
 
 

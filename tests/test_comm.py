@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from fastlocal import comm
-from fastlocal.comm import answer, launch
+from fastlocal.comm import answer, launch, lent
 from fastlocal.comm.answer import within
 from fastlocal.comm.group import _bytes_of
 from fastlocal.comm.notes import Notes
@@ -106,7 +106,7 @@ group = comm.join(torch.device("cpu"), timeout=30.0)
 noted = comm.was_noted("began")
 ranks = group.gather([group.rank + 1.0])
 comm.note_for_restarts("began")
-print(sum(said[0] for said in ranks), noted, flush=True)
+print(sum(said[0] for said in ranks), noted, group.timeout, flush=True)
 sys.stdin.read()
 """
 
@@ -122,7 +122,20 @@ def test_processes_meet_again_whose_machines_have_counted_other_numbers_of_resta
         for process in processes:  # dead before it can tell anybody
             process.kill()
             process.communicate()
-        assert said == [f"3.0 {noted}\n"] * 2
+        assert said == [f"3.0 {noted} 30.0\n"] * 2
+
+
+def test_processes_that_no_agent_started_meet_at_the_store_that_rank_0_keeps():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(MEET, port, rank, 2) for rank in range(2)]
+    said = [next_line(process) for process in processes]
+    errors = []
+    for process in processes:
+        process.kill()
+        errors.append(process.communicate()[1])
+    assert said == ["3.0 False 30.0\n"] * 2, errors
 
 
 def test_a_process_that_came_and_is_started_again_before_the_last_one_came_is_met(store, monkeypatch):
@@ -343,6 +356,36 @@ def test_a_process_that_waits_on_is_not_named_and_one_that_has_ceased_to_is(stor
     with second.waiting():
         assert first.find_missing(late=False, grace_seconds=0.6) is None
     assert first.find_missing(late=False, grace_seconds=0.3) == "rank 5 arrived and fell silent"
+
+
+def test_a_process_that_has_gone_on_to_the_next_point_is_not_named(store):
+    first, second = (Notes(store, rank, [4, 5]) for rank in range(2))
+    first.arrive(7)
+    second.arrive(7)
+    second.arrive(8)  # as the source of a broadcast, which waits for nobody
+    with second.waiting():
+        assert first.find_missing(late=True, grace_seconds=0.6) is None
+
+
+def test_a_failure_before_is_none_at_the_next_point(store):
+    first, second = (Notes(store, rank, [4, 5]) for rank in range(2))
+    for notes in (first, second):
+        notes.arrive(7)
+        notes.find_missing(late=False, grace_seconds=0.0)
+    for notes in (first, second):
+        notes.arrive(8)
+    assert first.find_missing(late=False, grace_seconds=0.1) == "rank 5 arrived and fell silent"
+
+
+def test_tensors_that_were_let_go_of_are_forgotten_and_one_that_is_held_is_waited_for_a_while_only():
+    for _ in range(50):
+        lent.lent(torch.zeros(1))
+    held = lent.lent(torch.zeros(1))
+    assert len(lent._lent) <= 2
+    began = time.monotonic()
+    within(20.0, lent.wait_for_all)
+    assert 0.5 < time.monotonic() - began < 20
+    assert held.item() == 0.0
 
 
 # By gloo, but waited for as for NCCL, which is asked again and again whether it is done.

@@ -133,7 +133,7 @@ def test_a_state_whose_steps_are_others_is_refused():
         ValueError, match="made with amsgrad=True, which LAMB does not have: its steps would be others"
     ):
         LAMB(params).load_state_dict(theirs.state_dict())
-    for option in ("caution", "corrected_weight_decay"):
+    for option in ("caution", "corrected_weight_decay", "adam", "rectify", "pre_norm"):
         saved = LAMB(params).state_dict()
         saved["param_groups"][0][option] = True
         with pytest.raises(ValueError, match=f"made with {option}=True, which LAMB does not have"):
@@ -290,6 +290,19 @@ def test_a_state_of_other_moments_is_refused_and_changes_nothing(other, optimize
         opt.load_state_dict(given.state_dict())
     assert opt.param_groups[0]["lr"] == 0.5
     assert not opt.state
+
+
+def test_a_state_that_lacks_one_of_two_moments_is_refused_and_changes_nothing():
+    params = make_params()
+    opt = LAMB(params)
+    train(opt, params, [1])
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["exp_avg_sq"]
+    again = LAMB(clone(params), lr=0.5)
+    with pytest.raises(ValueError, match="state_dict has exp_avg, LAMB goes on from exp_avg and exp_avg_sq"):
+        again.load_state_dict(saved)
+    assert again.param_groups[0]["lr"] == 0.5
+    assert not again.state
 
 
 @BOTH

@@ -264,6 +264,9 @@ def test_consensus_distance_steers_the_drift_to_its_target():
         (lambda: QSR(4, math.nan), "alpha must be positive and finite, got nan"),
         (lambda: AdaComm(8, maximum=4), "maximum must be at least initial = 8, got 4"),
         (lambda: ConsensusDistance(0.0), "target must be positive and finite, got 0.0"),
+        (lambda: ConsensusDistance(math.inf), "target must be positive and finite, got inf"),
+        (lambda: QSR(4, 0.0), "alpha must be positive and finite, got 0.0"),
+        (lambda: ValidationLoss(8, total_epochs=5, smoothing=-0.1), r"smoothing must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_wrong_settings_are_named_with_value_and_rule(build, message):
@@ -338,3 +341,55 @@ def test_a_consensus_interval_at_most_doubles_and_one_at_its_target_stays():
     policy = ConsensusDistance(1.0, initial=16)
     assert policy.next_interval(Stats(rounds=1, drift=0.25, round_steps=8)) == 32
     assert policy.next_interval(Stats(rounds=2, drift=1.0, round_steps=2)) == 32
+
+
+def test_bounds_and_smoothing_that_are_not_given_are_those_of_the_documentation():
+    grown = AdaComm(16)
+    assert [grown.next_interval(Stats(train_loss=loss)) for loss in (1.0, 1e6)] == [16, 1024]
+    assert QSR(4, 0.2, start_step=0).next_interval(Stats(lr=1e-6)) == 1024
+    steered = ConsensusDistance(1.0)
+    drifts = [4.0] * 6 + [0.0] * 12
+    trace = [
+        steered.next_interval(Stats(rounds=rounds, drift=drift, round_steps=steered.interval))
+        for rounds, drift in enumerate(drifts, start=1)
+    ]
+    assert (trace[0], min(trace), trace[-1]) == (8, 1, 1024)
+    assert replay(OriginalValidationLoss(32, total_epochs=10), [4.0, 3.99, 3.98]) == [32, 64, 64]
+    smoothed = ValidationLoss(16, total_epochs=10)
+    replay(smoothed, [1.0, 2.0])
+    assert smoothed.weighted_sum / smoothed.weight == pytest.approx((0.8 * 1 + 2) / 1.8, abs=1e-15)
+
+
+def test_bounds_that_are_given_hold():
+    grown = AdaComm(16, maximum=20)
+    assert [grown.next_interval(Stats(train_loss=loss)) for loss in (1.0, 4.0)] == [16, 20]
+    steered = ConsensusDistance(1.0, initial=8, minimum=3)
+    assert [
+        steered.next_interval(Stats(rounds=rounds, drift=9.0, round_steps=steered.interval)) for rounds in (1, 2, 3)
+    ] == [4, 3, 3]
+
+
+def test_a_round_whose_drift_was_read_before_a_reload_is_not_read_again():
+    first, second = ConsensusDistance(1.0, initial=8), ConsensusDistance(1.0)
+    stats = Stats(rounds=1, drift=8.0, round_steps=8)
+    assert first.next_interval(stats) == 4
+    second.load_state_dict(first.state_dict())
+    assert second.next_interval(stats) == 4
+
+
+def test_a_loss_below_zero_that_stays_where_it_is_doubles_the_interval():
+    assert replay(ValidationLoss(8, total_epochs=20), [-4.0] * 4) == [8, 8, 8, 16]
+
+
+def test_each_halving_doubles_the_stalls_that_the_next_doubling_takes():
+    # 20 epochs: rises count from the seventh on. The seventh and the eighth halve, so 1, then 2, then 4 are needed.
+    losses = [4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 1.05, 1.1, 1.1, 1.1, 1.1, 1.1]
+    policy = ValidationLoss(32, total_epochs=20, smoothing=0.0, patience=1)
+    assert replay(policy, losses) == [32] * 6 + [16, 8, 8, 8, 8, 16]
+
+
+def test_a_training_loss_that_has_risen_and_falls_again_is_one_that_falls():
+    losses, train_losses = [4.0] * 4 + [4.5] * 4, [1.0, 1.0, 1.0, 1.0, 3.0, 2.9, 2.8, 2.7]
+    # 10 epochs: only in the fifth do both rise; in the last three the training loss is lower than an epoch before.
+    policy = ValidationLoss(32, total_epochs=10, smoothing=0.0, patience=2, maximum=32)
+    assert replay(policy, losses, train_losses) == [32] * 8

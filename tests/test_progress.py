@@ -103,3 +103,12 @@ def test_a_sum_of_three_is_rounded_once_in_a_message_and_over_messages(dtype):
         mean = torch.empty_like(anchor)
         mean_(mean, message, rows, anchor, 1.0)
         assert mean.item() == most + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_weights_of_less_than_one_in_all_are_divided_out(dtype):
+    anchor, rows = torch.ones(2, device=DEVICE), torch.tensor([[1.5, 3.0]], device=DEVICE)
+    message, mean = empty_message(2, dtype, anchor.device), torch.empty_like(anchor)
+    progress_(message, rows, anchor, [0.5])
+    mean_(mean, message, rows, anchor, 0.5)
+    assert mean.tolist() == [1.5, 3.0]

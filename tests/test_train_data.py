@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +108,10 @@ class Evil:
             "labels must lie in 0 … 99",
         ),
         (
+            pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, -1]}),
+            "labels must lie in 0 … 99",
+        ),
+        (
             pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}),
             "one whole-number label an image",
         ),
@@ -148,6 +153,21 @@ def test_too_few_images_for_one_step_are_an_error():
         UsageError, match="4 workers with batches of 64 need at least 256 training images, there are 80"
     ):
         load(Config(synthetic_images=100))
+    assert len(load(Config(synthetic_images=100, workers=4, batch_size=20)).train) == 80  # one step
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+@pytest.mark.parametrize("key", [b"data", b"fine_labels"])
+def test_one_other_pixel_or_label_makes_another_digest(tmp_path, name, key):
+    folder = write_cifar(tmp_path, num_train=50, num_test=10)
+    config = Config(dataset="cifar100", data_dir=tmp_path, batch_size=8)
+    digest, entry = load(config).digest, entry_of(50 if name == "train" else 10)
+    if key == b"data":
+        entry[key][3, 5] ^= 1
+    else:
+        entry[key][3] += 1
+    (folder / name).write_bytes(pickle.dumps(entry))
+    assert load(config).digest != digest
 
 
 def test_synthetic_images_depend_on_the_seed_alone():
@@ -158,6 +178,8 @@ def test_synthetic_images_depend_on_the_seed_alone():
     assert first.images.dtype == torch.uint8
     assert first.images.shape == (300, 3, 32, 32)
     assert len(first.labels.unique()) > 90
+    # What is brighter than white is white: it does not begin again at black beside it.
+    assert first.images.int().diff(dim=-1).abs().ge(230).float().mean() < 1e-4
 
 
 def test_synthetic_classes_can_be_told_apart_but_not_by_their_mean_image():
@@ -176,6 +198,19 @@ def test_normalised_training_images_have_mean_zero_and_variance_one():
     torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(normal.var((0, 2, 3), correction=0), torch.ones(3).double(), rtol=1e-5, atol=0)
     assert Normalizer(images)(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_of_one_grey_become_zero_and_not_nan():
+    images = torch.full((4, 3, 32, 32), 7, dtype=torch.uint8)
+    torch.testing.assert_close(Normalizer(images)(images), torch.zeros(4, 3, 32, 32), rtol=0, atol=1e-3)
+
+
+def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():
+    augmenter = Augmenter(synthetic(60, seed=0), lambda images: images)
+    generator = torch.Generator().manual_seed(0)
+    orders = [augmenter.plan(generator)[0].tolist() for _ in range(2)]
+    assert orders[0] != orders[1]
+    assert list(map(sorted, orders)) == [list(range(60))] * 2
 
 
 def test_augmentation_equals_a_loop_over_images():
@@ -214,3 +249,11 @@ def test_images_that_are_there_are_not_downloaded_over(tmp_path):
         (folder / name).write_bytes(b"another split")
     data.download(tmp_path)
     assert [(folder / name).read_bytes() for name in ("train", "test")] == [b"another split"] * 2
+
+
+def test_half_of_the_files_are_not_taken_for_all(tmp_path, monkeypatch):
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"alone")
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UsageError, match="--download needs torchvision"):
+        data.download(tmp_path)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -152,9 +153,29 @@ def test_a_file_that_is_no_checkpoint_is_found(tmp_path, content):
         checkpoint.read(path)
 
 
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it_runs_none(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"a": Runs(tmp_path / "ran")})
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.decode(checkpoint.read(tmp_path / "c.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_one_clear_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        checkpoint.read(tmp_path)
+
+
 def test_a_file_in_a_place_that_is_no_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"c.pt cannot be written: Not a directory; free some space, or use another"):
+    with pytest.raises(RunError, match=r"c.pt cannot be written: Not a directory$"):
         checkpoint.save(tmp_path / "file" / "c.pt", {})
 
 
@@ -197,10 +218,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 torch.ones(16 << 20)  # 64 MiB: mapped anew each time, unless the process keeps what it frees
-before = faults()
+counts = []
 for _ in range(5):
+    before = faults()
     torch.ones(16 << 20)
-print(faults() - before)
+    counts.append(faults() - before)
+print(sorted(counts)[2])  # a machine short of memory may take some of it away in between
 """
     environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
     environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -209,5 +232,5 @@ print(faults() - before)
         command = [sys.executable, "-c", program, choice]
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         counts[choice] = int(said)
-    assert counts["keep"] < 100
-    assert counts["leave"] >= 5 * 32  # 2 MiB a fault where the kernel gives huge pages, 4 KiB where not
+    assert counts["keep"] < 20
+    assert counts["leave"] >= 32  # 2 MiB a fault where the kernel gives huge pages, 4 KiB where not

@@ -294,6 +294,10 @@ def test_the_seconds_of_a_step_must_be_given(capsys):
     operations = ["plan", "--parameters", "1e9", "--step-flops", "2e12", "--device-flops", "1e13"]
     assert main([*operations, "--utilisation", "1.5"]) == 2
     assert "--utilisation must be in (0, 1], got 1.5" in capsys.readouterr().err
+    huge = ["plan", "--parameters", "1e9", "--step-flops", "1e300", "--device-flops", "1e-300"]
+    assert main(huge) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--step-flops 1e+300 and --device-flops 1e-300 come to inf s a step: it must be at least 1e-30" in said
     with pytest.raises(UsageError, match="--step-seconds must be at least 1e-30 and finite, got nan"):
         estimate(make(step_seconds=math.nan))
 

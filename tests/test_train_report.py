@@ -379,7 +379,17 @@ def test_an_older_study_at_a_budget_of_its_own_is_not_compared_either(tmp_path):
     page = (tmp_path / "study" / "report" / "index.html").read_text()
     assert rows(page)["k2-j8"][0] != "30.00"  # the last table: settings
     assert rows(page[: page.index("<h2>Plots")])["k2-j8"][:3] == ["30.00", "50.50 at other epochs", ""]
-    assert "Two grids (2 epochs instead of its own)" in page
+    assert "<h1>Two grids (2 epochs instead of its own)</h1>" in page
+
+
+def test_studies_of_one_title_and_precision_are_named_once(tmp_path):
+    for name, precision in (("a", None), ("b", None), ("c", "fp32")):
+        folder = tmp_path / "all" / name
+        finish(begun(folder)["k2-j8", 0], 30.0)
+        saved = json.loads((folder / "study.json").read_text())
+        (folder / "study.json").write_text(json.dumps(saved | {"precision": precision}))
+    assert main(["report", str(tmp_path / "all")]) == 0
+    assert "<h1>Two grids, Two grids (fp32)</h1>" in (tmp_path / "all" / "report" / "index.html").read_text()
 
 
 def test_a_training_time_reads_as_people_say_it():

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from waiting import wait_until
 
+from fastlocal.__main__ import main as whole_command
 from fastlocal.train import checkpoint, cli, data
 from fastlocal.train import run as run_module
 from fastlocal.train.cli import main
@@ -261,6 +262,18 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.strip() == "stopped; the same command with --resume goes on"
+
+
+def test_ctrl_c_while_it_is_still_being_imported_is_one_word(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "fastlocal.train.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fastlocal.train.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert whole_command() == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path, capsys, monkeypatch):

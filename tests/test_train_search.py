@@ -290,3 +290,30 @@ def test_a_search_keeps_its_trials_in_its_own_folder_whatever_that_is_called(tmp
     assert (out / "trials.db").stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["find.toml", name])
     assert tomllib.loads((out / "best.toml").read_text())["base"]["checkpoint_seconds"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("base", "space"),
+    [
+        ("policy = 'consensus'\nmin_interval = 2\n", "consensus_target = {low = 0.1, high = 0.2}"),
+        ("schedule = 'warmup-cosine'\n", "lr_warmup_epochs = [3, 0]"),
+        ("max_interval = 32\n", "policy = ['qsr', 'val-loss']"),
+        ("slow_momentum = 0.7\n", "method = ['slowmo', 'diloco']"),
+    ],
+)
+def test_a_base_that_is_a_run_with_values_of_the_space_alone_can_be_searched(tmp_path, base, space):
+    read = load(written(tmp_path, BASE + base + "[space]\n" + space))
+    assert read.example.epochs == 1
+    assert read.example.synthetic_images == 60
+
+
+def test_of_a_base_that_no_value_makes_a_run_its_own_error_is_said(tmp_path):
+    text = BASE + "schedule = 'warmup-cosine'\n[space]\nlr = {low = 0.01, high = 0.1}"
+    with pytest.raises(UsageError, match="--lr-warmup-epochs must be below --epochs 1"):
+        load(written(tmp_path, text))
+
+
+def test_a_combination_of_a_grid_that_is_no_run_is_named(tmp_path):
+    text = "sampler = 'grid'\n" + BASE + "[space]\nmethod = ['local-sgd', 'sync']"
+    with pytest.raises(UsageError, match=r"\[space\] \(sync\): --interval has no use without --method local-sgd"):
+        load(written(tmp_path, text))

@@ -460,3 +460,24 @@ def test_a_cell_whose_process_is_killed_is_remembered_as_such(tmp_path, monkeypa
     assert (place.state, place.message) == ("broken", f"exit code 1, see {place.log}")
     (again,) = cells.places(read, out, data_dir=None, threads=1, device=None, retry=False)
     assert (again.state, again.message) == ("broken", f"exit code 1, see {place.log}")
+
+
+def test_cells_that_are_not_asked_for_are_left_out_where_other_epochs_or_precision_make_them_no_run(tmp_path):
+    cells = "[[cells]]\nname = 'plain'\nlr = 0.07\n"
+    cells += "[[cells]]\nname = 'warm'\nschedule = 'warmup-cosine'\nlr_warmup_epochs = 3\n"
+    path = written(
+        tmp_path, SMALL.replace("epochs = 6", "epochs = 4") + "[grid]\nprecision = ['bf16', 'fp32']\n" + cells
+    )
+    assert len(study_file.load(path).cells) == 4
+    with pytest.raises(UsageError, match="warm-s0: --lr-warmup-epochs must be below --epochs 2"):
+        study_file.load(path, epochs=2)
+    read = study_file.load(path, epochs=2, only="plain*")
+    assert [cell.name for cell in read.cells] == ["bf16-s0", "fp32-s0", "plain-s0"]
+    assert {cell.config.epochs for cell in read.cells} == {2}
+
+
+def test_a_cells_name_that_no_file_can_have_here_is_one_line(tmp_path, monkeypatch):
+    path = written(tmp_path, SMALL + "[[cells]]\nname = '日本'\n")
+    monkeypatch.setattr(study_file.os, "fsencode", lambda name: name.encode("ascii"))  # as under LC_ALL=C
+    with pytest.raises(UsageError, match=r"a cell's name must be one that files can have here .*, got 日本-s0"):
+        study_file.load(path)

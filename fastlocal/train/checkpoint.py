@@ -1,6 +1,7 @@
 """A run's checkpoint: one file, written whole or not at all, refused if a byte of it changed."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -13,6 +14,7 @@ from fastlocal.train.errors import RunError, UsageError
 
 _DIGEST_TAG = b"\nfastlocal-sha256:"
 _TRAILER_LENGTH = len(_DIGEST_TAG) + 64
+_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -29,9 +31,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}; free some space, or use another folder"
-        ) from None
+        advice = "; free some space, or use another folder" if error.errno in _OF_SPACE else ""
+        raise RunError(f"{path} cannot be written: {error.strerror}{advice}") from None
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
             temporary.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ def study(
         dry_run: Show the cells and where they stand, and stop.
     """
     share = _shared_threads(threads, parallel, epochs)
-    read = study_file.load(file, epochs=epochs, precision=precision)
+    read = study_file.load(file, epochs=epochs, precision=precision, only=only)
     root = out or Path("runs") / "study" / study_file.folder_of(read.name, epochs, precision)
 
     def chosen_cells() -> list[pool.Place]:

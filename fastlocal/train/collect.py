@@ -75,7 +75,9 @@ def collect(root: Path) -> Collection:
         raise UsageError(f"there is no run below {root}")
     titles = [_title(study) for study in studies.values()]
     groups = grouped(runs, asked, diverged)
-    return Collection(", ".join(titles) or root.resolve().name, groups, unfinished + _left_out(runs, groups))
+    return Collection(
+        ", ".join(dict.fromkeys(titles)) or root.resolve().name, groups, unfinished + _left_out(runs, groups)
+    )
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -176,12 +178,12 @@ def _study(path: Path) -> dict[str, Any] | None:
 
 
 def _title(study: dict[str, Any]) -> str:
-    """A study's title, and its budget if that is not the file's."""
+    """A study's title, and what was replaced of the file."""
     title = study["title"] or study["name"]
-    if study["epochs"] is None:
-        return title
-    instead = sorted({cell["file_epochs"] for cell in study["cells"] if "file_epochs" in cell})
-    return f"{title} ({study['epochs']} epochs instead of {', '.join(map(str, instead)) or 'its own'})"
+    if study["epochs"] is not None:
+        instead = sorted({cell["file_epochs"] for cell in study["cells"] if "file_epochs" in cell})
+        title += f" ({study['epochs']} epochs instead of {', '.join(map(str, instead)) or 'its own'})"
+    return title + (f" ({study['precision']})" if study.get("precision") else "")
 
 
 def _with_budget(cell: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:

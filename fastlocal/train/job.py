@@ -7,6 +7,7 @@ closes, the study is gone, and so is this process, whatever ended the study.
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -57,6 +58,7 @@ def note_error(log: Path, message: str) -> None:
 
 def main() -> int:
     """Run it; returns 0 when finished, 1 when it diverged, 2 for anything else that went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches it too, and ends the study
     threading.Thread(target=_leave_with_the_study, daemon=True).start()
     print_whatever_comes()
     try:

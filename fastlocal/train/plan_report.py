@@ -163,7 +163,13 @@ class PlanConfig:
         utilisation = 0.4 if self.utilisation is None else self.utilisation
         if not 0 < utilisation <= 1:
             raise UsageError(f"--utilisation must be in (0, 1], got {utilisation}")
-        return self.step_flops / (self.device_flops * utilisation)
+        seconds = self.step_flops / utilisation / self.device_flops
+        if not 1e-30 <= seconds < float("inf"):
+            raise UsageError(
+                f"--step-flops {self.step_flops} and --device-flops {self.device_flops} come to {seconds} s a step: "
+                "it must be at least 1e-30 and finite"
+            )
+        return seconds
 
 
 def answer(config: PlanConfig, console: Console) -> None:

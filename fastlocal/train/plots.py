@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from math import ceil
 from typing import Any
@@ -85,7 +86,9 @@ def _finish(figure: Figure, axes: Axes) -> bytes:
     if labels:
         figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), fontsize=11, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in letters that its font lacks
+        figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
 
 

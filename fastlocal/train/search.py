@@ -70,7 +70,7 @@ def search(
         RunError: a trial broke, none ended well, or a file cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    base = placed(config_from(asked.base), data_dir, device, threads, default_threads)
+    base = placed(asked.example, data_dir, device, threads, default_threads)
     require_ready([base])  # a wrong request leaves no folder behind
     with hold(root), _usable(root):
         _require_only(asked, root)
@@ -114,7 +114,7 @@ def plan(asked: Search, root: Path, console: Console, *, data_dir: Path | None, 
         table.add_row(name, Text(_values(choice)))
     print_whole(console, table)
     count = min(asked.trials, len(grid(asked))) if asked.sampler == "grid" else asked.trials
-    base = placed(config_from(asked.base), data_dir, device, None)
+    base = placed(asked.example, data_dir, device, None)
     trials = (
         f"{made} of {count} trials are made" if made <= count else f"{made} trials are made, {count} were asked for"
     )

@@ -1,5 +1,6 @@
 """A search file: what stays, what is searched and how. Runs nothing."""
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal, cast
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fastlocal.train.config import NOT_PART_OF_A_RUN, Precision
+from fastlocal.train.config import NOT_PART_OF_A_RUN, Config, Precision
 from fastlocal.train.errors import UsageError
 from fastlocal.train.study_file import base_table, folder_name, plain_name, read_toml, table
 from fastlocal.train.values import config_from, field_value
@@ -27,6 +28,7 @@ class Search:
     trials: int
     seed: int
     base: dict[str, Any]  # fields that stay
+    example: Config  # a run that it may make, for what is the same in all
     space: dict[str, BaseDistribution]  # fields that are searched
 
 
@@ -76,14 +78,38 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, instead: dict[
         if name in space:
             raise UsageError(f"--{name} {value} has no use: [space] has {name}")
     base |= {"seed": seed, "test": False} | instead
-    config_from(base)
-    asked = Search(plain_name("name", content.get("name", stem)), sampler, objective, count, seed, base, space)
+    example = _example(base, space)
+    name = plain_name("name", content.get("name", stem))
+    asked = Search(name, sampler, objective, count, seed, base, example, space)
     names: dict[str, dict[str, Any]] = {}
     for params in grid(asked) if sampler == "grid" else ():
-        config_from(base | params)
+        try:
+            config_from(base | params)
+        except UsageError as error:
+            raise UsageError(f"[space] ({folder_name(params)}): {error}") from None
         if (other := names.setdefault(folder_name(params), params)) != params:
             raise UsageError(f"[space]: {params} and {other} have the same folder: give values that differ sooner")
     return asked
+
+
+def _example(base: dict[str, Any], space: dict[str, BaseDistribution]) -> Config:
+    """[base] alone, where that is a run; else the first combination of choices and bounds that is.
+
+    Raises:
+        UsageError: none of the first thousand is.
+    """
+    try:
+        return config_from(base)
+    except UsageError as error:
+        why = error
+    ends = [
+        choice.choices if isinstance(choice, CategoricalDistribution) else (choice.low, choice.high)
+        for choice in cast(dict[str, CategoricalDistribution | IntDistribution | FloatDistribution], space).values()
+    ]
+    for combination in itertools.islice(itertools.product(*ends), 1000):
+        with contextlib.suppress(UsageError):
+            return config_from(base | dict(zip(space, combination, strict=True)))
+    raise why
 
 
 def _distribution(name: str, value: Any) -> BaseDistribution:

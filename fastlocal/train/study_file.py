@@ -1,10 +1,11 @@
 """A study file: which runs it asks for, and where each is kept. Runs nothing."""
 
+import fnmatch
 import itertools
 import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML file: {error}") from None
 
 
-def load(path: Path, *, epochs: int | None = None, precision: Precision | None = None) -> Study:
+def load(path: Path, *, epochs: int | None = None, precision: Precision | None = None, only: str = "*") -> Study:
     """Read a study file and build every cell's Config.
 
     Args:
         path: the TOML file.
         epochs: instead of the epochs in the file, for all cells.
         precision: instead of the file's, likewise.
+        only: the names of the cells that are wanted, with * and ?. Of the others those are left out that are no valid
+            run, or another's, with these epochs and this precision.
 
     Raises:
         UsageError: it cannot be read, or a cell is no valid run; names the file and the cell.
     """
     content = read_toml(path)
     try:
-        return _study(content, path.stem, epochs, precision)
+        return _study(content, path.stem, epochs, precision, only)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -85,7 +88,7 @@ def folder_of(name: str, epochs: int | None, precision: Precision | None) -> str
     return name + (f"-{epochs}-epochs" if epochs is not None else "") + (f"-{precision}" if precision else "")
 
 
-def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Precision | None) -> Study:
+def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Precision | None, only: str) -> Study:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
@@ -101,33 +104,64 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Pr
     cells: list[Cell] = []
     for group, overrides, where in _combinations(content):
         for seed in seeds:
+            cell_name = f"{group}-s{seed}"
             try:
                 config = config_from(with_rate(base | overrides) | {"seed": seed})
-                file_epochs = config.epochs
-                config = replace(
-                    config,
-                    epochs=file_epochs if epochs is None else epochs,
-                    precision=precision or config.precision,
-                )
+                cells.append(Cell(cell_name, group, config, config.epochs, {}))
             except UsageError as error:
                 raise UsageError(f"{where} ({group}): {error}") from None
-            cells.append(Cell(f"{group}-s{seed}", group, config, file_epochs, {}))
     if not cells:
         raise UsageError("it has no cells: add a [grid] or [[cells]]")
-    names = [cell.name for cell in cells]
-    for cell_name in names:
-        if names.count(cell_name) > 1:
-            raise UsageError(f"two cells have the name {cell_name}")
-        if len(os.fsencode(cell_name)) > _LONGEST_NAME:
-            raise UsageError(f"a cell's name must have at most {_LONGEST_NAME} bytes, got {cell_name}")
+    _require_names([cell.name for cell in cells])
+    _require_different(cells, "")
+    given = [f"--{key} {value}" for key, value in (("epochs", epochs), ("precision", precision)) if value is not None]
+    if given:
+        cells = _replaced(cells, epochs, precision, only)
+        _require_different(cells, f" at {' '.join(given)}")
+    return Study(name, title, epochs, precision, tuple(_with_original(cells, content.get("original", []))))
+
+
+def _require_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two cells have the name {name}")
+        try:
+            size = len(os.fsencode(name))
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise UsageError(f"a cell's name must be one that files can have here ({encoding}), got {name}") from None
+        if size > _LONGEST_NAME:
+            raise UsageError(f"a cell's name must have at most {_LONGEST_NAME} bytes, got {name}")
+
+
+def _require_different(cells: Sequence[Cell], at: str) -> None:
     made: dict[frozenset[tuple[str, Any]], str] = {}
     for cell in cells:
         other = made.setdefault(_comes_to(cell.config), cell.name)
         if other != cell.name:
-            given = (f"--{key} {value}" for key, value in (("epochs", epochs), ("precision", precision)) if value)
-            at = f" at {text}" if (text := " ".join(given)) else ""
             raise UsageError(f"the cells {other} and {cell.name} are the same run{at}: leave one of them out")
-    return Study(name, title, epochs, precision, tuple(_with_original(cells, content.get("original", []))))
+
+
+def _replaced(cells: Sequence[Cell], epochs: int | None, precision: Precision | None, only: str) -> list[Cell]:
+    """The cells with these epochs and this precision, but for those not wanted that are no run then, or another's."""
+    by_name: dict[str, Cell] = {}
+    made: set[frozenset[tuple[str, Any]]] = set()
+    wanted = {cell.name for cell in cells if fnmatch.fnmatchcase(cell.name, only)}
+    for cell in sorted(cells, key=lambda cell: cell.name not in wanted):
+        try:
+            config = replace(
+                cell.config,
+                epochs=cell.file_epochs if epochs is None else epochs,
+                precision=precision or cell.config.precision,
+            )
+        except UsageError as error:
+            if cell.name in wanted:
+                raise UsageError(f"{cell.name}: {error}") from None
+            continue
+        if cell.name in wanted or _comes_to(config) not in made:
+            by_name[cell.name] = replace(cell, config=config)
+            made.add(_comes_to(config))
+    return [by_name[cell.name] for cell in cells if cell.name in by_name]
 
 
 def _comes_to(config: Config) -> frozenset[tuple[str, Any]]:

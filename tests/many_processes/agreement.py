@@ -32,6 +32,39 @@ def settings_that_differ_are_named_on_every_rank(rank, new_group):
         optimizer.step()
 
 
+def what_one_rank_alone_has_is_named_on_every_rank(rank, new_group):
+    group = new_group()
+    policy = FixedInterval(4)
+    if rank == 1:
+        policy.patience = 3
+    optimizer, team = build(LocalSGD, 1, policy, group)
+    with pytest.raises(DisagreementError, match=r"rank 1 has FixedInterval.patience 3, rank 0 has None$"):
+        run(optimizer, team, 1)
+    for longer in (True, False):
+        layers = 2 if (rank == 2) == longer else 1
+        model = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(layers)])
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, 2, process_group=group)
+        second = r"1.weight \(2, 2\) .*"
+        theirs, first = (second, "none") if longer else ("none", second)
+        with pytest.raises(DisagreementError, match=f"rank 2 has the tensor {theirs}, rank 0 {first}$"):
+            optimizer.step()
+
+
+def more_workers_in_a_process_than_the_first_message_has_room_for_are_all_counted(rank, new_group):
+    pair = [new_group([0, 1]), new_group([2, 3])][rank // 2]
+    weights = [[1.0 + 10 * process + row for row in range(10)] for process in range(2)]
+    team = Workers(nn.ParameterList([torch.zeros(1)]), 10)
+    inner = torch.optim.SGD(team.parameters(), lr=1.0)
+    optimizer = LocalSGD(inner, team, 1, process_group=pair, timeout=20.0, weights=weights[rank % 2])
+    for row, model in enumerate(team):
+        last = rank % 2 == 1 and row == 9
+        model[0].grad = torch.full((1,), torch.nan if last else -weights[rank % 2][row])
+    optimizer.step()
+    assert optimizer.stats.excluded == 1
+    squares, total = sum(w * w for w in range(1, 20)), sum(range(1, 20))
+    assert [model[0].item() for model in team] == pytest.approx([squares / total] * 10, rel=1e-6)
+
+
 def of_many_settings_that_differ_some_are_counted(rank, new_group):
     optimizer, team = build(SlowMo, 1, 4 + rank, new_group(), slow_lr=1.0 + rank, slow_momentum=0.1 * rank)
     with pytest.raises(DisagreementError, match="rank 2 has slow_momentum 0.2, rank 0 has 0.0; and 3 more$"):
@@ -118,9 +151,9 @@ def states_of_different_runs_are_an_error_on_every_rank_and_of_one_but_for_round
             saved.append((copy.deepcopy(team.state_dict()), copy.deepcopy(optimizer.state_dict())))
         for rounding in (True, False):
             workers, state = saved[0 if rounding else int(rank == 2)]
-            if rounding and rank == 1:
+            if rounding and rank == 1:  # as unlike processors leave it after hundreds of rounds
                 state = copy.deepcopy(state)
-                state["fastlocal"]["outer"][0]["anchor"] *= 1 + 1e-6
+                state["fastlocal"]["outer"][0]["anchor"] *= 1 + 1e-3
             optimizer, team = build(kind, 1, 2, group, wire_dtype=torch.bfloat16)
             team.load_state_dict(workers)
             optimizer.load_state_dict(state)

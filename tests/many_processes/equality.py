@@ -362,6 +362,12 @@ def data_parallel_averages_as_one_process_and_counts_every_byte(rank, new_group)
     assert stats_of(parallel) == stats_of(single) | {"interval": parallel.stats.interval, "lr": parallel.stats.lr}
 
 
+def leave_gradients_alone(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
 def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
     group = new_group()
     plain, team = build(SlowMo, 1, 3, group)
@@ -388,6 +394,18 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
                 optimizer.step()
             model.eval()  # evaluated since then: only the gradients tell
             with pytest.warns(UserWarning, match="same gradients before their first step"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    whole = nn.parallel.DistributedDataParallel(network(), process_group=group)
+    hooked = nn.parallel.DistributedDataParallel(network(), process_group=group)
+    hooked.register_comm_hook(None, leave_gradients_alone)
+    inside = nn.Sequential(nn.parallel.DistributedDataParallel(network(), process_group=group))
+    for model, called, fails in ((whole, whole.module, False), (hooked, hooked, False), (inside, inside, True)):
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
+        backward(called, 0, rank)
+        if fails:
+            with pytest.raises(RuntimeError, match="under DistributedDataParallel, which averages the gradients of"):
                 optimizer.step()
         else:
             optimizer.step()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo
-from fastlocal.comm import LostRankError, find_group
+from fastlocal.comm import LostRankError, find_group, turn
 from fastlocal.local import DivergedError
 from tests.local_runs import network, parameters_of, poison
 from tests.many_processes.team import ALONE, ROUNDED, assert_equal_everywhere, build, run, stats_of, tensors_of
@@ -122,13 +122,35 @@ def work_that_a_device_never_ends_is_an_error_after_the_timeout(rank, new_group)
         find_group(process_group, 1.0, [torch.device("cpu"), torch.device("meta")])
 
 
+def a_group_of_one_process_is_none(rank, new_group):
+    assert find_group(ALONE[0], 20.0, [torch.device("cpu")]) is None
+
+
 def every_turn_of_one_process_is_waited_for(rank, new_group):
     group = find_group(new_group(), 20.0, [torch.device("cpu")])
     group.arrive("fetch the images", 0)
-    for turn in range(2):
+    for number in range(2):
         began = time.monotonic()
-        assert group.by_one(1, lambda turn=turn: time.sleep(0.2) or turn) == (turn if rank == 1 else None)
+        assert group.by_one(1, lambda number=number: time.sleep(0.2) or number) == (number if rank == 1 else None)
         assert time.monotonic() - began >= 0.15
+
+
+def a_process_that_is_silent_in_its_turn_is_named_by_its_number_among_all(rank, new_group):
+    pair = [new_group([0, 1]), new_group([2, 3])][rank // 2]
+    group = find_group(pair, 20.0, [torch.device("cpu")])
+    group.arrive("fetch the images", 5)
+    before = turn._SILENT_SECONDS, turn._BEAT_SECONDS
+    turn._SILENT_SECONDS, turn._BEAT_SECONDS = 1.0, 60.0
+    try:
+        if rank % 2 == 0:
+            group.by_one(0, lambda: dist.barrier(pair))
+        else:
+            silent = f"local step 5: rank {rank - 1}, at work alone, has given no sign of life for 1 s"
+            with pytest.raises(LostRankError, match=silent):
+                group.by_one(0, lambda: None)
+            dist.barrier(pair)
+    finally:
+        turn._SILENT_SECONDS, turn._BEAT_SECONDS = before
 
 
 def a_turn_that_fails_ends_for_those_who_wait(rank, new_group):
