@@ -11,7 +11,13 @@ from fastlocal.ops import averaging as ops
 
 SLOWMO = {"direct": 0.0, "momentum": 0.9, "decay": 0.5, "gain": 1.0}
 N = 4096
+ONE, ZERO = torch.ones(()), torch.zeros(())
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter loads and stores")
+
+
+def fused_sgd(x, grad, **scaling):
+    options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False}
+    torch.ops.aten._fused_sgd_([x], [grad], [], **options, maximize=False, is_first_step=False, **scaling)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what 
         ("views are free", lambda x, y: x.view(64, -1).t()[3:].unbind(), 0, 0),
         ("an expanded dimension is read once", lambda x, y: x.copy_(y[:1].expand_as(x)), 4 + 4 / N, 1),
         ("foreach is one launch", lambda x, y: torch.ops.aten._foreach_mul_([x, y], 2.0), 16, 1),
+        ("a foreach copy reads as little", lambda x, y: torch.ops.aten._foreach_copy_([x], [y]), 8, 1),
+        ("a fused step leaves gradients", lambda x, y: fused_sgd(x, y), 12, 1),
+        ("but for their scale", lambda x, y: fused_sgd(x, y, grad_scale=ONE, found_inf=ZERO), 16 + 8 / N, 1),
         ("two in a row", lambda x, y: x.sub_(y).mul_(0.5), 20, 2),
     ],
 )

@@ -129,6 +129,50 @@ def test_a_layer_that_is_frozen_after_its_gradient_moves_in_the_step_as_torch_mo
     assert torch.equal(*outcomes)
 
 
+def test_a_layer_that_is_frozen_on_the_way_through_a_round_takes_its_outer_step_with_what_it_had_learned():
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD(team.parameters(), lr=1.0), team, 3, slow_lr=0.5)
+    for step in range(3):
+        for model in team:
+            model[0].requires_grad_(step == 0).grad = torch.ones(1) if step == 0 else None
+            model[1].grad = torch.ones(1)
+        optimizer.step()
+    # Half of the way: of one step, and of three.
+    assert [parameter.item() for parameter in team[1].parameters()] == [-0.5, -1.5]
+
+
+def test_a_layer_that_may_train_and_has_no_gradient_in_a_round_goes_on_with_its_slow_momentum():
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD(team.parameters(), lr=1.0), team, 1, slow_momentum=0.5)
+    for round_number in range(2):
+        for model in team:
+            model[0].grad = torch.ones(1) if round_number == 0 else None
+            model[1].grad = torch.ones(1)
+        optimizer.step()
+    assert [parameter.item() for parameter in team[1].parameters()] == [-(1 + 0.5), -(1 + 0.5 + 1)]
+
+
+def test_a_layer_that_trains_within_the_closure_alone_takes_its_outer_step():
+    # As a network that its loss thaws, and freezes again for the loss of another one.
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD(team.parameters(), lr=1.0), team, 1, slow_lr=0.5)
+
+    def closure():
+        loss = 0.0
+        for model in team:
+            model[0].requires_grad_(True)
+            own = model[0].sum() + model[1].sum()
+            own.backward()
+            model[0].requires_grad_(False)
+            loss += own.item()
+        return loss
+
+    for model in team:
+        model[0].requires_grad_(False)
+    assert optimizer.step(closure) == 0.0
+    assert [parameter.item() for parameter in team[1].parameters()] == [-0.5, -0.5]
+
+
 def test_a_step_that_failed_and_is_taken_again_counts_its_rate_once():
     outcomes = []
     for failures in (0, 3):
@@ -619,6 +663,29 @@ def test_a_group_added_in_a_round_steps_at_its_own_rate():
         if step == 0:
             optimizer.add_param_group({"params": [model[1] for model in team], "lr": 0.5})
     assert [parameter.item() for parameter in team[1].parameters()] == [-2.0, -0.5]
+
+
+def test_a_group_added_in_a_round_has_the_mean_rate_of_its_own_steps():
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD([model[0] for model in team], lr=1.0), team, 100, slow_momentum=0.5)
+
+    def step():
+        for parameter in team.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    step()
+    optimizer.add_param_group({"params": [model[1] for model in team], "lr": 0.5})
+    step()
+    step()
+    optimizer.param_groups[1]["lr"] = 0.25  # of the next round
+    optimizer.sync()
+    step()
+    step()
+    optimizer.sync()
+    # Three steps of 1 and two of 0.5, then two of 1 and two of 0.25; half of the first round's momentum, and half of
+    # that where the rate is half as large.
+    assert [parameter.item() for parameter in team[1].parameters()] == [-(3 + 2 + 1.5), -(1 + 0.5 + 0.25)]
 
 
 @pytest.mark.parametrize("moves", [0, 1])

@@ -95,12 +95,11 @@ def test_an_optimizer_that_clips_by_the_norm_of_all_its_gradients_is_refused_for
 
 @pytest.mark.parametrize("kind", [LocalSGD, SlowMo])
 def test_master_weights_which_no_sync_averages_are_refused(kind):
-    team = Workers(nn.Linear(4, 2, dtype=torch.bfloat16), 2)
-    inner = LAMB(team.parameters(), lr=0.1, master_weights=True)
-    with pytest.raises(
-        ValueError, match=r"master_weights=True keeps float32 weights of parameters in torch\.bfloat16"
-    ):
-        kind(inner, team, 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        team = Workers(nn.Linear(4, 2, dtype=dtype), 2)
+        inner = LAMB(team.parameters(), lr=0.1, master_weights=True)
+        with pytest.raises(ValueError, match=f"master_weights=True keeps float32 weights of parameters in {dtype}"):
+            kind(inner, team, 4)
     team = Workers(nn.Linear(4, 2), 2)  # float32 parameters are their own masters
     optimizer = kind(LAMB(team.parameters(), lr=0.1, master_weights=True), team, 1)
     for parameter in team.parameters():

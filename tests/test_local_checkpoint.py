@@ -255,6 +255,29 @@ def test_a_state_of_something_else_is_refused_by_name():
         SlowMo(torch.optim.SGD(other.parameters(), lr=0.1), other, 4).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("steps_in_round", True),
+        ("anchored", 1),
+        ("rates", ["0.05"]),
+        ("outer", []),
+        ("outer", [{"anchor": torch.zeros(3), "momentum_buffer": torch.zeros(3), "last_rates": [0.0]}]),
+        ("of another version", 1),
+    ],
+    ids=["no number", "no flag", "no rates", "no outer state", "another shape", "another entry"],
+)
+def test_an_entry_that_cannot_stand_where_it_stands_is_named_before_anything_is_taken(entry, value):
+    optimizer, team = make(SlowMo)
+    run(optimizer, team, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["fastlocal"][entry] = value
+    state["fastlocal"]["stats"]["local_steps"] = 7
+    with pytest.raises(ValueError, match=entry):
+        optimizer.load_state_dict(state)
+    assert optimizer.stats.local_steps == 3
+
+
 @pytest.mark.parametrize("error", [ValueError, AssertionError, ZeroDivisionError])
 def test_a_policy_that_cannot_take_a_state_back_keeps_its_own_and_the_error_says_why(error):
     class Picky(FixedInterval):

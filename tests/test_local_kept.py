@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastlocal import DiLoCo, LocalSGD, SlowMo, Workers
+from fastlocal.local.kept import Kept
 
 
 class StandIn:
@@ -78,3 +79,14 @@ def test_a_state_loaded_through_a_stand_in_is_the_optimizers():
     train(second, others, rounds=1, steps=6)
     for mine, other in zip(others.parameters(), team.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_what_was_not_set_yet_is_an_attribute_that_is_lacking():
+    class Owner:
+        early: Kept[int] = Kept()
+        late: Kept[int] = Kept()
+
+    owner = Owner()
+    owner.early = 1
+    assert owner.early == 1
+    assert getattr(owner, "late", None) is None

@@ -217,6 +217,9 @@ def test_steps_name_masters_that_do_not_fit():
         ops.lars_(p, p, [None], [None], replace(LARS_OPTIONS, momentum=0.0), masters=[])
     with pytest.raises(TypeError, match=r"masters must be at least float32, got torch.bfloat16"):
         ops.lars_(p, p, [None], [None], replace(LARS_OPTIONS, momentum=0.0), masters=p)
+    mixed, none = [torch.zeros(2), *p], [None, None]  # the first is its own master
+    with pytest.raises(ValueError, match=r"masters must have their parameter's shape \(2,\), got \(3,\)"):
+        ops.lars_(mixed, mixed, none, none, replace(LARS_OPTIONS, momentum=0.0), masters=[None, torch.zeros(3)])
 
 
 @BOTH

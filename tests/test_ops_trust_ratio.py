@@ -243,6 +243,26 @@ def test_steps_name_the_argument_that_is_wrong():
         ops.grad_norm([])
 
 
+@pytest.mark.parametrize(
+    ("name", "second", "error", "message"),
+    [
+        ("params", torch.ones(2, dtype=torch.complex64), TypeError, "step real floating-point parameters, got"),
+        ("grads", torch.ones(2).to_sparse(), RuntimeError, "do not support sparse gradients"),
+        ("grads", torch.ones(3), ValueError, r"grads must have their parameter's shape \(2,\), got \(3,\)"),
+        ("exp_avgs", torch.zeros(2).bfloat16(), TypeError, "exp_avgs must be at least float32, got torch.bfloat16"),
+    ],
+    ids=["complex", "sparse", "another shape", "low precision"],
+)
+def test_a_wrong_tensor_behind_a_right_one_is_found_before_anything_is_written(name, second, error, message):
+    lists = {which: [torch.ones(2), torch.ones(2)] for which in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    lists[name][1] = second
+    steps = [torch.zeros(()), torch.zeros(())]
+    with pytest.raises(error, match=message):
+        ops.lamb_(*lists.values(), steps, LAMB)
+    assert torch.equal(lists["params"][0], torch.ones(2))
+    assert steps[0] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64])
 def test_triton_refuses_dtypes_it_does_not_step(dtype):
     p, g = [torch.zeros(2, dtype=dtype)], [torch.ones(2, dtype=dtype)]

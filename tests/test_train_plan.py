@@ -50,6 +50,7 @@ def test_synchronous_training_is_as_fast_as_itself():
     result = estimate(make(method="sync", interval=1))
     assert result.speedup == 1
     assert result.outer_bytes_per_step == pytest.approx(1.5e9)
+    assert estimate(make(method="sync", interval=10)) == result
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8", "fp4"])
@@ -97,6 +98,11 @@ def test_streaming_waits_only_for_what_a_fragment_needs_beyond_its_steps():
     # A fragment is due every 2 steps: a third step of overlap would be the next one's.
     most = estimate(make(method="streaming", fragments=5, step_seconds=0.1, overlap_steps=3))
     assert most.step_seconds == pytest.approx(0.1 + 5 * 0.1 / 10)
+    # 4 of 0.375 s are due every 2.5 steps; each one of 5 sends its own 2·3 messages of 10 ms.
+    odd = estimate(make(method="streaming", fragments=4, step_seconds=0.1, overlap_steps=3))
+    assert odd.step_seconds == pytest.approx(0.1 + 4 * (0.375 - 0.25) / 10)
+    delayed = make(method="streaming", fragments=5, step_seconds=0.1, link=Link(8.0, 0.01, 1.0))
+    assert estimate(delayed).step_seconds == pytest.approx(0.1 + 5 * (0.3 + 0.06 - 0.1) / 10)
 
 
 # Douillard et al., Streaming DiLoCo (arXiv:2501.18512), table 1: 10^9 parameters, 2 replicas, 1 Gb/s, interval 100;

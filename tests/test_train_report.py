@@ -353,6 +353,19 @@ def test_seeds_on_other_images_are_not_averaged(tmp_path):
     }
 
 
+def test_a_run_older_than_a_setting_had_its_default(tmp_path):
+    places = begun(tmp_path / "study")
+    for seed, accuracy in ((0, 50.0), (1, 54.0)):
+        finish(places["k2-j8", seed], accuracy)
+    for name in ("config.json", "summary.json"):
+        path = places["k2-j8", 1].folder / name
+        saved = json.loads(path.read_text())
+        del (saved if name == "config.json" else saved["config"])["wire_dtype"]
+        path.write_text(json.dumps(saved))
+    (group,) = collect(tmp_path / "study").groups
+    assert (group.name, group.spread("test_accuracy")) == ("k2-j8", Spread(52.0, 8**0.5))
+
+
 def test_another_budget_is_a_group_of_its_own_and_is_not_compared_with_the_originals_figures(tmp_path):
     for name, epochs, accuracy in (("whole", None, 50.0), ("short", 2, 30.0), ("long", 8, 60.0)):
         finish(begun(tmp_path / "all" / name, epochs=epochs)["k2-j8", 0], accuracy)
@@ -524,6 +537,21 @@ def test_the_rate_is_taken_out_of_a_name_wherever_it_stands(tmp_path):
     for number, place in enumerate(places.values()):
         finish(place, 40.0 + number)
     assert [search.name for search in tuned.searches(collect(out).groups)] == ["k1", "k2"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "sources"),
+    [((0.02, 0.02), ("other", "other")), ((0.02, 0.1), ("official", "re-split"))],
+    ids=["one rate", "other images"],
+)
+def test_two_groups_of_one_rate_or_of_other_images_are_no_search(tmp_path, rates, sources):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\n[[cells]]\nname = "x"\nlr = {}\n'
+    for name, rate, source in zip("ab", rates, sources, strict=True):
+        (place,) = begun(tmp_path / name, text.format(rate)).values()
+        finish(place, 40.0, {"source": source, "sha256": name})
+    groups = collect(tmp_path).groups
+    assert len(groups) == 2
+    assert tuned.searches(groups) == []
 
 
 def test_rates_that_were_only_validated_are_shown_by_validation(tmp_path):
@@ -706,6 +734,24 @@ def test_a_default_and_the_same_value_spelled_out_are_one_family_of_rates(tmp_pa
         finish(place, 40.0)
     (search,) = tuned.searches(collect(tmp_path / "rates").groups)
     assert sorted(map(tuned.rate, search.groups)) == [0.02, 0.1]
+
+
+def test_rates_of_a_policy_with_a_default_that_follows_the_rate_are_one_family(tmp_path):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\npolicy = "qsr"\n[[cells]]\nname = "a"\nlr = [0.1, 0.02]\n'
+    places = begun(tmp_path / "rates", text)
+    for place in places.values():
+        finish(place, 40.0)
+    assert len({place.config.resolved()["qsr_alpha"] for place in places.values()}) == 2
+    (search,) = tuned.searches(collect(tmp_path / "rates").groups)
+    assert [tuned.rate(group) for group in search.groups] == [0.02, 0.1]
+
+
+def test_a_default_rate_that_older_runs_did_not_record_is_the_first(tmp_path):
+    text = '[base]\ndataset = "cifar100"\nepochs = 4\n[[cells]]\nname = "a"\nlr = 0.1\n[[cells]]\nname = "b"\n'
+    for place in begun(tmp_path / "rates", text).values():
+        finish(place, 40.0, images=None)
+    (search,) = tuned.searches(collect(tmp_path / "rates").groups)
+    assert [group.name for group in search.groups] == ["b", "a"]
 
 
 def test_runs_outside_of_studies_come_last(tmp_path):

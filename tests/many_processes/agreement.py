@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastlocal import AdaComm, ConsensusDistance, DiLoCo, FixedInterval, LocalSGD, SlowMo, Workers
+from fastlocal.comm import held_here
 from fastlocal.local import DisagreementError
 from fastlocal.policy import OriginalValidationLoss
 from tests.local_runs import parameters_of
@@ -311,6 +312,9 @@ def a_gradient_that_is_a_sum_still_to_be_taken_is_refused(rank, new_group):
     model[0].grad = DTensor.from_local(torch.ones(2), mesh["pieces"], [Partial()])
     with pytest.raises(TypeError, match="must be sharded or replicated, got placements"):
         optimizer.step()
+    for placements in ([Shard(0), Partial()], [Partial(), Replicate()]):  # along one dimension of two
+        with pytest.raises(TypeError, match="must be sharded or replicated, got placements"):
+            held_here(DTensor.from_local(torch.ones(2), mesh, placements))
 
 
 def pieces_of_which_there_are_copies_count_once_in_the_drift(rank, new_group):

@@ -171,6 +171,13 @@ def rank_0_gives_parameters_and_buffers_to_begin_with(rank, new_group):
     optimizer.step()
     moved = parameters_of(network(0)) - 0.05 * gradient
     torch.testing.assert_close(parameters_of(team[0]), moved, **ROUNDED)
+    for layer in (0, 1):  # so it is where a rank began elsewhere in one layer alone
+        model = nn.ParameterList([torch.full((1,), float(rank * (layer == number))) for number in (0, 1)])
+        optimizer, team = build(LocalSGD, 1, 100, group=new_group(), model=model)
+        for parameter in team.parameters():
+            parameter.grad = torch.ones(1)
+        optimizer.step()
+        assert parameters_of(team[0]).tolist() == pytest.approx([-0.05 * (rank == 0)] * 2)
 
 
 def parameters_of_the_same_numbers_in_another_order_become_rank_0s(rank, new_group):
@@ -396,7 +403,8 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
             with pytest.warns(UserWarning, match="same gradients before their first step"):
                 optimizer.step()
         else:
-            optimizer.step()
+            with warnings.catch_warnings(action="error"):  # not all have the same gradients
+                optimizer.step()
     whole = nn.parallel.DistributedDataParallel(network(), process_group=group)
     hooked = nn.parallel.DistributedDataParallel(network(), process_group=group)
     hooked.register_comm_hook(None, leave_gradients_alone)
@@ -433,6 +441,12 @@ def a_ddp_put_around_the_model_later_is_noticed_by_its_gradients(rank, new_group
             parameter.grad = None if grads is None else torch.full_like(parameter, grads)
         with warnings.catch_warnings(action="error"):
             optimizer.step()
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
+    for number, parameter in enumerate(model.parameters()):  # the same numbers in other places
+        parameter.grad = torch.full((1,), 1.0 + (rank + number) % 2)
+    with warnings.catch_warnings(action="error"):
+        optimizer.step()
 
 
 def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group):

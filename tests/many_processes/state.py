@@ -242,6 +242,10 @@ def a_state_of_other_pieces_is_refused_and_one_of_older_versions_is_not(rank, ne
     del state["fastlocal"]["places"]
     optimizer.load_state_dict(state)
     optimizer.step()
+    copied = fully_shard(nn.Linear(4, 4), mesh=mesh)  # copies of pieces may take each other's state
+    inner = torch.optim.SGD(copied.parameters(), lr=0.1)
+    optimizer = SlowMo(inner, copied, 1, process_group=ALONE[0], timeout=20.0)
+    assert optimizer.state_dict()["fastlocal"]["places"] == [rank % 2]
 
 
 def two_workers_of_one_process_that_are_healed_count_their_steps_apart(rank, new_group):

@@ -56,18 +56,26 @@ def a_state_of_the_warmup_goes_on_from_rank_0s_model_where_another_was_not_loade
 
 def last_digits_of_bfloat16_that_differ_after_the_warmup_stay(rank, new_group):
     group = new_group()
-    for apart, begun in ((2**-7, (1.0, 1.0, 1 + 2**-7, 1.0)), (3 * 2**-7, (1.0,) * WORLD)):
-        state: dict = {}
-        for number in (1.0, 1 + apart * (rank == 2)):
-            model = nn.ParameterList([torch.full((1,), number, dtype=torch.bfloat16)])
-            inner = torch.optim.SGD(model.parameters(), lr=0.0)
-            optimizer = LocalSGD(inner, model, 4, process_group=group, timeout=20.0, warmup_steps=6)
-            if state:
-                optimizer.load_state_dict(state)
-            model[0].grad = torch.zeros_like(model[0])
-            optimizer.step()
-            state = copy.deepcopy(optimizer.state_dict())
-        assert model[0].item() == begun[rank]
+    for loaded, begun in (
+        (1 + 2**-7, (1.0, 1.0, 1 + 2**-7, 1.0)),
+        (1 + 3 * 2**-7, (1.0,) * WORLD),
+        (torch.nan, (1.0,) * WORLD),
+    ):
+        for which in (0, 1):
+            state: dict = {}
+            for number in (1.0, loaded if rank == 2 else 1.0):
+                team = Workers(nn.ParameterList([torch.ones(1, dtype=torch.bfloat16)]), 2)
+                with torch.no_grad():
+                    team[which][0].fill_(number)
+                inner = torch.optim.SGD(team.parameters(), lr=0.0)
+                optimizer = LocalSGD(inner, team, 4, process_group=group, timeout=20.0, warmup_steps=6)
+                if state:
+                    optimizer.load_state_dict(state)
+                for parameter in team.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+                state = copy.deepcopy(optimizer.state_dict())
+            assert team[which][0].item() == begun[rank]
 
 
 NAMES = {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}
