@@ -3,9 +3,9 @@
 #
 #     bash bench/gpu.sh OUT_FOLDER [cuda|cpu] [PARTS]
 #
-# PARTS, such as "tests kernels queue roofline", are those to run; without it all are. Where a call may last ten minutes
-# two of them leave each part its time; copy OUT_FOLDER/launch.json to kernels/launch.json in between. Where the checkout
-# has no .git, FASTLOCAL_COMMIT=... names the commit in the rows.
+# PARTS, such as "tests kernels queue roofline adopted", are those to run, into an OUT_FOLDER of their own; without it all
+# are. Two calls leave each part its time: the second one wants the first one's launch.json in kernels/. Where the
+# checkout has no .git, FASTLOCAL_COMMIT=... names the commit in the rows.
 #
 # Needs a checkout, a CUDA device and a python3 with torch, triton and numpy (PYTHON=... names another one); nothing is
 # installed or fetched. pytest, pytest-timeout, timm and pytorch-optimizer are used where they are. CIFAR-100 is used
@@ -33,6 +33,8 @@ failed=0
 : >"$out/summary.txt"
 : >"$out/log.txt"
 
+asked_for() { [ -z "$wanted" ] || [[ " $wanted machine " == *" $1 "* ]]; }
+
 left_out() { # NAME REASON
   printf '%-16s left out: %s\n' "$1" "$2" | tee -a "$out/summary.txt"
 }
@@ -40,9 +42,9 @@ left_out() { # NAME REASON
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 remains=$((505 - SECONDS + began)) start=$SECONDS code
   shift 2
-  if [ -n "$wanted" ] && [[ " $wanted machine " != *" $name "* ]]; then
+  if ! asked_for "$name"; then
     left_out "$name" "not asked for"
-    return 0
+    return 1
   fi
   if [ "$remains" -lt 15 ]; then
     left_out "$name" "no time is left"
@@ -75,7 +77,7 @@ if [ "$device" = cuda ]; then
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$out/log.txt"
 fi
 
-steps=()
+steps=(--no-steps)
 if has pytest; then
   settings=(-p no:cacheprovider -W default -ra)
   # pyproject.toml sets the timeout of a plugin; without it pytest takes no settings from there.
@@ -88,8 +90,8 @@ if has pytest; then
     part kernels 110 "$python" -m pytest "${settings[@]}" \
       tests/test_averaging_ops.py tests/test_trust_ratio_kernels.py tests/test_master_weights.py \
       tests/test_progress.py tests/test_float8.py
-    # By itself: programs that wait for each other could hang. What has failed is not adopted.
-    part queue 75 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_queue.py || steps=(--no-steps)
+    # By itself: programs that wait for each other could hang. What has not passed is not adopted.
+    part queue 75 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_queue.py && steps=()
   fi
 else
   left_out tests "pytest is not installed"
@@ -97,11 +99,11 @@ fi
 
 if [ "$device" = cuda ]; then
   part roofline 110 "$python" bench/roofline.py --adopt --seconds 85 "${steps[@]}" --out "$out/roofline.json"
-  cp kernels/launch.json "$out/launch.json"
+  asked_for roofline && cp kernels/launch.json "$out/launch.json"
   # The tests before ran with other block sizes and warps than those adopted now.
   if has pytest; then
-    part adopted 40 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_kernels.py \
-      -k "float64_reference or low_precision or same_bits"
+    part adopted 60 "$python" -m pytest "${settings[@]}" tests/test_trust_ratio_kernels.py tests/test_averaging_ops.py \
+      -k "float64_reference or low_precision or same_bits or norm or agrees_with_the_reference"
   fi
   part steps 50 "$python" bench/gpu_steps.py --out "$out/steps.jsonl"
   quick=()

@@ -119,14 +119,14 @@ def main() -> None:
                 found = measure(make, shapes)
                 row = {"size": size, "tensors": len(shapes), "parameters": parameters, "contender": name}
                 share = None
-                if 8 * parameters > 2 * machine.cache_bytes("cuda"):  # else neither comes from memory
+                if 8 * parameters > 2 * machine.cache_bytes("cuda"):  # else the copy may come from the cache
                     share = FLOORS[name] * parameters / found["device"] * 1e6 / (8 * parameters / copy)
                 # (block, warps, lag) where a step is one launch, which may move less than FLOORS says.
                 one_launch = queue_constants(f"{kind}_step", *FLOAT32) if name.startswith("fastlocal") else None
                 row |= {"share_of_copy": share, "one_launch": one_launch}
                 row |= {f"{what} us".replace(" ", "_"): us for what, us in found.items()}
                 times = "  ".join(f"{what} {us:.0f}" for what, us in found.items())
-                shown = "      in the cache" if share is None else f"{100 * share:5.1f} % of copy"
+                shown = "copy in the cache" if share is None else f"{100 * share:5.1f} % of copy"
                 print(f"{size:9} {name:18} {shown}; us: {times}", flush=True)
                 machine.append_rows(given.out, {**machine.origin("cuda"), **row})
 

@@ -186,7 +186,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk that fills up while the file is written
     try:
-        with pytest.raises(RunError, match=r"c.pt cannot be written: File too large; free some space"):
+        with pytest.raises(RunError, match=r"c.pt cannot be written: File too large; use another folder"):
             checkpoint.save(path, {"a": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

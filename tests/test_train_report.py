@@ -486,6 +486,11 @@ def test_long_names_are_whole_in_the_legend_beside_their_handles_and_below_the_a
     ]
 
 
+def test_a_name_in_letters_that_the_font_lacks_is_drawn_without_a_warning():
+    groups = [Group("日本", [Run("日本-s0", {}, {"test_accuracy": 40.0, "bytes_on_wire": 1e6}, [])])]
+    assert plots._pareto(groups).startswith(b"\x89PNG")
+
+
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"there is no run below {tmp_path}" in capsys.readouterr().err.replace("\n", "")

@@ -27,7 +27,7 @@ class Turn(NamedTuple):
 
     seconds: float
     host_bound: bool
-    """Whether a GPU waited for the host within these seconds, which are then not the device's alone."""
+    """Whether a GPU may have waited for the host within these seconds, which are then not the device's alone."""
 
 
 @dataclass(frozen=True)

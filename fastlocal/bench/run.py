@@ -44,7 +44,7 @@ class Measurement:
     share_of_copy: float
     """Bytes a second by those of a copy in the same turns."""
     host_bound: float
-    """The share of turns in which a GPU waited for the host to issue more: its time is then the host's too."""
+    """The share of turns in which a GPU may have waited for the host: its time is then the host's too."""
     turns: int
     sets: int
     """Sets of tensors that the turns rotate over."""
@@ -136,9 +136,9 @@ def ahead(rows: list[Measurement]) -> list[str]:
 
 
 def host_bound(rows: list[Measurement]) -> list[str]:
-    """Where the times are not the device's alone: a line each."""
+    """Whose times may not be the device's alone: a line each."""
     return [
-        f"waited for the host: {row.contender} in {named(row.operation, row.size, row.workers)}, "
+        f"may have waited for the host: {row.contender} in {named(row.operation, row.size, row.workers)}, "
         f"in {row.host_bound:.0%} of the turns"
         for row in rows
         if row.host_bound

@@ -18,7 +18,7 @@ from fastlocal.checksum import checksum
 from fastlocal.comm import Group
 from fastlocal.flat import Rows
 from fastlocal.following import drop_gradients
-from fastlocal.local.meeting import DisagreementError
+from fastlocal.local.meeting import FIRST_GRADIENTS, DisagreementError, gather
 from fastlocal.ops.averaging import accumulate_dtype
 from fastlocal.outer import Outer
 
@@ -98,28 +98,26 @@ def share_states(outers: Sequence[Outer], group: Group) -> None:
         group.broadcast_(tensor, source=0)
 
 
-@torch.no_grad()
 def warn_of_equal_gradients(rows: Rows, group: Group) -> None:
     """Warn on every process if all have the same gradients, to the bit: their workers learn nothing apart.
 
     That is how a DistributedDataParallel shows that was put around the model after it was handed over.
     """
     grads = [p.grad for parameters in rows.parameters for p in parameters.values() if p.grad is not None]
-    strided: list[Any] = [grad for grad in grads if grad.layout is torch.strided]
+    strided: list[Any] = [grad.detach() for grad in grads if grad.layout is torch.strided]
     # Of a sum still to be taken the summands tell as much.
-    pieces: list[Tensor] = [grad.to_local() if comm.is_sharded(grad) else grad for grad in strided]
+    pieces = [(grad.to_local() if comm.is_sharded(grad) else grad).resolve_neg() for grad in strided]
     size, total = 0.0, 0
     if pieces:
         home = pieces[0].device
         norms = torch.stack([piece.norm(dtype=accumulate_dtype(piece.dtype)).to(home) for piece in pieces])
-        sums = torch.stack([checksum(piece).to(home) for piece in pieces]).tolist()
-        # Odd multiples: two that changed places are seen.
-        size, total = float(norms.max()), sum((2 * number + 1) * each for number, each in enumerate(sums))
-    everybody = group.gather([size, total >> 32 & 0xFFFFFFFF, total & 0xFFFFFFFF])
+        sums = torch.stack([checksum(piece).to(home) for piece in pieces])
+        size, total = float(norms.max()), int(checksum(sums))
+    everybody = gather(group, FIRST_GRADIENTS, 0, [size, total >> 32, total & 0xFFFFFFFF])
     if 0 < size < math.inf and all(said == everybody[0] for said in everybody):
         warnings.warn(
-            "all processes have the same gradients before their first step: they read the same data, or something "
-            "else averages gradients, such as a DistributedDataParallel that was put around the model after this "
+            "all processes have the same gradients in their first step: they read the same data, or something else "
+            "averages gradients, such as a DistributedDataParallel that was put around the model after this "
             "optimizer was built: call forward and backward inside of its no_sync(), or leave it out",
-            stacklevel=2,
+            stacklevel=5,  # who calls step(), which torch wraps
         )

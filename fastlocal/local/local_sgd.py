@@ -207,6 +207,8 @@ class LocalSGD(Checkpointed):
             loss = self.inner.step(closure) if closure else self._scaling().step(self.inner)
             self._rates.note(self.steps_in_round, *seen)
             self.steps_in_round += 1
+            if self.stats.local_steps == 0:  # after the step, since a closure brings gradients
+                self._team.warn_of_equal_gradients()
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
         if self.steps_in_round >= self.stats.interval:
@@ -296,6 +298,8 @@ class LocalSGD(Checkpointed):
 
     def _average_gradients(self) -> bool:
         """Give every worker the mean gradient; returns whether the step may be taken."""
+        if self.stats.local_steps == 0:
+            self._team.warn_of_equal_gradients()
         started = time.perf_counter()
         scaling = self._scaling()
         finite = not scaling.overflowed()

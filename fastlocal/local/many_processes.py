@@ -105,7 +105,6 @@ class ManyProcesses(OneProcess):
         self._has_compared = True
         self._healed = list(self._healable())  # the same in all processes; one may freeze or add others later
         self.compare_pieces(settings, stats)
-        warn_of_equal_gradients(self.rows, self.group)
         if stats.local_steps:
             share_states(self.outers, self.group)
         begin = self.rows.begin(self.inner)
@@ -146,6 +145,10 @@ class ManyProcesses(OneProcess):
                 state, stats.val_loss, stats.train_loss, stats.observations = pickle.loads(packed)
                 policy.load_state_dict(state)
         return self.share_decision(said.interval, policy, stats)
+
+    def warn_of_equal_gradients(self) -> None:
+        """Before any are averaged here: something else may do that, or all may read the same data."""
+        warn_of_equal_gradients(self.rows, self.group)
 
     def forget_message(self) -> None:
         """The others' policies may have changed: send the state again."""

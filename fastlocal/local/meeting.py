@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 from fastlocal.comm import Group
 
-_PURPOSES = ("begin a round", "close a round", "average gradients", "compare settings", "go on from a loaded state")
-BEGIN, CLOSE, GRADIENTS, COMPARE, LOADED = range(len(_PURPOSES))
+_PURPOSES = (
+    *("begin a round", "close a round", "average gradients", "compare settings", "go on from a loaded state"),
+    "compare gradients",
+)
+BEGIN, CLOSE, GRADIENTS, COMPARE, LOADED, FIRST_GRADIENTS = range(len(_PURPOSES))
 _FIRST = 32
 """Numbers in the first message of every meeting, whatever it is for: those of up to eight rows fit. A process that is
 elsewhere is told so; a message of another length would end it."""
@@ -54,11 +57,11 @@ def meet(group: Group, purpose: int, own: Header) -> list[Header]:
         DisagreementError: on every process, if they are not at the same point.
         LostRankError: one has not come in time.
     """
-    group.arrive(_PURPOSES[purpose], own.local_steps)
     numbers, rows = own[:-2], len(own.flags)
     kinds = Header.__annotations__.values()
     table = []
-    for said in _gather(group, purpose, [*map(float, numbers), *map(float, own.flags), *own.weights]):
+    mine = [*map(float, numbers), *map(float, own.flags), *own.weights]
+    for said in gather(group, purpose, own.local_steps, mine):
         flags, weights = said[len(numbers) : len(numbers) + rows], said[len(numbers) + rows :]
         read: list[Any] = [kind(number) for kind, number in zip(kinds, said[: len(numbers)], strict=False)]
         table.append(Header(*read, flags=tuple(map(bool, flags)), weights=tuple(weights)))
@@ -66,8 +69,14 @@ def meet(group: Group, purpose: int, own: Header) -> list[Header]:
     return table
 
 
-def _gather(group: Group, purpose: int, numbers: list[float]) -> list[list[float]]:
-    """Everybody's numbers, once all have said that they meet for the same, with as many."""
+def gather(group: Group, purpose: int, local_steps: int, numbers: list[float]) -> list[list[float]]:
+    """Everybody's numbers, once all have said that they meet for the same, with as many.
+
+    Raises:
+        DisagreementError: on every process, if they do not.
+        LostRankError: one has not come in time.
+    """
+    group.arrive(_PURPOSES[purpose], local_steps)
     head = [group.number, purpose, len(numbers)]
     own = [*map(float, head), *numbers]
     first, rest = own[:_FIRST], own[_FIRST:]
@@ -108,8 +117,7 @@ def compare(
     Raises:
         DisagreementError: on every process, naming the ranks that differ and in what.
     """
-    group.arrive(_PURPOSES[purpose], local_steps)
-    _gather(group, purpose, [])
+    gather(group, purpose, local_steps, [])
     digest = hashlib.sha256(repr(tensors).encode()).hexdigest()
     everybody = group.gather_objects((settings, digest))
     first, first_digest = everybody[0]

@@ -125,6 +125,9 @@ class OneProcess:
             policy.load_state_dict(state)
         return interval
 
+    def warn_of_equal_gradients(self) -> None:
+        """There is nobody to have them."""
+
     def forget_message(self) -> None:
         """Nothing was sent to anybody."""
 

@@ -14,7 +14,8 @@ from fastlocal.train.errors import RunError, UsageError
 
 _DIGEST_TAG = b"\nfastlocal-sha256:"
 _TRAILER_LENGTH = len(_DIGEST_TAG) + 64
-_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -31,7 +32,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        advice = "; free some space, or use another folder" if error.errno in _OF_SPACE else ""
+        advice = "free some space, or use another folder" if error.errno in _FULL else "use another folder"
+        advice = f"; {advice}" if error.errno in (*_FULL, *_ELSEWHERE) else ""
         raise RunError(f"{path} cannot be written: {error.strerror}{advice}") from None
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -93,10 +94,10 @@ def _read(content: dict[str, Any], stem: str, trials: int | None, instead: dict[
 
 
 def _example(base: dict[str, Any], space: dict[str, BaseDistribution]) -> Config:
-    """[base] alone, where that is a run; else the first combination of choices and bounds that is.
+    """[base] alone, where that is a run; else a combination of choices and bounds that is.
 
     Raises:
-        UsageError: none of the first thousand is.
+        UsageError: none of all, or of a thousand drawn, is one.
     """
     try:
         return config_from(base)
@@ -106,10 +107,15 @@ def _example(base: dict[str, Any], space: dict[str, BaseDistribution]) -> Config
         choice.choices if isinstance(choice, CategoricalDistribution) else (choice.low, choice.high)
         for choice in cast(dict[str, CategoricalDistribution | IntDistribution | FloatDistribution], space).values()
     ]
-    for combination in itertools.islice(itertools.product(*ends), 1000):
+    if math.prod(map(len, ends)) <= 1000:
+        combinations = itertools.product(*ends)
+    else:
+        draw = random.Random(0)
+        combinations = (tuple(map(draw.choice, ends)) for _ in range(1000))
+    for combination in combinations:
         with contextlib.suppress(UsageError):
             return config_from(base | dict(zip(space, combination, strict=True)))
-    raise why
+    raise UsageError(f"no values of [space] that were tried make [base] a run, which by itself is none: {why}")
 
 
 def _distribution(name: str, value: Any) -> BaseDistribution:

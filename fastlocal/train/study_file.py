@@ -114,11 +114,12 @@ def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Pr
         raise UsageError("it has no cells: add a [grid] or [[cells]]")
     _require_names([cell.name for cell in cells])
     _require_different(cells, "")
+    cells = _with_original(cells, content.get("original", []))
     given = [f"--{key} {value}" for key, value in (("epochs", epochs), ("precision", precision)) if value is not None]
     if given:
         cells = _replaced(cells, epochs, precision, only)
         _require_different(cells, f" at {' '.join(given)}")
-    return Study(name, title, epochs, precision, tuple(_with_original(cells, content.get("original", []))))
+    return Study(name, title, epochs, precision, tuple(cells))
 
 
 def _require_names(names: Sequence[str]) -> None:

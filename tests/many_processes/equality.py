@@ -400,7 +400,7 @@ def a_model_under_ddp_without_its_own_sync_is_averaged(rank, new_group):
             with pytest.raises(RuntimeError, match="under DistributedDataParallel, which averages the gradients of"):
                 optimizer.step()
             model.eval()  # evaluated since then: only the gradients tell
-            with pytest.warns(UserWarning, match="same gradients before their first step"):
+            with pytest.warns(UserWarning, match="same gradients in their first step"):
                 optimizer.step()
         else:
             with warnings.catch_warnings(action="error"):  # not all have the same gradients
@@ -427,13 +427,35 @@ def a_ddp_put_around_the_model_later_is_noticed_by_its_gradients(rank, new_group
         wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)  # as Lightning and accelerate do it
         if averages:
             backward(wrapped, 0, rank)
-            with pytest.warns(UserWarning, match="a DistributedDataParallel that was put around the model after"):
+            with pytest.warns(UserWarning, match="a DistributedDataParallel that was put around the model") as said:
+                optimizer.step()
+            assert [warning.filename for warning in said] == [__file__]
+            optimizer.load_state_dict(optimizer.state_dict())
+            with warnings.catch_warnings(action="error"):  # once is enough
                 optimizer.step()
         else:
             with wrapped.no_sync():
                 backward(wrapped, 0, rank)
             with warnings.catch_warnings(action="error"):
                 optimizer.step()
+    for options in ({}, {"warmup_steps": 1}):  # a closure brings its gradients after the step has begun
+        model = network()
+        optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group, **options)
+        wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
+
+        def closure(optimizer=optimizer, wrapped=wrapped):
+            optimizer.zero_grad()
+            backward(wrapped, 0, rank)
+            return 0.0
+
+        with pytest.warns(UserWarning, match="same gradients in their first step"):
+            optimizer.step(closure)
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
+    model.weight.grad = torch.view_as_complex(torch.ones(1, 2, 2)).conj().imag  # a minus sign that is pending
+    assert model.weight.grad.is_neg()
+    with pytest.warns(UserWarning, match="same gradients in their first step"):
+        optimizer.step()
     for grads in (None, 0.0, torch.inf):  # nothing, no slope, and an overflow of a scaled loss tell nothing
         model = nn.Linear(2, 1)
         optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.05), model, 3, process_group=group)
