@@ -354,7 +354,7 @@ def test_a_process_that_waits_on_is_not_named_and_one_that_has_ceased_to_is(stor
     first.arrive(7)
     second.arrive(7)
     with second.waiting():
-        assert first.find_missing(late=False, grace_seconds=0.6) is None
+        assert first.find_missing(late=False, grace_seconds=1.5) is None
     assert first.find_missing(late=False, grace_seconds=0.3) == "rank 5 arrived and fell silent"
 
 
@@ -364,7 +364,7 @@ def test_a_process_that_has_gone_on_to_the_next_point_is_not_named(store):
     second.arrive(7)
     second.arrive(8)  # as the source of a broadcast, which waits for nobody
     with second.waiting():
-        assert first.find_missing(late=True, grace_seconds=0.6) is None
+        assert first.find_missing(late=True, grace_seconds=1.5) is None
 
 
 def test_a_failure_before_is_none_at_the_next_point(store):
