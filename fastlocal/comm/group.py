@@ -147,9 +147,19 @@ class Group:
         return None
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Everybody's numbers, in the group's order; all give equally many."""
-        own = torch.tensor(values, dtype=torch.float64, device=self._device)
-        return torch.stack(self._gather_tensors(own)).tolist()
+        """Everybody's numbers, in the group's order; all give equally many.
+
+        Each sends its own to all others at once: an all-gather would pass them around a ring, hop after hop.
+        """
+        own = torch.tensor([[*values]] * len(self), dtype=torch.float64, device=self._device)
+        everybody = torch.empty_like(own)
+        options = self._options("AllToAll", own.device)
+        self._run(
+            lambda: self.process_group.alltoall_base(lent(everybody), lent(own), [], [], options),
+            own.device,
+            host_waits=True,  # on CUDA too a process that does not come is noticed here
+        )
+        return everybody.tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Everybody's object, in the group's order: for rare, small messages."""
@@ -231,7 +241,6 @@ class Group:
 
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
-        # The host waits for messages: on CUDA too a process that does not come is noticed here.
         self._run(lambda: self._all_gather(everybody, own), own.device, host_waits=True)
         return everybody
 
