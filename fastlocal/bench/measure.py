@@ -19,7 +19,7 @@ _SECONDS = 4.0
 _FEWEST, _MOST = 5, 30
 
 _CYCLES_ASLEEP = 20_000_000
-"""About 10 ms at 2 GHz, in which the host issues what a stream can hold, some thousand launches."""
+"""About 10 ms at 2 GHz, in which the host issues what a stream can hold, about a thousand launches."""
 
 
 class Turn(NamedTuple):
