@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from waiting import free_port
 
 from fastlocal import comm
 from fastlocal.comm import answer, launch, lent
@@ -126,9 +127,7 @@ def test_processes_meet_again_whose_machines_have_counted_other_numbers_of_resta
 
 
 def test_processes_that_no_agent_started_meet_at_the_store_that_rank_0_keeps():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [start(MEET, port, rank, 2) for rank in range(2)]
     said = [next_line(process) for process in processes]
     errors = []
@@ -271,9 +270,7 @@ for step in range(4):
 
 
 def test_a_process_whose_store_is_stopped_says_so_and_ends():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     first, second = (start(STORE_STOPS, port, rank, 2) for rank in range(2))
     try:
         assert next_line(second) == "at step 3\n", second.communicate()[1]

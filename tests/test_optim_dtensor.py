@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import socket
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
+from waiting import free_port
 
 from fastlocal import LAMB, LARS
 
@@ -155,7 +155,5 @@ def check_fsdp(optimizer, mesh):
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (2, 2)], ids=["sharded", "hybrid sharded"])
 def test_pieces_of_parameters_step_as_the_whole_would(mesh_shape):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     spawn(process, (port, mesh_shape), nprocs=math.prod(mesh_shape))

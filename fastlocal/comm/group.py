@@ -152,14 +152,8 @@ class Group:
         Each sends its own to all others at once: an all-gather would pass them around a ring, hop after hop.
         """
         own = torch.tensor([[*values]] * len(self), dtype=torch.float64, device=self._device)
-        everybody = torch.empty_like(own)
-        options = self._options("AllToAll", own.device)
-        self._run(
-            lambda: self.process_group.alltoall_base(lent(everybody), lent(own), [], [], options),
-            own.device,
-            host_waits=True,  # on CUDA too a process that does not come is noticed here
-        )
-        return everybody.tolist()
+        # The host waits for messages: on CUDA too a process that does not come is noticed here.
+        return self._exchange(own, host_waits=True).tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Everybody's object, in the group's order: for rare, small messages."""
@@ -229,15 +223,21 @@ class Group:
         parts = message.view(shape) if whole else message.new_zeros(shape)
         if not whole:
             parts.flatten(0, 1)[: len(message)] = message
-        received = torch.empty_like(parts)
-        exchange = self._options("AllToAll", message.device)
-        self._run(
-            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], exchange), message.device
-        )
-        own = add_up(received)
+        own = add_up(self._exchange(parts, host_waits=False))
         self._run(lambda: self._all_gather(parts.unbind(), own), message.device)
         if not whole:
             message.copy_(parts.flatten(0, 1)[: len(message)])
+
+    def _exchange(self, parts: Tensor, host_waits: bool) -> Tensor:
+        """What all have sent this process, in the group's order, who sends parts[i] to the i-th of them."""
+        received = torch.empty_like(parts)
+        options = self._options("AllToAll", parts.device)
+        self._run(
+            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], options),
+            parts.device,
+            host_waits,
+        )
+        return received
 
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]

@@ -37,8 +37,7 @@ def are_alike(everything: Sequence[Sequence[Tensor]], group: Group) -> bool:
     home = everything[0][0].device  # a model may lie on several
     sums = [torch.stack([checksum(twin).to(home) for twin in twins]) for twins in everything]
     by_worker = torch.stack(sums, dim=1).tolist()  # one read from the device
-    # Numbers are gathered in float64, which holds half of a sum.
-    halves = [half for own in by_worker for each in own for half in (each >> 32, each & 0xFFFFFFFF)]
+    halves = [half for own in by_worker for each in own for half in _halves(each)]
     width = 2 * len(everything)
     workers = {tuple(said[at : at + width]) for said in group.gather(halves) for at in range(0, len(said), width)}
     return len(workers) == 1
@@ -113,7 +112,7 @@ def warn_of_equal_gradients(rows: Rows, group: Group) -> None:
         norms = torch.stack([piece.norm(dtype=accumulate_dtype(piece.dtype)).to(home) for piece in pieces])
         sums = torch.stack([checksum(piece).to(home) for piece in pieces])
         size, total = float(norms.max()), int(checksum(sums))
-    everybody = gather(group, FIRST_GRADIENTS, 0, [size, total >> 32, total & 0xFFFFFFFF])
+    everybody = gather(group, FIRST_GRADIENTS, 0, [size, *_halves(total)])
     if 0 < size < math.inf and all(said == everybody[0] for said in everybody):
         warnings.warn(
             "all processes have the same gradients in their first step: they read the same data, or something else "
@@ -121,3 +120,8 @@ def warn_of_equal_gradients(rows: Rows, group: Group) -> None:
             "optimizer was built: call forward and backward inside of its no_sync(), or leave it out",
             stacklevel=5,  # who calls step(), which torch wraps
         )
+
+
+def _halves(total: int) -> tuple[int, int]:
+    """Numbers are gathered in float64, which holds half of a checksum."""
+    return total >> 32, total & 0xFFFFFFFF

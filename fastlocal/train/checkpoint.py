@@ -14,8 +14,8 @@ from fastlocal.train.errors import RunError, UsageError
 
 _DIGEST_TAG = b"\nfastlocal-sha256:"
 _TRAILER_LENGTH = len(_DIGEST_TAG) + 64
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ELSEWHERE = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_ADVICE = dict.fromkeys((errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM), "; use another folder")
+_ADVICE |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, or use another folder")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -32,8 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        advice = "free some space, or use another folder" if error.errno in _FULL else "use another folder"
-        advice = f"; {advice}" if error.errno in (*_FULL, *_ELSEWHERE) else ""
+        advice = _ADVICE.get(error.errno or 0, "")
         raise RunError(f"{path} cannot be written: {error.strerror}{advice}") from None
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed

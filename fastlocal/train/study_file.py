@@ -159,9 +159,10 @@ def _replaced(cells: Sequence[Cell], epochs: int | None, precision: Precision | 
             if cell.name in wanted:
                 raise UsageError(f"{cell.name}: {error}") from None
             continue
-        if cell.name in wanted or _comes_to(config) not in made:
+        run = _comes_to(config)
+        if cell.name in wanted or run not in made:
             by_name[cell.name] = replace(cell, config=config)
-            made.add(_comes_to(config))
+            made.add(run)
     return [by_name[cell.name] for cell in cells if cell.name in by_name]
 
 
