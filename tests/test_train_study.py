@@ -151,8 +151,13 @@ def test_only_the_cells_that_are_asked_for_are_looked_at(tmp_path, capsys):
     (tmp_path / "a-s0" / "config.json").write_text('{"method": "sync"}')
     command = ["study", str(written(tmp_path, few)), "--out", str(tmp_path), "--dry-run", "--only"]
     assert main([*command, "b*"]) == 0
+    assert "1 cell:" in (output := capsys.readouterr().out), output
     assert main([*command, "a*"]) == 2
     assert "a-s0 holds another run" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "b*", "--only", "a*"]) == 2
+    assert "a-s0 holds another run" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "b*", "--only", "c*"]) == 2
+    assert "--only c* is none of a-s0, b-s0" in " ".join(capsys.readouterr().err.split())
     assert main(["study", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "mine.toml"), "--dry-run"]) == 2
     assert "mine.toml cannot be used: it is a file" in " ".join(capsys.readouterr().err.split())
 
@@ -473,7 +478,7 @@ def test_cells_that_are_not_asked_for_are_left_out_where_other_epochs_or_precisi
     with pytest.raises(UsageError, match="warm-s0: --lr-warmup-epochs must be below --epochs 2"):
         study_file.load(path, epochs=2)
     path.write_text(path.read_text() + "[[original]]\nwhere = {schedule = 'warmup-cosine'}\ntest_accuracy = 50\n")
-    read = study_file.load(path, epochs=2, only="plain*")
+    read = study_file.load(path, epochs=2, only=["plain*"])
     assert [cell.name for cell in read.cells] == ["bf16-s0", "fp32-s0", "plain-s0"]
     assert {cell.config.epochs for cell in read.cells} == {2}
 

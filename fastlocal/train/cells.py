@@ -1,6 +1,6 @@
 """A study's folder: which cell is kept where, how far each is, and what the study asked for."""
 
-import fnmatch
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from fastlocal.train import run_files
 from fastlocal.train.errors import RunError, UsageError
 from fastlocal.train.pool import Place, find, placed
-from fastlocal.train.study_file import Study
+from fastlocal.train.study_file import Study, is_wanted
 
 STUDY = "study.json"
 """In a study's folder: the cells it asks for."""
@@ -18,26 +18,27 @@ def places(
     study: Study,
     root: Path,
     *,
-    only: str = "*",
+    only: Sequence[str] = ("*",),
     data_dir: Path | None,
     threads: int | None,
     default_threads: int | None = None,
     device: str | None,
     retry: bool,
 ) -> list[Place]:
-    """Where the cells stand whose name fits `only`. Writes nothing.
+    """Where the cells stand whose name fits one of `only`. Writes nothing.
 
     Raises:
-        UsageError: no cell has such a name, or a folder holds another run.
+        UsageError: no cell has a name that fits one of them, or a folder holds another run.
     """
+    for pattern in only:
+        if not any(is_wanted(cell, [pattern]) for cell in study.cells):
+            raise UsageError(f"--only {pattern} is none of {', '.join(cell.name for cell in study.cells)}")
     found = []
     for cell in study.cells:
-        if not fnmatch.fnmatchcase(cell.name, only):
+        if not is_wanted(cell, only):
             continue
         config = placed(cell.config, data_dir, device, threads, default_threads)
         found.append(find(replace(config, out=root / cell.name, resume=True), retry=retry))
-    if not found:
-        raise UsageError(f"--only {only} is none of {', '.join(cell.name for cell in study.cells)}")
     return found
 
 

@@ -67,7 +67,7 @@ def study(
     epochs: int | None = None,
     precision: Precision | None = None,
     parallel: int = 1,
-    only: str = "*",
+    only: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = ("*",),
     data_dir: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -82,7 +82,7 @@ def study(
         epochs: Replaces the epochs of all cells: a smaller budget, kept in a folder of its own.
         precision: Replaces the file's precision, in a folder of its own; give fp32 to a processor without bfloat16.
         parallel: Cells at a time, each in its own process.
-        only: Names of the cells to run, with * and ?.
+        only: Names of the cells to run, with * and ?; may be given again for more of them. Default: all.
         data_dir: Replaces the file's folder of the images.
         device: Replaces the file's device.
         threads: CPU threads of each cell. Default: the file's; else with --parallel above 1 the processors that may

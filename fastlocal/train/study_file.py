@@ -63,15 +63,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML file: {error}") from None
 
 
-def load(path: Path, *, epochs: int | None = None, precision: Precision | None = None, only: str = "*") -> Study:
+def load(
+    path: Path, *, epochs: int | None = None, precision: Precision | None = None, only: Sequence[str] = ("*",)
+) -> Study:
     """Read a study file and build every cell's Config.
 
     Args:
         path: the TOML file.
         epochs: instead of the epochs in the file, for all cells.
         precision: instead of the file's, likewise.
-        only: the names of the cells that are wanted, with * and ?. Of the others those are left out that are no valid
-            run, or another's, with these epochs and this precision.
+        only: the names of the cells that are wanted, as patterns with * and ?. Of the others those are left out that
+            are no valid run, or another's, with these epochs and this precision.
 
     Raises:
         UsageError: it cannot be read, or a cell is no valid run; names the file and the cell.
@@ -88,7 +90,14 @@ def folder_of(name: str, epochs: int | None, precision: Precision | None) -> str
     return name + (f"-{epochs}-epochs" if epochs is not None else "") + (f"-{precision}" if precision else "")
 
 
-def _study(content: dict[str, Any], stem: str, epochs: int | None, precision: Precision | None, only: str) -> Study:
+def is_wanted(cell: Cell, only: Sequence[str]) -> bool:
+    """Whether its name fits one of the patterns, with * and ?."""
+    return any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)
+
+
+def _study(
+    content: dict[str, Any], stem: str, epochs: int | None, precision: Precision | None, only: Sequence[str]
+) -> Study:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         raise UsageError(f"there is no key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
@@ -143,11 +152,13 @@ def _require_different(cells: Sequence[Cell], at: str) -> None:
             raise UsageError(f"the cells {other} and {cell.name} are the same run{at}: leave one of them out")
 
 
-def _replaced(cells: Sequence[Cell], epochs: int | None, precision: Precision | None, only: str) -> list[Cell]:
+def _replaced(
+    cells: Sequence[Cell], epochs: int | None, precision: Precision | None, only: Sequence[str]
+) -> list[Cell]:
     """The cells with these epochs and this precision, but for those not wanted that are no run then, or another's."""
     by_name: dict[str, Cell] = {}
     made: set[frozenset[tuple[str, Any]]] = set()
-    wanted = {cell.name for cell in cells if fnmatch.fnmatchcase(cell.name, only)}
+    wanted = {cell.name for cell in cells if is_wanted(cell, only)}
     for cell in sorted(cells, key=lambda cell: cell.name not in wanted):
         try:
             config = replace(
