@@ -10,18 +10,28 @@ import math
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlocal import comm
-from fastlocal.comm import Group
+from fastlocal.comm import Group, Sum
 from fastlocal.flat import Block, Rows
 from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_, warn_of_equal_gradients
 from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
+from fastlocal.local.one_process import (
+    Choices,
+    DivergedError,
+    OneProcess,
+    Outcome,
+    Round,
+    Standing,
+    anchor_of,
+    divide_,
+)
 from fastlocal.local.rates import checksum_of
+from fastlocal.local.sending import Sending
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
 from fastlocal.local.shared_state import average_state_across_
@@ -29,6 +39,15 @@ from fastlocal.ops import averaging as ops
 from fastlocal.ops import progress
 from fastlocal.outer import Outer, SlowMomentum
 from fastlocal.policy import Policy, Stats, decides_alike
+
+
+class _Agreed(NamedTuple):
+    """What all processes know of a round that they close."""
+
+    closing: Round
+    buffers: list[list[Tensor]]  # those that are sent
+    included: list[list[bool]]  # of each process, whether its rows count
+    weights: list[float]  # relative ones, of all rows
 
 
 class ManyProcesses(OneProcess):
@@ -187,6 +206,24 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
+        return self._close(self._agree(closing))
+
+    def send(self, closing: Round) -> tuple[Sending | None, Outcome]:
+        """As close_round, but that the workers keep their parameters, and take over at `land` what became of them.
+
+        Where one is left out nothing is left to do: what it computed until then would be lost.
+        """
+        agreed = self._agree(closing)
+        if not all(map(all, agreed.included)):
+            return None, self._close(agreed)
+        sending = self._sending(agreed.closing, agreed.weights)
+        own = self._own_of(agreed.weights)
+        for block, outer in zip(self.rows.blocks, self.outers, strict=True):
+            sending.sums.append(self._sum(block, outer, own, math.fsum(agreed.weights)))
+        return sending, Outcome(math.nan, 0, self._settle_across(agreed))
+
+    def _agree(self, closing: Round) -> "_Agreed":
+        """Meet, and find that all close the same round; the rows are what each worker has."""
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
         header = self._header(closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights)
@@ -206,19 +243,46 @@ class ManyProcesses(OneProcess):
         counted = [w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)]
         if not any(counted):
             raise DivergedError(closing.stats.local_steps)
-        drift = self._average_rows(closing, ops.relative_weights(counted))
-        self.rows.push()
-        for outer, rates in zip(self.outers, closing.rates, strict=True):
-            outer.commit(rates)
+        return _Agreed(closing, buffers, included, ops.relative_weights(counted))
+
+    def _close(self, agreed: "_Agreed") -> Outcome:
+        drift = self._average_rows(agreed.closing, agreed.weights)
+        self._commit(agreed.closing.rates)
+        return Outcome(drift, sum(flags.count(False) for flags in agreed.included), self._settle_across(agreed))
+
+    def _take_steps(self, sending: Sending) -> float:
+        return self._average_rows(sending, sending.weights, sending.sums)
+
+    def form_of_sending(self, in_parts: bool) -> dict[str, Any]:
+        """See OneProcess."""
+        form = super().form_of_sending(in_parts)
+        for own, block in zip(form["blocks"], self.rows.blocks, strict=True):
+            message = self._empty_message(block)
+            own["sum"] = comm.in_parts(message, len(self.group)) if in_parts else message
+        return form
+
+    def _resumed(self, saved: list[Any], in_parts: bool) -> list[Sum]:
+        if not in_parts:
+            return [Sum(self.group, tensor) for tensor in saved]
+        messages = map(self._empty_message, self.rows.blocks)
+        return [Sum(self.group, message, progress.add_up, p) for message, p in zip(messages, saved, strict=True)]
+
+    def _empty_message(self, block: Block) -> Tensor:
+        if self.choices.wire_dtype is None:
+            return self._wire(block)
+        return progress.empty_message(block.rows.shape[1], self.choices.wire_dtype, block.rows.device)
+
+    def _settle_across(self, agreed: "_Agreed") -> int:
+        """What a sync does beside the parameters; returns the bytes of one worker's that were sent, with theirs."""
+        _, buffers, included, _ = agreed
         if not all(map(all, included)):  # who is left out takes over those of others
             buffers += self._kept_buffers()
         payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
         payload += self._heal_frozen_across(included)
         if self.choices.inner_state == "average":
-            payload += average_state_across_(self.inner, self.rows, included, self.group)
-        else:
-            self.reset_inner_state(included[self.group.rank])
-        return Outcome(drift, sum(flags.count(False) for flags in included), payload)
+            return payload + average_state_across_(self.inner, self.rows, included, self.group)
+        self.reset_inner_state(included[self.group.rank])
+        return payload
 
     def _heal_frozen_across(self, included: list[list[bool]]) -> int:
         if not self._healed or all(map(all, included)):
@@ -257,37 +321,38 @@ class ManyProcesses(OneProcess):
         if self.group.in_stream_order:
             self.group.finish(is_done)
 
-    def _average_rows(self, closing: Round, weights: list[float]) -> float:
+    def _average_rows(
+        self, closing: Round | Sending, weights: list[float], sums: Sequence[Sum] | None = None
+    ) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan.
 
         Args:
             closing: the round.
             weights: relative ones, of all processes' rows, 0 for those that do not count.
+            sums: those of the blocks, see _sum, where they have been begun before.
         """
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
-        shares, divisor = own, total
-        if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
-            shares, divisor = [weight / total for weight in own], 1.0
         measures = closing.reads_drift
         counts = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
         squares = torch.zeros(len(own), dtype=torch.float64, device="cpu")
-        for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
-            dtype = ops.accumulate_dtype(block.rows.dtype)
-            if self.choices.wire_dtype is not None:
-                mean = self._wire(block)
-                self.write_mean_of_progress(mean, block, outer, own, total)
-            elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
+        for index, (block, outer, rates) in enumerate(zip(self.rows.blocks, self.outers, closing.rates, strict=True)):
+            row = block.rows[0]
+            if sums is not None:
+                mean = self._mean(sums[index], block, outer, total)
+            elif (
+                self.choices.wire_dtype is None
+                and len(self.rows) == 1
+                and not measures
+                and ops.accumulate_dtype(row.dtype) == row.dtype
+            ):
+                shares, divisor = _shares(own, total)
                 # A backend's own mean multiplies by 1/n.
-                self._reduce_in_place(block.rows[0], shares[0], alike and divisor == 1)
-                divide_(block.rows[0], divisor)
+                self._reduce_in_place(row, shares[0], alike and divisor == 1)
+                divide_(row, divisor)
                 outer.step_from_mean_(rates)
                 continue
             else:
-                # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
-                mean = self._wire(block)
-                ops.weighted_sum_(mean, block.rows, shares)
-                self.group.reduce_(mean, "sum")
-                divide_(mean, divisor)
+                mean = self._mean(self._sum(block, outer, own, total), block, outer, total)
             parts = outer.step_(counts.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += self.whole(parts, block.owner).cpu()
@@ -297,13 +362,36 @@ class ManyProcesses(OneProcess):
         sums, lengths = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
         return math.fsum(sums) / sum(lengths)
 
+    def _sum(self, block: Block, outer: Outer, own: list[float], total: float) -> Sum:
+        """Begin the sum of what the rows of all processes bring.
+
+        Args:
+            block: with the rows of this one.
+            outer: with their anchor.
+            own: their weights.
+            total: of all processes' rows.
+        """
+        if self.choices.wire_dtype is not None:
+            return Sum(self.group, self._progress(block, outer, own), progress.add_up).send()
+        # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
+        wire = self._wire(block)
+        ops.weighted_sum_(wire, block.rows, _shares(own, total)[0])
+        return Sum(self.group, wire).send()
+
+    def _mean(self, begun: Sum, block: Block, outer: Outer, total: float) -> Tensor:
+        """Of what _sum has begun, once it is there."""
+        message = begun.wait()
+        if self.choices.wire_dtype is None:
+            divide_(message, _shares([], total)[1])
+            return message
+        mean = self._wire(block)
+        progress.mean_(mean, message, block.rows, anchor_of(outer), total)
+        return mean
+
     def _own_of(self, everybody: list[float]) -> list[float]:
         """This process's part of a list with an entry a worker."""
         k = len(self.rows)
         return everybody[self.group.rank * k : (self.group.rank + 1) * k]
-
-    def _add_others_(self, message: Tensor) -> None:
-        self.group.sum_rounding_once_(message, progress.add_up)
 
     def _reduce_in_place(self, row: Tensor, share: float, by_backend: bool) -> None:
         if by_backend and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
@@ -352,3 +440,10 @@ class ManyProcesses(OneProcess):
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )
+
+
+def _shares(weights: list[float], total: float) -> tuple[list[float], float]:
+    """What rows are multiplied by before they are summed, and what the sum is divided by."""
+    if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
+        return [weight / total for weight in weights], 1.0
+    return weights, total
