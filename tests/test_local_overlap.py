@@ -259,6 +259,11 @@ def test_an_overlap_that_cannot_be_is_refused():
             make(overlap_steps=value)
     with pytest.raises(ValueError, match=r"ConsensusDistance decides from the drift of the last sync, which is not"):
         make(interval=ConsensusDistance(1.0), overlap_steps=2)
+    team = Workers(nn.Linear(2, 1), 2)
+    for name, others in (("bias", "weight"), ("weight", "bias")):
+        inner = torch.optim.SGD([p for worker in team for n, p in worker.named_parameters() if n == name], lr=1.0)
+        with pytest.raises(ValueError, match=f"and '{others}' is in none of its groups: two optimizers would each"):
+            LocalSGD(inner, team, 2, overlap_steps=1)
     optimizer, _ = make(interval=ValidationLoss(4, total_epochs=9), overlap_steps=2)
     with pytest.raises(ValueError, match="ConsensusDistance decides from the drift"):
         optimizer.policy = ConsensusDistance(1.0)

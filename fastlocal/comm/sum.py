@@ -55,6 +55,9 @@ class Sum:
         """Wait for what is under way, and send nothing more: one process may do that alone."""
         self._await()
         self._await = _there_already
+        if self._padded is not None and self._padded.data_ptr() != self.tensor.data_ptr():
+            self.tensor.copy_(self._padded.flatten(0, 1)[: len(self.tensor)])
+        self._padded = None
 
     def go_on(self) -> None:
         """Send the second message where there is one, for which the first has to be there."""
@@ -70,9 +73,6 @@ class Sum:
         """The sum, once it is there."""
         self.go_on()
         self.receive()
-        if self._padded is not None and self._padded.data_ptr() != self.tensor.data_ptr():
-            self.tensor.copy_(self._padded.flatten(0, 1)[: len(self.tensor)])
-        self._padded = None
         return self.tensor
 
 

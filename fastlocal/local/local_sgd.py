@@ -82,10 +82,10 @@ class LocalSGD(Checkpointed):
             the samples it sees; None weighs all alike. Buffers and inner state are not weighted. The attribute may be
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another
             number of processes cuts otherwise.
-        overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then take
-            over what became of the sync, and add what they have done since. That takes a copy of the parameters.
+        overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then
+            take over what became of the sync, and add what they have done since. That takes a copy of the parameters.
             Buffers and inner state are not as late, but `stats.drift` is. `sync()` ends all that is under way; a
-            sync that leaves a worker out ends at once.
+            sync that leaves a worker out ends at once. Needs one optimizer for all parameters.
 
     Attributes:
         stats: what was counted so far, see Stats.
@@ -148,6 +148,11 @@ class LocalSGD(Checkpointed):
         self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
+        if overlap_steps and (left_out := self.rows.parameters[0].keys() - self.rows.stepped_by(inner)):
+            raise ValueError(
+                f"overlap_steps needs an inner that steps all parameters of the model, and {min(left_out)!r} is in "
+                "none of its groups: two optimizers would each add what the other has averaged"
+            )
 
     def _make_outer(self, block: Block) -> Outer:
         return (Average if self.wire_dtype is None else AnchoredAverage)(block.rows, impl=self.impl)
