@@ -157,7 +157,7 @@ def test_a_state_saved_while_a_sync_is_under_way_is_checked_before_anything_is_t
         (lambda own: own["sending"]["blocks"].pop(), "must be a list of 1"),
         (lambda own: own["sending"].update(weights=torch.ones(2)), r"\['weights'\] must be a tensor of shape \(3,\)"),
         (lambda own: own["sending"]["blocks"][0].update(rates=torch.ones(2)), "must be a tensor of shape"),
-        (lambda own: own["sending"].update(in_parts=1), "must be True or False"),
+        (lambda own: own["sending"].update(reads_drift=1), "must be True or False"),
         (lambda own: own.update(sending=3), "must be a dict"),
     ):
         damaged = copy.deepcopy(state)

@@ -20,7 +20,7 @@ from fastlocal.local.kept import Kept
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
 from fastlocal.local.rates import Rates
-from fastlocal.local.sending import Sending
+from fastlocal.local.sending import Sending, form_of_sending, sending_from
 from fastlocal.local.wrapper import Wrapper
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Outer
@@ -220,7 +220,7 @@ class Checkpointed(Wrapper):
         return None if self._sending is None else self._sending.state_dict()
 
     def _take_sending(self, saved: dict[str, Any] | None) -> None:
-        self._sending = None if saved is None else self._team.resume(saved)
+        self._sending = None if saved is None else sending_from(saved, [block.rows for block in self.rows.blocks])
 
     def _saved(self) -> dict[str, Any]:
         """The entry "fastlocal" but for its "rows": this process's share of all that the next step depends on."""
@@ -307,8 +307,9 @@ class Checkpointed(Wrapper):
             )
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
         if own["sending"] is not None:
-            in_parts = isinstance(own["sending"], dict) and own["sending"].get("in_parts") is True
-            require_form(own["sending"], self._team.form_of_sending(in_parts), "['fastlocal']['sending']")
+            blocks = self.rows.blocks
+            form = form_of_sending([b.rows for b in blocks], [len(b.slots) for b in blocks], self.num_workers)
+            require_form(own["sending"], form, "['fastlocal']['sending']")
 
     def _restore(self, own: dict[str, Any]) -> None:
         """Take back what _saved() returned, and its rows."""

@@ -218,8 +218,8 @@ class ManyProcesses(OneProcess):
             return None, self._close(agreed)
         sending = self._sending(agreed.closing, agreed.weights)
         own = self._own_of(agreed.weights)
-        for block, outer in zip(self.rows.blocks, self.outers, strict=True):
-            sending.sums.append(self._sum(block, outer, own, math.fsum(agreed.weights)))
+        places = zip(self.rows.blocks, self.outers, strict=True)
+        sending.sums = [self._sum(block, outer, own, math.fsum(agreed.weights)) for block, outer in places]
         return sending, Outcome(math.nan, 0, self._settle_across(agreed))
 
     def _agree(self, closing: Round) -> "_Agreed":
@@ -252,25 +252,6 @@ class ManyProcesses(OneProcess):
 
     def _take_steps(self, sending: Sending) -> float:
         return self._average_rows(sending, sending.weights, sending.sums)
-
-    def form_of_sending(self, in_parts: bool) -> dict[str, Any]:
-        """See OneProcess."""
-        form = super().form_of_sending(in_parts)
-        for own, block in zip(form["blocks"], self.rows.blocks, strict=True):
-            message = self._empty_message(block)
-            own["sum"] = comm.in_parts(message, len(self.group)) if in_parts else message
-        return form
-
-    def _resumed(self, saved: list[Any], in_parts: bool) -> list[Sum]:
-        if not in_parts:
-            return [Sum(self.group, tensor) for tensor in saved]
-        messages = map(self._empty_message, self.rows.blocks)
-        return [Sum(self.group, message, progress.add_up, p) for message, p in zip(messages, saved, strict=True)]
-
-    def _empty_message(self, block: Block) -> Tensor:
-        if self.choices.wire_dtype is None:
-            return self._wire(block)
-        return progress.empty_message(block.rows.shape[1], self.choices.wire_dtype, block.rows.device)
 
     def _settle_across(self, agreed: "_Agreed") -> int:
         """What a sync does beside the parameters; returns the bytes of one worker's that were sent, with theirs."""
@@ -329,7 +310,7 @@ class ManyProcesses(OneProcess):
         Args:
             closing: the round.
             weights: relative ones, of all processes' rows, 0 for those that do not count.
-            sums: those of the blocks, see _sum, where they have been begun before.
+            sums: those of the blocks, see _sum, where they were begun before.
         """
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
         measures = closing.reads_drift
@@ -372,11 +353,11 @@ class ManyProcesses(OneProcess):
             total: of all processes' rows.
         """
         if self.choices.wire_dtype is not None:
-            return Sum(self.group, self._progress(block, outer, own), progress.add_up).send()
+            return Sum(self.group, self._progress(block, outer, own), progress.add_up)
         # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
         wire = self._wire(block)
         ops.weighted_sum_(wire, block.rows, _shares(own, total)[0])
-        return Sum(self.group, wire).send()
+        return Sum(self.group, wire)
 
     def _mean(self, begun: Sum, block: Block, outer: Outer, total: float) -> Tensor:
         """Of what _sum has begun, once it is there."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastlocal import buffers as module_buffers
 from fastlocal import comm
 from fastlocal.buffers import Buffers
-from fastlocal.comm import Sum
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import (
     InnerState,
@@ -21,7 +20,7 @@ from fastlocal.inner import (
     reset_state_,
 )
 from fastlocal.local.meeting import compare
-from fastlocal.local.sending import Sending, rates_from
+from fastlocal.local.sending import Sending
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
@@ -196,37 +195,7 @@ class OneProcess:
 
     def _sending(self, closing: Round, weights: list[float]) -> Sending:
         sent = [block.rows.clone() for block in self.rows.blocks]
-        return Sending(sent, [], closing.rates, weights, closing.reads_drift)
-
-    def form_of_sending(self, in_parts: bool) -> dict[str, Any]:
-        """What the state of one looks like; in_parts: where a second message is to follow."""
-        blocks: list[dict[str, Any]] = [
-            {"rows": block.rows, "rates": torch.empty(len(block.slots), device="cpu")} for block in self.rows.blocks
-        ]
-        everybody = torch.empty(len(self.rows) * self.num_processes, device="cpu")
-        return {"blocks": blocks, "weights": everybody, "reads_drift": False, "in_parts": in_parts}
-
-    def resume(self, state: dict[str, Any]) -> Sending:
-        """What Sending.state_dict() returned, in memory of its own; it has its form."""
-        here = self.rows.blocks
-        saved = [
-            {
-                name: tensor.to(block.rows.device if name != "rates" else "cpu", copy=True)
-                for name, tensor in own.items()
-            }
-            for own, block in zip(state["blocks"], here, strict=True)
-        ]
-        return Sending(
-            rows=[own["rows"] for own in saved],
-            sums=self._resumed([own.get("sum") for own in saved], state["in_parts"]),
-            rates=[rates_from(own["rates"]) for own in saved],
-            weights=state["weights"].tolist(),
-            reads_drift=state["reads_drift"],
-        )
-
-    def _resumed(self, saved: list[Any], in_parts: bool) -> list[Sum]:
-        """There is nobody to send anything to."""
-        return []
+        return Sending(sent, closing.rates, weights, closing.reads_drift)
 
     def _take_steps(self, sending: Sending) -> float:
         finite = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.blocks[0].rows.device)

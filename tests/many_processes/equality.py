@@ -113,7 +113,7 @@ def a_low_precision_wire_gives_the_mean_of_the_rounded_progress_on_every_rank(ra
         for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
             message, alone = (progress.empty_message(columns, wire_dtype, anchor.device) for _ in range(2))
             progress.progress_(message, rows[rank : rank + 1], anchor, [1.0])
-            assert Sum(processes, message, progress.add_up).send().wait() is message
+            assert Sum(processes, message, progress.add_up).wait() is message
             progress.progress_(alone, rows, anchor, [1.0] * WORLD)
             assert torch.equal(message, alone)
 

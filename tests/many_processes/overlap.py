@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from fastlocal import LocalSGD, SlowMo, ValidationLoss
-from fastlocal.comm import LostRankError, Sum
+from fastlocal.comm import Group, LostRankError
 from fastlocal.local import DisagreementError
+from fastlocal.train.processes import Processes
+from fastlocal.train.state import collect, optimizer_state
 from tests.local_runs import measured, parameters_of, poison
 from tests.many_processes.team import (
     KINDS,
     ROUNDED,
     WEIGHTS,
+    WORLD,
     against_one_process,
     assert_equal_everywhere,
     build,
@@ -131,9 +134,25 @@ def a_message_that_does_not_come_is_an_error_where_the_sync_ends(rank, new_group
     run(optimizer, team, 2, worker=rank)
     if rank == 1:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sum, "send", lambda own: own)
+            patch.setattr(Group, "send_sum", lambda own, tensor: lambda: None)
             run(optimizer, team, 1, first=2, worker=rank)
         return
     run(optimizer, team, 2, first=2, worker=rank)
     with pytest.raises(LostRankError, match="waited"):
         run(optimizer, team, 1, first=4, worker=rank)
+
+
+def a_sync_under_way_ends_alike_in_another_number_of_processes(rank, new_group):
+    group = new_group()
+    for wire_dtype, tolerance in ((None, ROUNDED), (torch.bfloat16, {"rtol": 0, "atol": 2e-3})):
+        options = {"interval": 5, "overlap_steps": 3, "wire_dtype": wire_dtype}
+        single, team = build(SlowMo, WORLD, **options)
+        run(single, team, 6)
+        saved = collect(team.state_dict()["workers"], torch.zeros(WORLD, 2), single, Processes())
+        spread, own = build(SlowMo, 1, group=group, **options)
+        own.load_state_dict({"workers": saved["workers"][rank : rank + 1]})
+        spread.load_state_dict(optimizer_state(saved, spread, range(rank, rank + 1)))
+        run(single, team, 6, first=6)
+        run(spread, own, 6, first=6, worker=rank)
+        torch.testing.assert_close(parameters_of(own), parameters_of(team[rank]), **tolerance)
+        assert stats_of(spread) == stats_of(single)
