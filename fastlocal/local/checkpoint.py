@@ -202,7 +202,7 @@ class Checkpointed(Wrapper):
         # Not the hooks, nor the `step` that a scheduler put on the instance: as torch.optim does.
         state = {name: getattr(self, name) for name in self._own_attributes}
         outer_states = [outer.state_dict() for outer in self._outers]
-        rates = self._rates.last, self._rates.resting
+        rates = self._rates.last, self._rates.missed, self._rates.resting
         return state | {"outer_states": outer_states, "rates": rates, "sending": self._sending_saved()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class Checkpointed(Wrapper):
             setattr(self, name, state[name])
         super().__setstate__({})
         self._assemble()
-        self._rates.last, self._rates.resting = rates
+        self._rates.last, self._rates.missed, self._rates.resting = rates
         for outer, own in zip(self._outers, outer_states, strict=True):
             outer.load_state_dict(own)
         self._take_sending(state["sending"])
@@ -238,6 +238,7 @@ class Checkpointed(Wrapper):
             "buffers_apart": self._buffers_apart,
             "sending": self._sending_saved(),
             "rates": [float(rate) for rate in self._rates.last],
+            "missed": list(self._rates.missed),
             "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
 
@@ -246,7 +247,16 @@ class Checkpointed(Wrapper):
         stats = own.get("stats")
         steps = stats.get("local_steps") if isinstance(stats, dict) else None
         apart = isinstance(steps, int) and 0 < steps <= self.warmup_steps
-        return {"resting": [], "buffers_apart": apart, "rows": [], "places": self._places(), "sending": None}
+        rates = own.get("rates")
+        missed = [0] * len(rates) if isinstance(rates, list) else []
+        return {
+            "resting": [],
+            "buffers_apart": apart,
+            "rows": [],
+            "places": self._places(),
+            "sending": None,
+            "missed": missed,
+        }
 
     def _rows_of_anchors(self) -> list[int]:
         """Checksums of the rows that the anchors go with; none in a round, or before there are anchors."""
@@ -256,9 +266,9 @@ class Checkpointed(Wrapper):
         return self._checksums()
 
     def _checksums(self) -> list[int]:
-        """Of the first row of each block that has an anchor."""
-        blocks = zip(self.rows.blocks, self._outers, strict=True)
-        return [int(checksum(block.rows[0])) for block, outer in blocks if outer.anchor is not None]
+        """Of what this optimizer steps in the first row of each block that has an anchor."""
+        blocks = [b for b, outer in zip(self.rows.blocks, self._outers, strict=True) if outer.anchor is not None]
+        return [int(checksum(own)) for block in blocks if len(own := self.rows.stepped_columns(block, self.inner))]
 
     def _places(self) -> list[int]:
         """Where the pieces of this process lie on the mesh, one way of cutting after the other."""
@@ -322,7 +332,7 @@ class Checkpointed(Wrapper):
         self._buffers_apart = own["buffers_apart"]
         self._rows_saved = list(own["rows"])
         self._take_sending(own["sending"])
-        self._rates.last = list(own["rates"])
+        self._rates.last, self._rates.missed = list(own["rates"]), list(own["missed"])
         self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()
         if self.stats.local_steps:
