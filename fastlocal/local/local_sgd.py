@@ -36,9 +36,10 @@ class LocalSGD(Checkpointed):
     `param_groups` and `state` are the inner optimizer's own.
 
     Loading weights: until the first step, weights loaded into worker 0 alone become those of all workers of the
-    process; likewise until the first step after `load_state_dict` of a state saved at the end of a round. At any
-    other time load every worker: what you set a parameter to then counts as progress of the round. If a forward pass
-    writes to parameters, as that of an embedding with `max_norm` does, load before you build this optimizer.
+    process; likewise, of workers that have not stepped yet, until the first step after `load_state_dict` of a state
+    saved at the end of a round. At any other time load every worker: what you set a parameter to then counts as
+    progress of the round. If a forward pass writes to parameters, as that of an embedding with `max_norm` does, load
+    before you build this optimizer.
 
     Parameters that require no gradient when the model is handed over stay each worker's own. A moving average of the
     weights is averaged if it is a buffer.
@@ -62,7 +63,7 @@ class LocalSGD(Checkpointed):
             it, "average" gives all the mean.
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
             maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm and
-            fake quantisers need, whose buffers belong together.
+            fake quantisers need, whose buffers belong together; "keep" leaves each worker its own.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
             A loaded state whose workers have stepped alone is past them.
         impl: how a process averages its rows, looks for values that are not finite and takes the outer step: "triton"
@@ -85,7 +86,8 @@ class LocalSGD(Checkpointed):
         overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then
             take over what became of the sync, and add what they have done since. That takes a copy of the parameters.
             Buffers and inner state are not as late, but `stats.drift` is. `sync()` ends all that is under way; a
-            sync that leaves a worker out ends at once. Needs one optimizer for all parameters.
+            sync that leaves a worker out ends at once. Needs one optimizer for all parameters, and a policy that
+            does not read the drift.
 
     Attributes:
         stats: what was counted so far, see Stats.
@@ -94,7 +96,8 @@ class LocalSGD(Checkpointed):
         num_workers: in all processes.
 
     Raises:
-        ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
+        ValueError: a value is out of its range, a parameter of `inner` does not belong to `model`, or with
+            `overlap_steps` the policy reads the drift or a parameter is not in `inner`.
         TypeError: an argument is of the wrong kind.
         RuntimeError: `impl` cannot run where the parameters are.
 
