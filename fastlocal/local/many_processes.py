@@ -17,26 +17,17 @@ from torch import Tensor
 
 from fastlocal import comm
 from fastlocal.comm import Group, Sum
-from fastlocal.flat import Block, Rows
+from fastlocal.flat import Rows
 from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_, warn_of_equal_gradients
 from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import (
-    Choices,
-    DivergedError,
-    OneProcess,
-    Outcome,
-    Round,
-    Standing,
-    anchor_of,
-    divide_,
-)
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.rates import checksum_of
 from fastlocal.local.sending import Sending
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
+from fastlocal.local.shared_rows import SharedRows
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
-from fastlocal.ops import progress
 from fastlocal.outer import Outer, SlowMomentum
 from fastlocal.policy import Policy, Stats, decides_alike
 
@@ -82,7 +73,7 @@ class ManyProcesses(OneProcess):
         )
         if choices.wire_dtype is None:
             self.payload = self.gradients_payload
-        self._wires: dict[int, Tensor] = {}
+        self.shared = SharedRows(group, choices.wire_dtype)
         self._last_message: bytes | None = None
         self._has_compared = False
         self._healed: list[str] = []
@@ -188,7 +179,7 @@ class ManyProcesses(OneProcess):
         own = self._own_of(everybody)
         total = math.fsum(everybody)
         for block in self.rows.blocks:
-            wire = self._wire(block, extra=len(block.slots))
+            wire = self.shared.wire(block, extra=len(block.slots))
             average_gradients_across_(self.rows, block, own, total, wire, self.group)
         return True
 
@@ -218,8 +209,9 @@ class ManyProcesses(OneProcess):
             return None, self._close(agreed)
         sending = self._sending(agreed.closing, agreed.weights)
         own = self._own_of(agreed.weights)
+        total = math.fsum(agreed.weights)
         places = zip(self.rows.blocks, self.outers, strict=True)
-        sending.sums = [self._sum(block, outer, own, math.fsum(agreed.weights)) for block, outer in places]
+        sending.sums = [self.shared.begin_sum(block, outer, own, total) for block, outer in places]
         return sending, Outcome(math.nan, 0, self._settle_across(agreed))
 
     def _agree(self, closing: Round) -> "_Agreed":
@@ -310,89 +302,32 @@ class ManyProcesses(OneProcess):
         Args:
             closing: the round.
             weights: relative ones, of all processes' rows, 0 for those that do not count.
-            sums: those of the blocks, see _sum, where they were begun before.
+            sums: those of the blocks where they were begun before.
         """
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
         measures = closing.reads_drift
         counts = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
         squares = torch.zeros(len(own), dtype=torch.float64, device="cpu")
         for index, (block, outer, rates) in enumerate(zip(self.rows.blocks, self.outers, closing.rates, strict=True)):
-            row = block.rows[0]
-            if sums is not None:
-                mean = self._mean(sums[index], block, outer, total)
-            elif (
-                self.choices.wire_dtype is None
-                and len(self.rows) == 1
-                and not measures
-                and ops.accumulate_dtype(row.dtype) == row.dtype
-            ):
-                shares, divisor = _shares(own, total)
-                # A backend's own mean multiplies by 1/n.
-                self._reduce_in_place(row, shares[0], alike and divisor == 1)
-                divide_(row, divisor)
+            if sums is None and not measures and self.shared.can_average_in_place(block):
+                self.shared.average_in_place_(block, own, total, alike)
                 outer.step_from_mean_(rates)
                 continue
-            else:
-                mean = self._mean(self._sum(block, outer, own, total), block, outer, total)
+            begun = self.shared.begin_sum(block, outer, own, total) if sums is None else sums[index]
+            mean = self.shared.mean_of(begun, block, outer, total)
             parts = outer.step_(counts.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += self.whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]
-        sums, lengths = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
-        return math.fsum(sums) / sum(lengths)
-
-    def _sum(self, block: Block, outer: Outer, own: list[float], total: float) -> Sum:
-        """Begin the sum of what the rows of all processes bring.
-
-        Args:
-            block: with the rows of this one.
-            outer: with their anchor.
-            own: their weights.
-            total: of all processes' rows.
-        """
-        if self.choices.wire_dtype is not None:
-            return Sum(self.group, self._progress(block, outer, own), progress.add_up)
-        # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
-        wire = self._wire(block)
-        ops.weighted_sum_(wire, block.rows, _shares(own, total)[0])
-        return Sum(self.group, wire)
-
-    def _mean(self, begun: Sum, block: Block, outer: Outer, total: float) -> Tensor:
-        """Of what _sum has begun, once it is there."""
-        message = begun.wait()
-        if self.choices.wire_dtype is None:
-            divide_(message, _shares([], total)[1])
-            return message
-        mean = self._wire(block)
-        progress.mean_(mean, message, block.rows, anchor_of(outer), total)
-        return mean
+        everybody = self.group.gather([math.fsum(drifts), len(drifts)])
+        return math.fsum(drift for drift, _ in everybody) / sum(number for _, number in everybody)
 
     def _own_of(self, everybody: list[float]) -> list[float]:
         """This process's part of a list with an entry a worker."""
         k = len(self.rows)
         return everybody[self.group.rank * k : (self.group.rank + 1) * k]
-
-    def _reduce_in_place(self, row: Tensor, share: float, by_backend: bool) -> None:
-        if by_backend and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
-            self.group.reduce_(row, "mean")
-            return
-        if share == 0:
-            row.zero_()  # it may hold NaN, and 0 · NaN is NaN
-        elif share != 1:
-            row.mul_(share)
-        self.group.reduce_(row, "sum")
-
-    def _wire(self, block: Block, extra: int = 0) -> Tensor:
-        """A buffer like a row of the block, in the dtype that sums are taken in; kept from sync to sync."""
-        size = block.rows.shape[1]
-        key = id(block)
-        wire = self._wires.get(key)
-        if wire is None or len(wire) < size + extra:
-            dtype = ops.accumulate_dtype(block.rows.dtype)
-            self._wires[key] = wire = torch.empty(size + extra, dtype=dtype, device=block.rows.device)
-        return wire[: size + extra]
 
     def _rates_read(self, rates: list[list[float | None]]) -> list[float]:
         """By the outer step, parameter by parameter."""
@@ -421,10 +356,3 @@ class ManyProcesses(OneProcess):
             flags=tuple(map(bool, flags or ones)),
             weights=tuple(map(float, weights or ones)),
         )
-
-
-def _shares(weights: list[float], total: float) -> tuple[list[float], float]:
-    """What rows are multiplied by before they are summed, and what the sum is divided by."""
-    if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
-        return [weight / total for weight in weights], 1.0
-    return weights, total

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlocal import buffers as module_buffers
 from fastlocal import comm
 from fastlocal.buffers import Buffers
-from fastlocal.flat import Block, Rows
+from fastlocal.flat import Rows
 from fastlocal.inner import (
     InnerState,
     Twins,
@@ -21,6 +21,7 @@ from fastlocal.inner import (
 )
 from fastlocal.local.meeting import compare
 from fastlocal.local.sending import Sending
+from fastlocal.local.shared_rows import divide_, progress_of, write_mean_of_progress
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
@@ -225,8 +226,8 @@ class OneProcess:
                     block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
                 )
                 if self.choices.wire_dtype is not None:
-                    message = self._progress(block, outer, counted)
-                    progress.mean_(mean, message, block.rows, anchor_of(outer), math.fsum(counted))
+                    message = progress_of(block, outer, counted, self.choices.wire_dtype)
+                    write_mean_of_progress(mean, message, block, outer, math.fsum(counted))
                 else:
                     weighted_sum_(mean, block.rows, counted)
                     divide_(mean, math.fsum(counted))
@@ -268,13 +269,6 @@ class OneProcess:
         for group, _ in self.pieces:
             group.reduce_(flags, "max")
         return flags.to(torch.bool).tolist()
-
-    def _progress(self, block: Block, outer: Outer, weights: Sequence[float]) -> Tensor:
-        """A message with how far the workers of this process have come, rounded."""
-        assert self.choices.wire_dtype is not None
-        message = progress.empty_message(block.rows.shape[1], self.choices.wire_dtype, block.rows.device)
-        progress.progress_(message, block.rows, anchor_of(outer), weights)
-        return message
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
@@ -349,15 +343,3 @@ class OneProcess:
             everybody = self.choices.inner_state == "reset"
             if everybody or not counts:
                 reset_state_(self.inner, parameters.values(), everybody)
-
-
-def anchor_of(outer: Outer) -> Tensor:
-    """Where the workers started, whose progress is sent."""
-    assert outer.anchor is not None
-    return outer.anchor
-
-
-def divide_(total: Tensor, divisor: float) -> None:
-    """Make the mean of a weighted sum: times 1/3 in float32 that of three equal rows would lie above them."""
-    if divisor != 1:  # as a tensor: CUDA multiplies by the reciprocal of a number
-        total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))
