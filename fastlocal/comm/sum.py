@@ -38,8 +38,9 @@ class Sum:
 
     def go_on(self) -> None:
         """Send the second message where there is one, for which the first has to be there."""
-        if self._parts is None or self._add_up is None:
+        if self._parts is None:
             return
+        assert self._add_up is not None
         self._await()
         own = self._add_up(self._parts)
         self._parts, self._whole = None, self._in_parts()
@@ -49,7 +50,6 @@ class Sum:
         """The tensor, once it is the sum."""
         self.go_on()
         self._await()
-        self._await = _there_already
         if self._whole is not None and self._whole.data_ptr() != self._tensor.data_ptr():
             self._tensor.copy_(self._whole.flatten(0, 1)[: len(self._tensor)])
         self._whole = None

@@ -160,7 +160,7 @@ class Checkpointed(Wrapper):
         """Take back what state_dict() returned; before the first step too. The argument is not changed.
 
         What may be set between rounds comes back too: an interval, slow_lr, slow_momentum. A state saved right
-        after a sync may go on in another number of processes. All processes load one, and compare themselves before
+        after `sync()` may go on in another number of processes. All processes load one, and compare themselves before
         the next step.
 
         Raises:
@@ -300,8 +300,9 @@ class Checkpointed(Wrapper):
                 raise ValueError(f"state_dict is of the {what} {before!r}, this optimizer has {here!r}")
         if own["num_workers"] != self.num_workers and (own["steps_in_round"] or own["sending"] is not None):
             raise ValueError(
-                f"state_dict is of the number of workers {own['num_workers']} in the middle of a round, this "
-                f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
+                f"state_dict is of the number of workers {own['num_workers']} in the middle of a round, or with a "
+                f"sync under way; this optimizer has {self.num_workers}: only one saved right after sync() fits "
+                "another number"
             )
         self.rows.require_layout(own["layout"])
         if own["places"] != present["places"]:

@@ -84,10 +84,13 @@ class LocalSGD(Checkpointed):
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another
             number of processes cuts otherwise.
         overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then
-            take over what became of the sync, and add what they have done since. That takes a copy of the parameters.
-            Buffers and inner state are not as late, but `stats.drift` is. `sync()` ends all that is under way; a
-            sync that leaves a worker out ends at once. Needs one optimizer for all parameters, and a policy that
-            does not read the drift.
+            take over what became of the sync, and add what they have done since; two copies of the parameters are
+            kept meanwhile. From the first sync on the workers are apart until you call `sync()`, which ends all that
+            is under way: call it before you load, evaluate or take the mean. `stats.drift` is as late as the
+            parameters, buffers and inner state are not; a sync that leaves a worker out ends at once. Needs one
+            optimizer for all parameters, and a policy that does not read the drift; one that sends messages
+            (ValidationLoss, AdaComm) may wait behind those of the sync. With a `wire_dtype` two messages follow each
+            other, the second after half of the steps.
 
     Attributes:
         stats: what was counted so far, see Stats.
@@ -134,6 +137,11 @@ class LocalSGD(Checkpointed):
         self.overlap_steps = overlap_steps
         self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
+        if overlap_steps and (left_out := self.rows.parameters[0].keys() - self.rows.stepped_by(inner)):
+            raise ValueError(
+                f"overlap_steps needs an inner that steps all parameters of the model, and {min(left_out)!r} is in "
+                "none of its groups: two optimizers would each add what the other has averaged"
+            )
         for block in self.rows.blocks:
             choose(impl, block.rows.device, block.rows.dtype)  # raises here, not at the first sync
         self.rows.following.catch_up()  # a forward pass before the first step may write to parameters
@@ -151,11 +159,6 @@ class LocalSGD(Checkpointed):
         self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
-        if overlap_steps and (left_out := self.rows.parameters[0].keys() - self.rows.stepped_by(inner)):
-            raise ValueError(
-                f"overlap_steps needs an inner that steps all parameters of the model, and {min(left_out)!r} is in "
-                "none of its groups: two optimizers would each add what the other has averaged"
-            )
 
     def _make_outer(self, block: Block) -> Outer:
         return (Average if self.wire_dtype is None else AnchoredAverage)(block.rows, impl=self.impl)
@@ -344,6 +347,7 @@ class LocalSGD(Checkpointed):
         """
         if self._sending is not None:
             self._compare()
+            self._team.agree_to_land(self.stats)
             self._land(self._sending)
         if self.steps_in_round:
             self._close(overlaps=False)
@@ -379,12 +383,17 @@ class LocalSGD(Checkpointed):
         self.stats.bytes_on_wire += self._ring(outcome.payload)
         self._count(clock)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _receive(self, sending: Sending) -> None:
         """Of a sync that is under way what is due after this step."""
-        if self.steps_in_round >= min(self.overlap_steps, self.stats.interval):
+        due = min(self.overlap_steps, self.stats.interval)
+        if self.steps_in_round >= due:
             self._land(sending)
-        elif self.steps_in_round == (self.overlap_steps + 1) // 2:
-            sending.go_on()
+        elif self.steps_in_round == (due + 1) // 2:
+            clock = Clock(self.rows.blocks[0].rows.device)
+            self._team.go_on(sending, self.stats)
+            self._count(clock)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -392,7 +401,7 @@ class LocalSGD(Checkpointed):
         """End the sync that is under way."""
         clock = Clock(self.rows.blocks[0].rows.device)
         self.rows.check()
-        self.stats.drift = self._team.land(sending)
+        self.stats.drift = self._team.land(sending, self.stats)
         self._sending = None
         self._count(clock)
 

@@ -1,8 +1,9 @@
 """A sync among the workers of several processes: k rows in each.
 
 Messages of a round: a header when it begins (and the policy's state if it has changed), a header when it closes,
-then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged. In low precision
-parameters take an all-to-all and an all-gather instead, but for bfloat16 between two.
+then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged; where the workers go
+on meanwhile, the rows' come last. In low precision parameters take an all-to-all and an all-gather instead, but for
+bfloat16 between two.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from fastlocal import comm
 from fastlocal.comm import Group, Sum
 from fastlocal.flat import Rows
 from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_, warn_of_equal_gradients
-from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
+from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LAND, LOADED, Header, compare, meet
 from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.rates import checksum_of
 from fastlocal.local.sending import Sending
@@ -207,14 +208,32 @@ class ManyProcesses(OneProcess):
         agreed = self._agree(closing)
         if not all(map(all, agreed.included)):
             return None, self._close(agreed)
-        sending = self._sending(agreed.closing, agreed.weights)
-        own = self._own_of(agreed.weights)
-        total = math.fsum(agreed.weights)
-        places = zip(self.rows.blocks, self.outers, strict=True)
-        sending.sums = [self.shared.begin_sum(block, outer, own, total) for block, outer in places]
-        return sending, Outcome(math.nan, 0, self._settle_across(agreed))
+        payload = self._settle_across(agreed)  # first: it would wait behind the sums
+        sending = self._new_sending(agreed.closing, agreed.weights)
+        sending.sums = self.shared.begin_sums(
+            self.rows.blocks, self.outers, self._own_of(agreed.weights), math.fsum(agreed.weights)
+        )
+        return sending, Outcome(math.nan, 0, payload)
 
-    def _agree(self, closing: Round) -> "_Agreed":
+    def agree_to_land(self, stats: Stats) -> None:
+        """Before a `land` that was asked for, not one that is due: find that all have come to it.
+
+        Raises:
+            DisagreementError: on every process, if they are not at the same step.
+        """
+        meet(self.group, LAND, self._header(stats, 0))
+
+    def go_on(self, sending: Sending, stats: Stats) -> None:
+        """Send what follows the first messages."""
+        self.group.arrive("go on with a sync", stats.local_steps)
+        sending.go_on()
+
+    def land(self, sending: Sending, stats: Stats) -> float:
+        """See OneProcess."""
+        self.group.arrive("end a sync", stats.local_steps)
+        return super().land(sending, stats)
+
+    def _agree(self, closing: Round) -> _Agreed:
         """Meet, and find that all close the same round; the rows are what each worker has."""
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
@@ -237,7 +256,7 @@ class ManyProcesses(OneProcess):
             raise DivergedError(closing.stats.local_steps)
         return _Agreed(closing, buffers, included, ops.relative_weights(counted))
 
-    def _close(self, agreed: "_Agreed") -> Outcome:
+    def _close(self, agreed: _Agreed) -> Outcome:
         drift = self._average_rows(agreed.closing, agreed.weights)
         self._commit(agreed.closing.rates)
         return Outcome(drift, sum(flags.count(False) for flags in agreed.included), self._settle_across(agreed))
@@ -245,12 +264,13 @@ class ManyProcesses(OneProcess):
     def _take_steps(self, sending: Sending) -> float:
         return self._average_rows(sending, sending.weights, sending.sums)
 
-    def _settle_across(self, agreed: "_Agreed") -> int:
+    def _settle_across(self, agreed: _Agreed) -> int:
         """What a sync does beside the parameters; returns the bytes of one worker's that were sent, with theirs."""
-        _, buffers, included, _ = agreed
-        if not all(map(all, included)):  # who is left out takes over those of others
-            buffers += self._kept_buffers()
-        payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
+        included = agreed.included
+        # Who is left out takes over those of others that each keeps.
+        kept = [] if all(map(all, included)) else self._kept_buffers()
+        payload = self.payload
+        payload += merge_across_([*agreed.buffers, *kept], self.choices.buffers, included, self.group)
         payload += self._heal_frozen_across(included)
         if self.choices.inner_state == "average":
             return payload + average_state_across_(self.inner, self.rows, included, self.group)

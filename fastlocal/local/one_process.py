@@ -20,7 +20,7 @@ from fastlocal.inner import (
     reset_state_,
 )
 from fastlocal.local.meeting import compare
-from fastlocal.local.sending import Sending
+from fastlocal.local.sending import Sending, exchange_with_progress_
 from fastlocal.local.shared_rows import divide_, progress_of, write_mean_of_progress
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
@@ -174,29 +174,36 @@ class OneProcess:
         self.rows.pull()
         if not self.finite(closing.stats).all():
             return None, self.close_round(closing)
-        sending = self._sending(closing, relative_weights(closing.weights))
-        return sending, Outcome(math.nan, 0, self.payload + self._settle(buffers, [True] * len(self.rows)))
+        payload = self.payload + self._settle(buffers, [True] * len(self.rows))
+        return self._new_sending(closing, relative_weights(closing.weights)), Outcome(math.nan, 0, payload)
 
-    def land(self, sending: Sending) -> float:
+    def _new_sending(self, closing: Round, weights: list[float]) -> Sending:
+        sent = [block.rows.clone() for block in self.rows.blocks]
+        return Sending(sent, closing.rates, weights, closing.reads_drift)
+
+    def agree_to_land(self, stats: Stats) -> None:
+        """Before a `land` that was asked for: here there is nobody to agree with."""
+
+    def go_on(self, sending: Sending, stats: Stats) -> None:
+        """Send what follows the first messages; there are none."""
+
+    def land(self, sending: Sending, stats: Stats) -> float:
         """Take the outer step from what was sent, and add what each worker has done since.
 
         Returns:
             The drift of what was sent, or nan.
         """
-        sending.wait()
+        sending.wait()  # a process that is lost is found while the rows are still whole
         self.rows.pull()
-        done_since = [block.rows - sent for block, sent in zip(self.rows.blocks, sending.rows, strict=True)]
         for block, sent in zip(self.rows.blocks, sending.rows, strict=True):
-            block.rows.copy_(sent)
+            exchange_with_progress_(block.rows, sent)
         drift = self._take_steps(sending)
-        for block, own in zip(self.rows.blocks, done_since, strict=True):
-            block.rows.add_(own)
-        self._commit(sending.rates)
+        for outer, rates in zip(self.outers, sending.rates, strict=True):
+            outer.commit(rates)  # while the rows are what the anchors are to be
+        for block, done_since in zip(self.rows.blocks, sending.rows, strict=True):
+            block.rows.add_(done_since)
+        self.rows.push()
         return drift
-
-    def _sending(self, closing: Round, weights: list[float]) -> Sending:
-        sent = [block.rows.clone() for block in self.rows.blocks]
-        return Sending(sent, closing.rates, weights, closing.reads_drift)
 
     def _take_steps(self, sending: Sending) -> float:
         finite = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.blocks[0].rows.device)
@@ -205,7 +212,7 @@ class OneProcess:
             return math.nan
         return math.fsum(map(math.sqrt, squares.tolist())) / len(self.rows)
 
-    def _average(self, closing: "Round | Sending", finite: Tensor) -> Tensor:
+    def _average(self, closing: Round | Sending, finite: Tensor) -> Tensor:
         """Take the outer step with the rows that are finite; returns ‖x_k − x̄‖², shape (k,), or zeros."""
         relative = relative_weights(closing.weights)
         weights = finite.to(torch.float32)

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from fastlocal.comm import Sum
 
+_COLUMNS_AT_ONCE = 2**20
+
 
 @dataclass
 class Sending:
     """What a round that was closed needs to end.
 
     Attributes:
-        rows: of each block, shape (k, n): what was sent.
+        rows: of each block, shape (k, n): what was sent; while it lands, what each worker has done since.
         rates: of each block, one a parameter; None for what takes the plain mean.
         weights: relative ones, of all workers.
         reads_drift: whether somebody wants to know it.
@@ -31,12 +33,12 @@ class Sending:
     sums: list[Sum] | None = None
 
     def go_on(self) -> None:
-        """Send what follows the first messages. All processes do that after the same step."""
+        """Send what follows the first messages. All processes do that at the same point."""
         for each in self.sums or ():
             each.go_on()
 
     def wait(self) -> None:
-        """Until the sums are there. All processes do that after the same step."""
+        """Until the sums are there. All processes do that at the same point."""
         for each in self.sums or ():
             each.wait()
 
@@ -50,6 +52,14 @@ class Sending:
             "weights": _as_tensor(self.weights),
             "reads_drift": self.reads_drift,
         }
+
+
+def exchange_with_progress_(rows: Tensor, sent: Tensor) -> None:
+    """rows ← sent and sent ← rows − sent, without a third tensor of their size."""
+    for now, then in zip(rows.split(_COLUMNS_AT_ONCE, dim=1), sent.split(_COLUMNS_AT_ONCE, dim=1), strict=True):
+        progress = now - then
+        now.copy_(then)
+        then.copy_(progress)
 
 
 def sending_from(state: dict[str, Any], blocks: Sequence[Tensor]) -> Sending:

@@ -43,6 +43,14 @@ class SharedRows:
         self._group, self._wire_dtype = group, wire_dtype
         self._wires: dict[int, Tensor] = {}
 
+    def begin_sums(
+        self, blocks: Sequence[Block], outers: Sequence[Outer], own: list[float], total: float
+    ) -> list[Sum]:
+        """begin_sum of all, in memory that nothing else is written to while they are under way."""
+        sums = [self.begin_sum(block, outer, own, total) for block, outer in zip(blocks, outers, strict=True)]
+        self._wires.clear()
+        return sums
+
     def begin_sum(self, block: Block, outer: Outer, own: list[float], total: float) -> Sum:
         """Begin the sum of what the rows of all processes bring.
 

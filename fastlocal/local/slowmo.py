@@ -93,7 +93,7 @@ class SlowMo(LocalSGD):
 
     @property
     def slow_lr(self) -> float:
-        """α; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        """α; it may be set between rounds, in all processes alike, and counts for the syncs that end after that."""
         return self._slow_lr
 
     @slow_lr.setter
@@ -104,7 +104,7 @@ class SlowMo(LocalSGD):
 
     @property
     def slow_momentum(self) -> float:
-        """β; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        """β; it may be set between rounds, in all processes alike, and counts for the syncs that end after that."""
         return self._slow_momentum
 
     @slow_momentum.setter
