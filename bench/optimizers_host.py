@@ -7,7 +7,7 @@ Every kernel is replaced by one that does nothing, so that this needs no GPU; th
 an allocator that hands out other memory looks like. With --beside, another checkout is stepped in turn with
 this one in the same process, so that a noisy neighbour hits both.
 
-"reads alone" is the floor of a step that trusts nothing: each p.grad, the address and layout of every tensor, the
+"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor and its layout, the
 dtype of every weight and gradient, the size and pending sign of every gradient, and autograd's version counters.
 PyTorch has no call that reads them of a whole list.
 "torch" is torch.optim.AdamW(fused=True) beside LAMB, and SGD(fused=True) with momentum beside LARS, their kernels
@@ -76,6 +76,7 @@ class ReadsAlone:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.params = list(optimizer.state)
         self.state = [t for s in optimizer.state.values() for t in s.values()]
+        self.moments = [t for t in self.state if t.dim()]
 
     def step(self) -> None:
         """Read it all once."""
@@ -87,7 +88,7 @@ class ReadsAlone:
         list(map(torch.Tensor.numel, grads))
         any(map(torch.Tensor.is_neg, grads))
         list(map(torch.Tensor.dim, self.params))
-        for tensors in (self.params, grads, self.state):
+        for tensors in (self.params, grads, self.moments):
             all(map(torch.Tensor.is_contiguous, tensors))
         torch.autograd.graph.increment_version(self.params)
 
