@@ -7,8 +7,8 @@ Every kernel is replaced by one that does nothing, so that this needs no GPU; th
 an allocator that hands out other memory looks like. With --beside, another checkout is stepped in turn with
 this one in the same process, so that a noisy neighbour hits both.
 
-"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor, the layout of
-every weight and gradient, the dtype, size and pending sign of every gradient, and autograd's version counters.
+"reads alone" is the floor of a step that trusts nothing: each p.grad, the address of every tensor and its layout, the
+dtype of every weight and gradient, the size and pending sign of every gradient, and autograd's version counters.
 PyTorch has no call that reads them of a whole list.
 "torch" is torch.optim.AdamW(fused=True) beside LAMB, and SGD(fused=True) with momentum beside LARS, their kernels
 left out likewise. Prints a line a case.
@@ -76,17 +76,19 @@ class ReadsAlone:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.params = list(optimizer.state)
         self.state = [t for s in optimizer.state.values() for t in s.values()]
+        self.moments = [t for t in self.state if t.dim()]
 
     def step(self) -> None:
         """Read it all once."""
         grads: Any = [p.grad for p in self.params]
         for tensors in (self.params, grads, self.state):
             list(map(torch.Tensor.data_ptr, tensors))
-        list(map(attrgetter("dtype"), grads))
+        for tensors in (self.params, grads):
+            list(map(attrgetter("dtype"), tensors))
         list(map(torch.Tensor.numel, grads))
         any(map(torch.Tensor.is_neg, grads))
         list(map(torch.Tensor.dim, self.params))
-        for tensors in (self.params, grads):
+        for tensors in (self.params, grads, self.moments):
             all(map(torch.Tensor.is_contiguous, tensors))
         torch.autograd.graph.increment_version(self.params)
 

@@ -126,6 +126,13 @@ class Rows:
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         return {name for name, parameter in self.parameters[0].items() if parameter in stepped}
 
+    def stepped_columns(self, block: Block, optimizer: torch.optim.Optimizer) -> Tensor:
+        """What the first row of a block has of the parameters that an optimizer steps, one after the other."""
+        stepped, row = self.stepped_by(optimizer), block.rows[0]
+        if all(slot.name in stepped for slot in block.slots):
+            return row
+        return torch.cat([row[:0], *(row[slot.start : slot.stop] for slot in block.slots if slot.name in stepped)])
+
     def begin(self, optimizer: torch.optim.Optimizer) -> set[str]:
         """Note that an optimizer steps its parameters; returns the names of all that no other one has stepped yet."""
         own = self.stepped_by(optimizer)

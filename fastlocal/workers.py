@@ -26,8 +26,9 @@ class Workers:
     Raises:
         TypeError: `model` is no module or has an attribute that cannot be copied, or num_workers is no whole number.
         ValueError: num_workers is below 1, or the model has nothing to train, a parameter that is uninitialised, no
-            plain tensor, shares memory or has a hook that runs after its gradient was accumulated, a function or a
-            hook around a part of itself, or is scripted.
+            plain tensor, complex, shares memory or has a hook that runs after its gradient was accumulated, a
+            function around a part of itself or a hook around another part, or is scripted. A hook around a module
+            that it lies in is taken to watch it only: one that computes with it would use the first worker's.
 
     Examples:
         >>> workers = Workers(nn.Linear(2, 1, bias=False), 3)

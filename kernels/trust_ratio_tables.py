@@ -140,11 +140,11 @@ def _key(rows: Sequence[Sequence[Tensor]], flags: object, steps: Sequence[Tensor
     return _Key(
         kind=(flags, *lengths),
         addresses=list(map(_data_ptr, others)),
-        # A weight may be transposed or viewed otherwise where it lies.
+        # A weight may be transposed or viewed otherwise where it lies; new state may lie where the old was.
         dims=list(map(_dim, rows[0])),
-        layouts=_strides(rows[0]) if row else [],
+        layouts=[_strides(own) for number, own in enumerate(rows) if number != row],
         # A new gradient may lie where the last one did, and be of another dtype or size, or laid out otherwise.
-        dtypes=list(map(_dtype, rows[row])),
+        dtypes=list(map(_dtype, chain(*rows[: row + 1]))),
         sizes=list(map(_numel, rows[row])),
         strides=_strides(rows[row]),
         gradients=list(map(_data_ptr, rows[row])),

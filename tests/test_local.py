@@ -688,6 +688,32 @@ def test_a_group_added_in_a_round_has_the_mean_rate_of_its_own_steps():
     assert [parameter.item() for parameter in team[1].parameters()] == [-(3 + 2 + 1.5), -(1 + 0.5 + 0.25)]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_group_added_in_a_round_has_the_mean_of_rates_that_change_in_its_own_steps(resumed):
+    team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)
+    optimizer = SlowMo(torch.optim.SGD([model[0] for model in team], lr=1.0), team, 100, slow_momentum=0.5)
+
+    def step(rate):
+        optimizer.param_groups[-1]["lr"] = rate
+        for parameter in team.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    for _ in range(8):
+        step(1.0)
+    optimizer.add_param_group({"params": [model[1] for model in team], "lr": 1.0})
+    step(1.0)
+    if resumed:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        team, optimizer = copy.deepcopy((team, optimizer))
+    step(0.5)
+    optimizer.sync()
+    before = team[0][1].item()
+    step(0.75)  # as the mean of 1 and 0.5 was
+    optimizer.sync()
+    assert before - team[0][1].item() == pytest.approx(0.5 * 1.5 + 0.75)
+
+
 @pytest.mark.parametrize("moves", [0, 1])
 def test_a_parameter_that_moves_in_any_worker_takes_the_outer_step(moves):
     team = Workers(nn.ParameterList([torch.zeros(1), torch.zeros(1)]), 2)

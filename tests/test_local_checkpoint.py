@@ -614,3 +614,36 @@ def test_a_resumed_run_keeps_the_digits_that_anchors_have_beyond_those_of_their_
         assert step(optimizer, team) == 1 + rounds * 2**-9
         if saved_again:
             optimizer, team = resume(optimizer, team)
+
+
+@pytest.mark.parametrize(("kind", "wire_dtype"), [(LocalSGD, torch.bfloat16), (SlowMo, None)])
+def test_two_optimizers_of_one_model_that_are_resumed_at_a_rounds_end_end_the_same(kind, wire_dtype):
+    def build():
+        torch.manual_seed(0)
+        team = Workers(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), 2)
+        wrapped = []
+        for layer in (0, 1):
+            inner = torch.optim.SGD([p for worker in team for p in worker[layer].parameters()], lr=0.1)
+            wrapped.append(kind(inner, team, 2, wire_dtype=wire_dtype))
+        return team, wrapped
+
+    def train(team, wrapped, steps, first=0):
+        for step in range(first, first + steps):
+            for optimizer in wrapped:
+                optimizer.zero_grad()
+            for number, worker in enumerate(team):
+                x = torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + number))
+                worker(x).square().mean().backward()
+            for optimizer in wrapped:
+                optimizer.step()
+
+    team, wrapped = build()
+    train(team, wrapped, 2)
+    saved = copy.deepcopy((team.state_dict(), [optimizer.state_dict() for optimizer in wrapped]))
+    train(team, wrapped, 3, first=2)
+    again, resumed = build()
+    again.load_state_dict(saved[0])
+    for optimizer, state in zip(resumed, saved[1], strict=True):
+        optimizer.load_state_dict(state)
+    train(again, resumed, 3, first=2)
+    assert torch.equal(parameters_of(again), parameters_of(team))

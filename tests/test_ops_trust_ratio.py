@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlocal.ops import trust_ratio as ops
-from fastlocal.ops.cpu_memory import CHUNK
+from fastlocal.ops.cpu_memory import CHUNK, sum_of_squares
 from fastlocal.reference import trust_ratio as reference
 from fastlocal.reference.trust_ratio import LambOptions, LarsOptions
 
@@ -286,3 +286,12 @@ def test_lars_keeps_its_digits_where_the_ratio_is_small(norm, size):
         expected = expected - 10.0 * momentum
     torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(buffer.double(), momentum, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, CHUNK + 5, 5 * CHUNK])
+@pytest.mark.parametrize("value", [None, 0.1234567, 1 / 3, 1e-3])
+def test_a_sum_of_squares_keeps_its_digits_where_all_elements_are_alike(size, value):
+    flat = (
+        torch.randn(size, generator=torch.Generator().manual_seed(0)) if value is None else torch.full((size,), value)
+    )
+    assert sum_of_squares(flat) == pytest.approx(flat.double().square().sum().item(), rel=5e-6)

@@ -440,6 +440,39 @@ def test_a_sparse_gradient_in_a_later_group_is_refused_before_anything_is_writte
     assert torch.equal(first, torch.ones(3))
 
 
+@BOTH
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels can run there")
+def test_kernels_asked_for_where_none_can_run_are_refused_before_anything_is_stepped_or_made(optimizer, monkeypatch):
+    monkeypatch.setattr("fastlocal.ops.implementation._is_interpreting", lambda: False)
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = optimizer([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    opt.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match="needs tensors on a CUDA device"):
+        opt.step()
+    assert not opt.state
+    opt.param_groups[0]["fused"] = None
+    opt.step()
+    stepped = first.detach().clone()
+    opt.param_groups[1]["fused"] = True  # that a group was stepped by other means tells nothing
+    with pytest.raises(RuntimeError, match="needs tensors on a CUDA device"):
+        opt.step()
+    assert torch.equal(first, stepped)
+
+
+@EVERY_FORM
+def test_a_loss_scale_of_one_element_is_taken_as_a_number(optimizer, options):
+    number = nn.Parameter(torch.tensor(3.0))
+    opt = optimizer([number], lr=0.1, weight_decay=0.0, **options)
+    opt.grad_scale, opt.found_inf = torch.tensor([4.0]), torch.tensor([0.0])
+    twin = clone([number])[0]
+    number.grad, twin.grad = torch.tensor(2.0), torch.tensor(0.5)
+    opt.step()
+    optimizer([twin], lr=0.1, weight_decay=0.0, **options).step()
+    assert_equal([number], [twin])
+    assert number.shape == ()
+
+
 @EVERY_FORM
 def test_the_gradient_of_an_imaginary_part_steps_as_its_value_does(optimizer, options):
     real, imaginary = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))

@@ -70,6 +70,12 @@ def test_relu_after_pooling_equals_relu_before_it():
         ({"qsr_alpha": 0.3}, "--qsr-alpha has no use without --policy qsr"),
         ({"seed": 2**41}, r"--seed must be below 2\^40, got"),
         ({"policy": "consensus"}, "--policy consensus needs --consensus-target"),
+        (
+            {"policy": "consensus", "consensus_target": 1.0, "overlap_steps": 2},
+            "decides from the drift of the last sync",
+        ),
+        ({"overlap_steps": -1}, "--overlap-steps must be at least 0, got -1"),
+        ({"method": "sync", "overlap_steps": 2}, "--overlap-steps has no use without --method local-sgd, slowmo or"),
         ({"method": "sync", "policy": "qsr"}, "--method sync averages in every step"),
         ({"method": "sync", "interval": 8}, "--interval has no use without --method local-sgd, slowmo or diloco"),
         ({"method": "sync", "inner_state": "reset"}, "--inner-state has no use without --method local-sgd"),

@@ -107,6 +107,21 @@ def test_streaming_waits_only_for_what_a_fragment_needs_beyond_its_steps():
 
 # Douillard et al., Streaming DiLoCo (arXiv:2501.18512), table 1: 10^9 parameters, 2 replicas, 1 Gb/s, interval 100;
 # table 4: 0.1 s a step, 24 layers, so 8 fragments of three; bfloat16 gradients, FP4 outer gradients.
+def test_a_sync_that_overlaps_waits_only_for_what_its_steps_do_not_cover():
+    whole = estimate(make(method="slowmo"))
+    assert whole.communication_share > 0
+    assert estimate(make(method="slowmo", overlap_steps=0)) == whole
+    step, sync = make().step_seconds, whole.sync_seconds
+    late = estimate(make(method="slowmo", step_seconds=sync / 4, overlap_steps=3))
+    assert late.step_seconds == pytest.approx(sync / 4 + sync / 4 / make().interval)
+    assert late.sync_seconds == sync
+    for steps in (4, 100):  # a sync that lasts as long as its steps; no more of them than the round has
+        assert estimate(make(method="slowmo", step_seconds=sync / 4, overlap_steps=steps)).communication_share == 0
+    short = estimate(make(method="slowmo", interval=2, step_seconds=sync / 4, overlap_steps=100))
+    assert short.step_seconds == pytest.approx(sync / 2)
+    assert estimate(make(overlap_steps=1)).step_seconds == pytest.approx(step + max(sync - step, 0) / make().interval)
+
+
 # tokens: (hours without communication, data-parallel hours, streaming hours, data-parallel TB, streaming TB)
 PUBLISHED = {
     25: (0.67, 109, 0.88, 441, 1.10),
@@ -243,7 +258,10 @@ GOOD = {"--parameters": "1e9", "--workers": "8", "--step-seconds": "0.1"}
         (["--method", "sync", "--interval", "7"], "--interval has no use without a --method that syncs once an"),
         (["--method", "sync", "--within", "step"], "--within has no use without a --method that syncs once an"),
         (["--fragments", "4"], "--fragments has no use without --method streaming"),
-        (["--overlap-steps", "2"], "--overlap-steps has no use without --method streaming"),
+        (
+            ["--method", "sync", "--overlap-steps", "2"],
+            "--overlap-steps has no use without a --method that syncs once an interval",
+        ),
         (["--inner-latency-ms", "-1"], "--inner-latency-ms has no use without --inner-gbps"),
         (["--wire-dtype", "fp5"], "fp5"),
         (["--plot", "/dev/null/plan.png"], "--plot /dev/null/plan.png cannot be written"),

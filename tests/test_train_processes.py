@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 ROOT = Path(__file__).parent.parent
 RUN = ["train", "--batch-size", "16", "--synthetic-images", "400"]
 FOUR = [*RUN, "--workers", "4", "--epochs", "3"]
-METHODS = {"slowmo": ["--method", "slowmo", "--interval", "4"], "sync": ["--method", "sync"]}
+METHODS = {"slowmo": ["--method", "slowmo", "--interval", "4", "--overlap-steps", "3"], "sync": ["--method", "sync"]}
 TIMES = ("train_seconds", "sync_seconds")
 
 

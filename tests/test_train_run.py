@@ -69,7 +69,7 @@ class SaveAndStop:
 @pytest.mark.parametrize(
     "values",
     [
-        {"method": "slowmo", "policy": "val-loss", "wire_dtype": "fp8"},
+        {"method": "slowmo", "policy": "val-loss", "wire_dtype": "fp8", "overlap_steps": 3},
         {"method": "diloco", "optimizer": "adamw", "lr": 1e-3},
         {
             "method": "local-sgd",

@@ -765,3 +765,52 @@ def test_gradients_that_no_kernel_takes_are_refused_by_name_or_stepped_without_o
         else:
             opt.step()
         assert torch.equal(param, torch.ones_like(param)) == bool(fused)
+
+
+def test_state_laid_out_otherwise_where_the_old_one_lay_is_read_as_it_lies():
+    results = []
+    for impl in ("triton", "portable"):
+        generator = torch.Generator().manual_seed(0)
+        weight, grad, memory = (torch.randn(16, 32, generator=generator).to(DEVICE) for _ in range(3))
+        tables: dict = {}
+        for buffer in (memory, memory.view(32, 16).t(), memory):
+            ops.lars_([weight], [grad], [buffer], [None], LARS_OPTIONS, impl=impl, tables=tables)
+        results.append((weight, memory))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have their parameter's dtype there")
+def test_a_weight_of_another_dtype_where_the_old_one_lay_is_read_as_such():
+    param = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, device=DEVICE))
+    param.grad_dtype = None
+    param.grad = torch.ones(3, device=DEVICE)
+    fused = LARS([param], lr=0.1, momentum=0.9, fused=True)
+    fused.step()
+    param.data = param.data.view(torch.float16)
+    param.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    fused.step()  # the buffer holds 1 + 0.9
+    torch.testing.assert_close(param.tolist(), [0.81, 1.81, 2.81], rtol=0, atol=2e-3)
+
+
+def test_float64_state_is_left_to_the_portable_steps_unless_the_kernels_were_asked_for(monkeypatch):
+    monkeypatch.setattr(ops, "choose", lambda impl, device, dtype: choose_as_on_cuda(impl, dtype))
+    for fused in (None, True):
+        param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        optimizer = LAMB([param], lr=0.1, fused=fused, weight_decay=0.0)
+        param.grad = torch.ones(3, device=DEVICE)
+        optimizer.step()
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][name] = optimizer.state[param][name].double()
+        if fused:
+            with pytest.raises(TypeError, match="state must be float32 for impl='triton'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert param.tolist() == pytest.approx([0.8] * 3, rel=1e-5)
+            assert optimizer.state[param]["step"].item() == 2
+
+
+def choose_as_on_cuda(impl, dtype):
+    if impl == "auto":
+        return "portable" if dtype == torch.float64 else "triton"
+    return impl

@@ -25,3 +25,4 @@ from fastlocal.comm.pieces import is_sharded as is_sharded
 from fastlocal.comm.pieces import place_of as place_of
 from fastlocal.comm.pieces import ranks_on_mesh as ranks_on_mesh
 from fastlocal.comm.pieces import sum_over_pieces_ as sum_over_pieces_
+from fastlocal.comm.sum import Sum as Sum

@@ -152,8 +152,10 @@ class Group:
         Each sends its own to all others at once: an all-gather would pass them around a ring, hop after hop.
         """
         own = torch.tensor([[*values]] * len(self), dtype=torch.float64, device=self._device)
+        received = torch.empty_like(own)
         # The host waits for messages: on CUDA too a process that does not come is noticed here.
-        return self._exchange(own, host_waits=True).tolist()
+        self._run(lambda: self._all_to_all(received, own), own.device, host_waits=True)
+        return received.tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Everybody's object, in the group's order: for rare, small messages."""
@@ -191,53 +193,46 @@ class Group:
 
     def reduce_(self, tensor: Tensor, operation: Operation) -> None:
         """Overwrite the contiguous tensor with the sum, maximum, minimum or mean over all processes."""
+        if tensor.numel():
+            self._run(lambda: self._all_reduce(tensor, operation), tensor.device)
+
+    def _all_reduce(self, tensor: Tensor, operation: Operation) -> "dist.Work":
         operations = {
             "sum": dist.ReduceOp.SUM,
             "max": dist.ReduceOp.MAX,
             "min": dist.ReduceOp.MIN,
             "mean": dist.ReduceOp.AVG,
         }
-        if tensor.numel():
-            options = self._options("Allreduce", tensor.device)
-            options.reduceOp = operations[operation]
-            self._run(lambda: self.process_group.allreduce([lent(tensor)], options), tensor.device)
+        options = self._options("Allreduce", tensor.device)
+        options.reduceOp = operations[operation]
+        return self.process_group.allreduce([lent(tensor)], options)
 
-    def sum_rounding_once_(self, message: Tensor, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Overwrite a message of low precision with the sum over all processes, for the bytes of an all_reduce.
+    def send_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to overwrite the contiguous tensor with the sum over all processes; returns what waits for it."""
+        return self._begin(lambda: self._all_reduce(tensor, "sum"), tensor.device)
 
-        In an all_reduce each process on the way rounds; here each adds up a part that all have sent it, in the
-        group's order, and gives all the result. The last part may be padded with zeros.
+    def send_parts(self, received: Tensor, parts: Tensor) -> Callable[[], None]:
+        """Begin to send parts[i] to the i-th process, and to receive its own; returns what waits for that."""
+        return self._begin(lambda: self._all_to_all(received, parts), parts.device)
 
-        Args:
-            message: contiguous; it is cut along its first dimension.
-            add_up: what of parts, shape (processes, …), is their sum.
-        """
-        if not message.numel():
-            return
-        if len(self) == 2 and message.is_floating_point():  # one addition rounds once
-            self.reduce_(message, "sum")
-            return
-        size = -(-len(message) // len(self))
-        shape = (len(self), size, *message.shape[1:])
-        whole = len(message) == size * len(self)
-        parts = message.view(shape) if whole else message.new_zeros(shape)
-        if not whole:
-            parts.flatten(0, 1)[: len(message)] = message
-        own = add_up(self._exchange(parts, host_waits=False))
-        self._run(lambda: self._all_gather(parts.unbind(), own), message.device)
-        if not whole:
-            message.copy_(parts.flatten(0, 1)[: len(message)])
+    def send_to_all(self, received: Tensor, own: Tensor) -> Callable[[], None]:
+        """Begin to send all a tensor, and to receive theirs; returns what waits for that."""
+        return self._begin(lambda: self._all_gather(received.unbind(), own), own.device)
 
-    def _exchange(self, parts: Tensor, host_waits: bool) -> Tensor:
-        """What all have sent this process, in the group's order, who sends parts[i] to the i-th of them."""
-        received = torch.empty_like(parts)
+    def _begin(self, start: "Callable[[], dist.Work]", device: torch.device) -> Callable[[], None]:
+        with self._waiting():
+            work = start()
+
+        def wait() -> None:
+            with self._waiting():
+                self._wait(work, device, host_waits=False)
+
+        return wait
+
+    def _all_to_all(self, received: Tensor, parts: Tensor) -> "dist.Work":
+        """What all send this process, in the group's order, who sends parts[i] to the i-th of them."""
         options = self._options("AllToAll", parts.device)
-        self._run(
-            lambda: self.process_group.alltoall_base(lent(received), lent(parts), [], [], options),
-            parts.device,
-            host_waits,
-        )
-        return received
+        return self.process_group.alltoall_base(lent(received), lent(parts), [], [], options)
 
     def _gather_tensors(self, own: Tensor) -> list[Tensor]:
         everybody = [torch.empty_like(own) for _ in self.ranks]
@@ -263,16 +258,24 @@ class Group:
 
     def _run(self, start: "Callable[[], dist.Work]", device: torch.device, host_waits: bool = False) -> None:
         """Start a collective of tensors on the device, and wait for it: by NCCL in stream order, unless told else."""
+        with self._waiting():
+            self._wait(start(), device, host_waits)
+
+    def _wait(self, work: "dist.Work", device: torch.device, host_waits: bool) -> None:
+        if not self._by_nccl(device):
+            work.wait(timedelta(seconds=self.timeout))
+            return
+        if host_waits:  # not by a wait with a timeout, which calls the watchdog
+            self.finish(work.is_completed)
+        work.wait()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what may find that a process is lost."""
         began = time.monotonic()
         try:
             with self._notes.waiting():
-                work = start()
-                if not self._by_nccl(device):
-                    work.wait(timedelta(seconds=self.timeout))
-                    return
-                if host_waits:  # not by a wait with a timeout, which calls the watchdog
-                    self.finish(work.is_completed)
-                work.wait()
+                yield
         except LostRankError:
             raise
         except RuntimeError as error:

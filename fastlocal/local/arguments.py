@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlocal.policy import FixedInterval, Policy, require_interval
+from fastlocal.policy import FixedInterval, Policy, decides_alike, require_interval
 from fastlocal.workers import Workers
 
 
@@ -16,6 +16,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_steps(name: str, steps: object) -> None:
+    """Raise TypeError or ValueError unless it is a whole number of at least 0."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"{name} must be an int, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"{name} must be at least 0, got {steps}")
+
+
+def check_late_drift(policy: Policy, overlap_steps: int) -> None:
+    """Raise ValueError unless a policy's class says that it does not read the drift, which is not known by then."""
+    if overlap_steps and getattr(type(policy), "reads_drift", True) and not decides_alike(policy):
+        raise ValueError(
+            f"{type(policy).__name__} may decide from the drift of the last sync, which is not known yet with "
+            f"overlap_steps={overlap_steps}: set that to 0, or reads_drift = False on a policy that does not read it"
+        )
 
 
 def check_model(model: object) -> None:

@@ -14,12 +14,13 @@ from fastlocal.checksum import checksum
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import InnerState
-from fastlocal.local.arguments import checked_weights, policy_of
+from fastlocal.local.arguments import check_late_drift, checked_weights, policy_of
 from fastlocal.local.form import require_form
 from fastlocal.local.kept import Kept
 from fastlocal.local.many_processes import ManyProcesses
 from fastlocal.local.one_process import Choices, OneProcess
 from fastlocal.local.rates import Rates
+from fastlocal.local.sending import Sending, form_of_sending, sending_from
 from fastlocal.local.wrapper import Wrapper
 from fastlocal.ops.implementation import Implementation
 from fastlocal.outer import Outer
@@ -27,7 +28,7 @@ from fastlocal.policy import Policy, Stats
 
 _FIXED = (
     *("inner", "rows", "inner_state", "buffers", "warmup_steps", "impl", "wire_dtype", "process_group", "timeout"),
-    "interval",
+    *("interval", "overlap_steps"),
 )
 """Arguments that the parts of a wrapper have copies of, or have gone into."""
 
@@ -57,6 +58,7 @@ class Checkpointed(Wrapper):
     impl: Implementation
     wire_dtype: torch.dtype | None
     warmup_steps: int
+    overlap_steps: int
     _group: Group | None
     _timeout: float
 
@@ -68,6 +70,7 @@ class Checkpointed(Wrapper):
     _round_is_open = Kept[bool]()
     _buffers_apart = Kept[bool]()  # whether steps of the warm-up have changed them since they were last merged
     _compared = Kept[bool]()  # whether the processes have found that they agree
+    _sending = Kept[Sending | None]()  # a sync whose outcome is yet to come
     _rows_saved = Kept[list[int]]()  # checksums of what a loaded state's anchors go with, until a round begins
 
     _own_attributes: tuple[str, ...] = (
@@ -80,6 +83,7 @@ class Checkpointed(Wrapper):
         "warmup_steps",
         "impl",
         "wire_dtype",
+        "overlap_steps",
         "stats",
         "steps_in_round",
         "_anchored",
@@ -121,7 +125,9 @@ class Checkpointed(Wrapper):
 
     @policy.setter
     def policy(self, interval: int | Policy) -> None:
-        self._policy = policy_of(interval)
+        policy = policy_of(interval)
+        check_late_drift(policy, self.overlap_steps)
+        self._policy = policy
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -154,7 +160,7 @@ class Checkpointed(Wrapper):
         """Take back what state_dict() returned; before the first step too. The argument is not changed.
 
         What may be set between rounds comes back too: an interval, slow_lr, slow_momentum. A state saved right
-        after a sync may go on in another number of processes. All processes load one, and compare themselves before
+        after `sync()` may go on in another number of processes. All processes load one, and compare themselves before
         the next step.
 
         Raises:
@@ -196,7 +202,8 @@ class Checkpointed(Wrapper):
         # Not the hooks, nor the `step` that a scheduler put on the instance: as torch.optim does.
         state = {name: getattr(self, name) for name in self._own_attributes}
         outer_states = [outer.state_dict() for outer in self._outers]
-        return state | {"outer_states": outer_states, "rates": (self._rates.last, self._rates.resting)}
+        rates = self._rates.last, self._rates.missed, self._rates.resting
+        return state | {"outer_states": outer_states, "rates": rates, "sending": self._sending_saved()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         outer_states, rates = state["outer_states"], state["rates"]
@@ -204,9 +211,16 @@ class Checkpointed(Wrapper):
             setattr(self, name, state[name])
         super().__setstate__({})
         self._assemble()
-        self._rates.last, self._rates.resting = rates
+        self._rates.last, self._rates.missed, self._rates.resting = rates
         for outer, own in zip(self._outers, outer_states, strict=True):
             outer.load_state_dict(own)
+        self._take_sending(state["sending"])
+
+    def _sending_saved(self) -> dict[str, Any] | None:
+        return None if self._sending is None else self._sending.state_dict()
+
+    def _take_sending(self, saved: dict[str, Any] | None) -> None:
+        self._sending = None if saved is None else sending_from(saved, [block.rows for block in self.rows.blocks])
 
     def _saved(self) -> dict[str, Any]:
         """The entry "fastlocal" but for its "rows": this process's share of all that the next step depends on."""
@@ -222,7 +236,9 @@ class Checkpointed(Wrapper):
             "steps_in_round": self.steps_in_round,
             "anchored": self._anchored,
             "buffers_apart": self._buffers_apart,
+            "sending": self._sending_saved(),
             "rates": [float(rate) for rate in self._rates.last],
+            "missed": list(self._rates.missed),
             "resting": [index for index, name in enumerate(self._names()) if name in self._rates.resting],
         }
 
@@ -231,19 +247,28 @@ class Checkpointed(Wrapper):
         stats = own.get("stats")
         steps = stats.get("local_steps") if isinstance(stats, dict) else None
         apart = isinstance(steps, int) and 0 < steps <= self.warmup_steps
-        return {"resting": [], "buffers_apart": apart, "rows": [], "places": self._places()}
+        rates = own.get("rates")
+        missed = [0] * len(rates) if isinstance(rates, list) else []
+        return {
+            "resting": [],
+            "buffers_apart": apart,
+            "rows": [],
+            "places": self._places(),
+            "sending": None,
+            "missed": missed,
+        }
 
     def _rows_of_anchors(self) -> list[int]:
         """Checksums of the rows that the anchors go with; none in a round, or before there are anchors."""
-        if self._rows_saved or self.steps_in_round or not self._anchored:
+        if self._rows_saved or self.steps_in_round or not self._anchored or self._sending is not None:
             return self._rows_saved
         self.rows.pull()
         return self._checksums()
 
     def _checksums(self) -> list[int]:
-        """Of the first row of each block that has an anchor."""
-        blocks = zip(self.rows.blocks, self._outers, strict=True)
-        return [int(checksum(block.rows[0])) for block, outer in blocks if outer.anchor is not None]
+        """Of what this optimizer steps in the first row of each block that has an anchor."""
+        blocks = [b for b, outer in zip(self.rows.blocks, self._outers, strict=True) if outer.anchor is not None]
+        return [int(checksum(own)) for block in blocks if len(own := self.rows.stepped_columns(block, self.inner))]
 
     def _places(self) -> list[int]:
         """Where the pieces of this process lie on the mesh, one way of cutting after the other."""
@@ -256,7 +281,7 @@ class Checkpointed(Wrapper):
         """Raise ValueError unless a saved entry fits the optimizer; nothing is changed yet."""
         present = self._saved() | {"stats": asdict(Stats()), "rows": []}
         # What a policy keeps is its own affair, and the layout has an error of its own, before the tensors.
-        skipped: dict[str, Any] = {"layout": [], "policy": {}, "outer": []}
+        skipped: dict[str, Any] = {"layout": [], "policy": {}, "outer": [], "sending": None}
         saved = {key: skipped.get(key, value) for key, value in own.items()} if isinstance(own, dict) else own
         require_form(saved, present | skipped, "['fastlocal']")
         if not isinstance(own["policy"], dict) or own["policy"].keys() != {"name", "state"}:
@@ -273,10 +298,11 @@ class Checkpointed(Wrapper):
         for what, before, here in matches:
             if before != here:
                 raise ValueError(f"state_dict is of the {what} {before!r}, this optimizer has {here!r}")
-        if own["num_workers"] != self.num_workers and own["steps_in_round"]:
+        if own["num_workers"] != self.num_workers and (own["steps_in_round"] or own["sending"] is not None):
             raise ValueError(
-                f"state_dict is of the number of workers {own['num_workers']} in the middle of a round, this "
-                f"optimizer has {self.num_workers}: only one saved right after sync() fits another number"
+                f"state_dict is of the number of workers {own['num_workers']} in the middle of a round, or with a "
+                f"sync under way; this optimizer has {self.num_workers}: only one saved right after sync() fits "
+                "another number"
             )
         self.rows.require_layout(own["layout"])
         if own["places"] != present["places"]:
@@ -291,6 +317,10 @@ class Checkpointed(Wrapper):
                 f"{self.wire_dtype}: bfloat16 and float8_e4m3fn may take each other's place, and no other"
             )
         require_form(own["outer"], present["outer"], "['fastlocal']['outer']")
+        if own["sending"] is not None:
+            blocks = self.rows.blocks
+            form = form_of_sending([b.rows for b in blocks], [len(b.slots) for b in blocks], self.num_workers)
+            require_form(own["sending"], form, "['fastlocal']['sending']")
 
     def _restore(self, own: dict[str, Any]) -> None:
         """Take back what _saved() returned, and its rows."""
@@ -302,7 +332,8 @@ class Checkpointed(Wrapper):
         self._round_is_open = self.steps_in_round > 0
         self._buffers_apart = own["buffers_apart"]
         self._rows_saved = list(own["rows"])
-        self._rates.last = list(own["rates"])
+        self._take_sending(own["sending"])
+        self._rates.last, self._rates.missed = list(own["rates"]), list(own["missed"])
         self._rates.resting = {name for index, name in enumerate(self._names()) if index in own["resting"]}
         self._rates.find_groups()
         if self.stats.local_steps:

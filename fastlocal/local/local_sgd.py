@@ -22,6 +22,7 @@ from fastlocal.local.checkpoint import Checkpointed
 from fastlocal.local.clock import Clock
 from fastlocal.local.one_process import Round
 from fastlocal.local.scaling import Scaling
+from fastlocal.local.sending import Sending
 from fastlocal.ops.implementation import Implementation, check_implementation, choose
 from fastlocal.outer import AnchoredAverage, Average, Outer
 from fastlocal.policy import Policy, Stats, decides_alike, require_interval
@@ -35,9 +36,10 @@ class LocalSGD(Checkpointed):
     `param_groups` and `state` are the inner optimizer's own.
 
     Loading weights: until the first step, weights loaded into worker 0 alone become those of all workers of the
-    process; likewise until the first step after `load_state_dict` of a state saved at the end of a round. At any
-    other time load every worker: what you set a parameter to then counts as progress of the round. If a forward pass
-    writes to parameters, as that of an embedding with `max_norm` does, load before you build this optimizer.
+    process; likewise, of workers that have not stepped yet, until the first step after `load_state_dict` of a state
+    saved at the end of a round. At any other time load every worker: what you set a parameter to then counts as
+    progress of the round. If a forward pass writes to parameters, as that of an embedding with `max_norm` does, load
+    before you build this optimizer.
 
     Parameters that require no gradient when the model is handed over stay each worker's own. A moving average of the
     weights is averaged if it is a buffer.
@@ -61,7 +63,7 @@ class LocalSGD(Checkpointed):
             it, "average" gives all the mean.
         buffers: what a sync does to module buffers. "average" takes the mean of floating-point ones and the
             maximum of the others, "broadcast" copies the first finite worker's, which spectral_norm and
-            fake quantisers need, whose buffers belong together.
+            fake quantisers need, whose buffers belong together; "keep" leaves each worker its own.
         warmup_steps: average gradients instead of parameters for the first so many steps (post-local SGD).
             A loaded state whose workers have stepped alone is past them.
         impl: how a process averages its rows, looks for values that are not finite and takes the outer step: "triton"
@@ -81,6 +83,14 @@ class LocalSGD(Checkpointed):
             the samples it sees; None weighs all alike. Buffers and inner state are not weighted. The attribute may be
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another
             number of processes cuts otherwise.
+        overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then
+            take over what became of the sync, and add what they have done since; two copies of the parameters are
+            kept meanwhile. From the first sync on the workers are apart until you call `sync()`, which ends all that
+            is under way: call it before you load, evaluate or take the mean. `stats.drift` is as late as the
+            parameters, buffers and inner state are not; a sync that leaves a worker out ends at once. Needs one
+            optimizer for all parameters, and a policy that does not read the drift; one that sends messages
+            (ValidationLoss, AdaComm) may wait behind those of the sync. With a `wire_dtype` two messages follow each
+            other, the second after half of the steps.
 
     Attributes:
         stats: what was counted so far, see Stats.
@@ -89,7 +99,8 @@ class LocalSGD(Checkpointed):
         num_workers: in all processes.
 
     Raises:
-        ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
+        ValueError: a value is out of its range, a parameter of `inner` does not belong to `model`, or with
+            `overlap_steps` the policy reads the drift or a parameter is not in `inner`.
         TypeError: an argument is of the wrong kind.
         RuntimeError: `impl` cannot run where the parameters are.
 
@@ -111,21 +122,26 @@ class LocalSGD(Checkpointed):
         timeout: float = 300.0,
         wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
+        overlap_steps: int = 0,
     ) -> None:
         arguments.check_choice("inner_state", inner_state, get_args(InnerState))
         arguments.check_choice("buffers", buffers, get_args(Buffers))
         check_implementation(impl)
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool):
-            raise TypeError(f"warmup_steps must be an int, got {warmup_steps!r}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        arguments.check_steps("warmup_steps", warmup_steps)
+        arguments.check_steps("overlap_steps", overlap_steps)
         arguments.check_model(model)
         arguments.check_wire_dtype(wire_dtype)
         timeout = arguments.as_float("timeout", timeout)
         policy = arguments.policy_of(interval)
         super().__init__(inner)
+        self.overlap_steps = overlap_steps
         self.policy = policy
         self.rows = model.rows if isinstance(model, Workers) else Rows([model])
+        if overlap_steps and (left_out := self.rows.parameters[0].keys() - self.rows.stepped_by(inner)):
+            raise ValueError(
+                f"overlap_steps needs an inner that steps all parameters of the model, and {min(left_out)!r} is in "
+                "none of its groups: two optimizers would each add what the other has averaged"
+            )
         for block in self.rows.blocks:
             choose(impl, block.rows.device, block.rows.dtype)  # raises here, not at the first sync
         self.rows.following.catch_up()  # a forward pass before the first step may write to parameters
@@ -139,6 +155,7 @@ class LocalSGD(Checkpointed):
         self.steps_in_round = 0
         self._anchored = self._round_is_open = self._buffers_apart = False
         self._rows_saved = []
+        self._sending = None
         self._chose_group, self._timeout = process_group is not None, timeout
         self._group = comm.find_group(process_group, timeout, [block.rows.device for block in self.rows.blocks])
         self._assemble()
@@ -211,8 +228,10 @@ class LocalSGD(Checkpointed):
                 self._team.warn_of_equal_gradients()
         self.stats.local_steps += 1
         self.stats.bytes_synchronous += self._ring(self.rows.num_bytes)
+        if self._sending is not None:
+            self._receive(self._sending)
         if self.steps_in_round >= self.stats.interval:
-            self.sync()
+            self._close(overlaps=self.overlap_steps > 0)
         return loss
 
     def _begin_round(self, warming_up: bool) -> None:
@@ -255,7 +274,7 @@ class LocalSGD(Checkpointed):
             )
         # Steps together may leave the processes apart in the last digits; at a round's end all rows are equal.
         exact = self.stats.local_steps == 0 or self._anchored
-        expected = "apart" if self.steps_in_round else "equal" if exact else "close"
+        expected = "apart" if self.steps_in_round or self._sending is not None else "equal" if exact else "close"
         self._team.begin(self._settings(), self.stats, expected)
         self._compared = True
 
@@ -269,6 +288,8 @@ class LocalSGD(Checkpointed):
             "buffers": self.buffers,
             "warmup_steps": self.warmup_steps,
             "wire_dtype": str(self.wire_dtype),
+            "overlap_steps": self.overlap_steps,
+            "a sync is under way": self._sending is not None,
             "workers a process": len(self.rows),
             "processes": self._team.num_processes,
             "local steps": self.stats.local_steps,
@@ -310,13 +331,12 @@ class LocalSGD(Checkpointed):
         self.stats.seconds_in_sync += time.perf_counter() - started
         return agreed
 
-    @torch.inference_mode(False)  # what is made inside and kept could never be written again outside
-    @torch.no_grad()
     def sync(self) -> None:
         """Close the round under way, even if it is not full; without a step since the last sync, do nothing.
 
         After steps of the warm-up, which leave the parameters equal, it merges the buffers alone. A worker
-        whose parameters are not all finite is left out of the mean and goes on from it.
+        whose parameters are not all finite is left out of the mean and goes on from it. With `overlap_steps` it ends
+        the sync that is under way too.
 
         Raises:
             DivergedError: no worker's parameters are finite; then nothing is written.
@@ -325,25 +345,67 @@ class LocalSGD(Checkpointed):
             RuntimeError: a parameter has left its row, buffers differ or cannot be averaged, or torch.distributed was
                 initialised after this optimizer was built.
         """
-        if self.steps_in_round == 0:
-            if self._buffers_apart:
-                self._compare()
-                self.stats.bytes_on_wire += self._ring(self._team.merge_buffers(self.stats))
-                self._buffers_apart = False
-            return
+        if self._sending is not None:
+            self._compare()
+            self._team.agree_to_land(self.stats)
+            self._land(self._sending)
+        if self.steps_in_round:
+            self._close(overlaps=False)
+        elif self._buffers_apart:
+            self._merge_buffers()
+
+    @torch.no_grad()
+    def _merge_buffers(self) -> None:
+        self._compare()
+        self.stats.bytes_on_wire += self._ring(self._team.merge_buffers(self.stats))
+        self._buffers_apart = False
+
+    @torch.inference_mode(False)  # what is made inside and kept could never be written again outside
+    @torch.no_grad()
+    def _close(self, overlaps: bool) -> None:
+        """Close the round, and wait for what becomes of it unless it may come later."""
         self._compare()
         clock = Clock(self.rows.blocks[0].rows.device)
         self.rows.check()
         reads_drift = getattr(self.policy, "reads_drift", True)
         rates = self._rates.of_blocks()
         closing = Round(self.stats, self.steps_in_round, self._weights_or_ones(), rates, reads_drift)
-        outcome = self._team.close_round(closing)
+        if overlaps:
+            self._sending, outcome = self._team.send(closing)
+        else:
+            outcome = self._team.close_round(closing)
         self.stats.round_steps, self.steps_in_round = self.steps_in_round, 0
         self._round_is_open = self._buffers_apart = False
         self.stats.rounds += 1
-        self.stats.drift = outcome.drift
+        if self._sending is None:
+            self.stats.drift = outcome.drift
         self.stats.excluded += outcome.excluded
         self.stats.bytes_on_wire += self._ring(outcome.payload)
+        self._count(clock)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _receive(self, sending: Sending) -> None:
+        """Of a sync that is under way what is due after this step."""
+        due = min(self.overlap_steps, self.stats.interval)
+        if self.steps_in_round >= due:
+            self._land(sending)
+        elif self.steps_in_round == (due + 1) // 2:
+            clock = Clock(self.rows.blocks[0].rows.device)
+            self._team.go_on(sending, self.stats)
+            self._count(clock)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _land(self, sending: Sending) -> None:
+        """End the sync that is under way."""
+        clock = Clock(self.rows.blocks[0].rows.device)
+        self.rows.check()
+        self.stats.drift = self._team.land(sending, self.stats)
+        self._sending = None
+        self._count(clock)
+
+    def _count(self, clock: Clock) -> None:
         clock.stop()
         self._team.finish(clock.is_done)
         self.stats.seconds_in_sync += clock.seconds()

@@ -1,8 +1,9 @@
 """A sync among the workers of several processes: k rows in each.
 
 Messages of a round: a header when it begins (and the policy's state if it has changed), a header when it closes,
-then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged. In low precision
-parameters take an all-to-all and an all-gather instead, but for bfloat16 between two.
+then one flat all-reduce for each block of rows, and one for each dtype of what else is averaged; where the workers go
+on meanwhile, the rows' come last. In low precision parameters take an all-to-all and an all-gather instead, but for
+bfloat16 between two.
 """
 
 import itertools
@@ -10,25 +11,35 @@ import math
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlocal import comm
-from fastlocal.comm import Group
-from fastlocal.flat import Block, Rows
+from fastlocal.comm import Group, Sum
+from fastlocal.flat import Rows
 from fastlocal.local.alike import are_alike, are_close, share_rows, share_states, take_first_, warn_of_equal_gradients
-from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LOADED, Header, compare, meet
-from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing, divide_
+from fastlocal.local.meeting import BEGIN, CLOSE, COMPARE, GRADIENTS, LAND, LOADED, Header, compare, meet
+from fastlocal.local.one_process import Choices, DivergedError, OneProcess, Outcome, Round, Standing
 from fastlocal.local.rates import checksum_of
+from fastlocal.local.sending import Sending
 from fastlocal.local.shared_buffers import merge_across_
 from fastlocal.local.shared_gradients import average_gradients_across_
+from fastlocal.local.shared_rows import SharedRows
 from fastlocal.local.shared_state import average_state_across_
 from fastlocal.ops import averaging as ops
-from fastlocal.ops import progress
 from fastlocal.outer import Outer, SlowMomentum
 from fastlocal.policy import Policy, Stats, decides_alike
+
+
+class _Agreed(NamedTuple):
+    """What all processes know of a round that they close."""
+
+    closing: Round
+    buffers: list[list[Tensor]]  # those that are sent
+    included: list[list[bool]]  # of each process, whether its rows count
+    weights: list[float]  # relative ones, of all rows
 
 
 class ManyProcesses(OneProcess):
@@ -63,7 +74,7 @@ class ManyProcesses(OneProcess):
         )
         if choices.wire_dtype is None:
             self.payload = self.gradients_payload
-        self._wires: dict[int, Tensor] = {}
+        self.shared = SharedRows(group, choices.wire_dtype)
         self._last_message: bytes | None = None
         self._has_compared = False
         self._healed: list[str] = []
@@ -169,7 +180,7 @@ class ManyProcesses(OneProcess):
         own = self._own_of(everybody)
         total = math.fsum(everybody)
         for block in self.rows.blocks:
-            wire = self._wire(block, extra=len(block.slots))
+            wire = self.shared.wire(block, extra=len(block.slots))
             average_gradients_across_(self.rows, block, own, total, wire, self.group)
         return True
 
@@ -187,6 +198,43 @@ class ManyProcesses(OneProcess):
             DivergedError: on every process, if no worker's parameters are finite; then nothing is written.
             DisagreementError: on every process, if they are not at the same step.
         """
+        return self._close(self._agree(closing))
+
+    def send(self, closing: Round) -> tuple[Sending | None, Outcome]:
+        """As close_round, but that the workers keep their parameters, and take over at `land` what became of them.
+
+        Where one is left out nothing is left to do: what it computed until then would be lost.
+        """
+        agreed = self._agree(closing)
+        if not all(map(all, agreed.included)):
+            return None, self._close(agreed)
+        payload = self._settle_across(agreed)  # first: it would wait behind the sums
+        sending = self._new_sending(agreed.closing, agreed.weights)
+        sending.sums = self.shared.begin_sums(
+            self.rows.blocks, self.outers, self._own_of(agreed.weights), math.fsum(agreed.weights)
+        )
+        return sending, Outcome(math.nan, 0, payload)
+
+    def agree_to_land(self, stats: Stats) -> None:
+        """Before a `land` that was asked for, not one that is due: find that all have come to it.
+
+        Raises:
+            DisagreementError: on every process, if they are not at the same step.
+        """
+        meet(self.group, LAND, self._header(stats, 0))
+
+    def go_on(self, sending: Sending, stats: Stats) -> None:
+        """Send what follows the first messages."""
+        self.group.arrive("go on with a sync", stats.local_steps)
+        sending.go_on()
+
+    def land(self, sending: Sending, stats: Stats) -> float:
+        """See OneProcess."""
+        self.group.arrive("end a sync", stats.local_steps)
+        return super().land(sending, stats)
+
+    def _agree(self, closing: Round) -> _Agreed:
+        """Meet, and find that all close the same round; the rows are what each worker has."""
         buffers = list(self._sent_buffers().values())
         self.rows.pull()
         header = self._header(closing.stats, closing.steps, self.finite(closing.stats).tolist(), closing.weights)
@@ -206,19 +254,28 @@ class ManyProcesses(OneProcess):
         counted = [w * counts for h in headers for w, counts in zip(h.weights, h.flags, strict=True)]
         if not any(counted):
             raise DivergedError(closing.stats.local_steps)
-        drift = self._average_rows(closing, ops.relative_weights(counted))
-        self.rows.push()
-        for outer, rates in zip(self.outers, closing.rates, strict=True):
-            outer.commit(rates)
-        if not all(map(all, included)):  # who is left out takes over those of others
-            buffers += self._kept_buffers()
-        payload = self.payload + merge_across_(buffers, self.choices.buffers, included, self.group)
+        return _Agreed(closing, buffers, included, ops.relative_weights(counted))
+
+    def _close(self, agreed: _Agreed) -> Outcome:
+        drift = self._average_rows(agreed.closing, agreed.weights)
+        self._commit(agreed.closing.rates)
+        return Outcome(drift, sum(flags.count(False) for flags in agreed.included), self._settle_across(agreed))
+
+    def _take_steps(self, sending: Sending) -> float:
+        return self._average_rows(sending, sending.weights, sending.sums)
+
+    def _settle_across(self, agreed: _Agreed) -> int:
+        """What a sync does beside the parameters; returns the bytes of one worker's that were sent, with theirs."""
+        included = agreed.included
+        # Who is left out takes over those of others that each keeps.
+        kept = [] if all(map(all, included)) else self._kept_buffers()
+        payload = self.payload
+        payload += merge_across_([*agreed.buffers, *kept], self.choices.buffers, included, self.group)
         payload += self._heal_frozen_across(included)
         if self.choices.inner_state == "average":
-            payload += average_state_across_(self.inner, self.rows, included, self.group)
-        else:
-            self.reset_inner_state(included[self.group.rank])
-        return Outcome(drift, sum(flags.count(False) for flags in included), payload)
+            return payload + average_state_across_(self.inner, self.rows, included, self.group)
+        self.reset_inner_state(included[self.group.rank])
+        return payload
 
     def _heal_frozen_across(self, included: list[list[bool]]) -> int:
         if not self._healed or all(map(all, included)):
@@ -257,73 +314,40 @@ class ManyProcesses(OneProcess):
         if self.group.in_stream_order:
             self.group.finish(is_done)
 
-    def _average_rows(self, closing: Round, weights: list[float]) -> float:
+    def _average_rows(
+        self, closing: Round | Sending, weights: list[float], sums: Sequence[Sum] | None = None
+    ) -> float:
         """Rows become what the outer step makes of their mean over all processes; returns the drift or nan.
 
         Args:
             closing: the round.
             weights: relative ones, of all processes' rows, 0 for those that do not count.
+            sums: those of the blocks where they were begun before.
         """
         own, total, alike = self._own_of(weights), math.fsum(weights), len(set(weights)) == 1
-        shares, divisor = own, total
-        if math.frexp(total)[0] == 0.5:  # a power of two: to divide beforehand rounds nothing and costs no pass
-            shares, divisor = [weight / total for weight in own], 1.0
         measures = closing.reads_drift
         counts = torch.tensor([float(weight > 0) for weight in own], dtype=torch.float32, device="cpu")
         squares = torch.zeros(len(own), dtype=torch.float64, device="cpu")
-        for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
-            dtype = ops.accumulate_dtype(block.rows.dtype)
-            if self.choices.wire_dtype is not None:
-                mean = self._wire(block)
-                self.write_mean_of_progress(mean, block, outer, own, total)
-            elif len(self.rows) == 1 and not measures and dtype == block.rows.dtype:
-                # A backend's own mean multiplies by 1/n.
-                self._reduce_in_place(block.rows[0], shares[0], alike and divisor == 1)
-                divide_(block.rows[0], divisor)
+        for index, (block, outer, rates) in enumerate(zip(self.rows.blocks, self.outers, closing.rates, strict=True)):
+            if sums is None and not measures and self.shared.can_average_in_place(block):
+                self.shared.average_in_place_(block, own, total, alike)
                 outer.step_from_mean_(rates)
                 continue
-            else:
-                # Low precision is summed in float32, as in one process: a mean's last digits are not lost on the way.
-                mean = self._wire(block)
-                ops.weighted_sum_(mean, block.rows, shares)
-                self.group.reduce_(mean, "sum")
-                divide_(mean, divisor)
+            begun = self.shared.begin_sum(block, outer, own, total) if sums is None else sums[index]
+            mean = self.shared.mean_of(begun, block, outer, total)
             parts = outer.step_(counts.to(block.rows.device), rates, mean, measures=measures)
             if parts is not None:
                 squares += self.whole(parts, block.owner).cpu()
         if not measures:
             return math.nan
         drifts = [math.sqrt(square) for square, weight in zip(squares.tolist(), own, strict=True) if weight]
-        sums, lengths = zip(*self.group.gather([math.fsum(drifts), len(drifts)]), strict=True)
-        return math.fsum(sums) / sum(lengths)
+        everybody = self.group.gather([math.fsum(drifts), len(drifts)])
+        return math.fsum(drift for drift, _ in everybody) / sum(number for _, number in everybody)
 
     def _own_of(self, everybody: list[float]) -> list[float]:
         """This process's part of a list with an entry a worker."""
         k = len(self.rows)
         return everybody[self.group.rank * k : (self.group.rank + 1) * k]
-
-    def _add_others_(self, message: Tensor) -> None:
-        self.group.sum_rounding_once_(message, progress.add_up)
-
-    def _reduce_in_place(self, row: Tensor, share: float, by_backend: bool) -> None:
-        if by_backend and self.group.in_stream_order and row.is_cuda:  # gloo has no mean
-            self.group.reduce_(row, "mean")
-            return
-        if share == 0:
-            row.zero_()  # it may hold NaN, and 0 · NaN is NaN
-        elif share != 1:
-            row.mul_(share)
-        self.group.reduce_(row, "sum")
-
-    def _wire(self, block: Block, extra: int = 0) -> Tensor:
-        """A buffer like a row of the block, in the dtype that sums are taken in; kept from sync to sync."""
-        size = block.rows.shape[1]
-        key = id(block)
-        wire = self._wires.get(key)
-        if wire is None or len(wire) < size + extra:
-            dtype = ops.accumulate_dtype(block.rows.dtype)
-            self._wires[key] = wire = torch.empty(size + extra, dtype=dtype, device=block.rows.device)
-        return wire[: size + extra]
 
     def _rates_read(self, rates: list[list[float | None]]) -> list[float]:
         """By the outer step, parameter by parameter."""

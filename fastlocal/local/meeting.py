@@ -11,9 +11,9 @@ from fastlocal.comm import Group
 
 _PURPOSES = (
     *("begin a round", "close a round", "average gradients", "compare settings", "go on from a loaded state"),
-    "compare gradients",
+    *("compare gradients", "end a sync"),
 )
-BEGIN, CLOSE, GRADIENTS, COMPARE, LOADED, FIRST_GRADIENTS = range(len(_PURPOSES))
+BEGIN, CLOSE, GRADIENTS, COMPARE, LOADED, FIRST_GRADIENTS, LAND = range(len(_PURPOSES))
 _FIRST = 32
 """Numbers in the first message of every meeting, whatever it is for: those of up to eight rows fit. A process that is
 elsewhere is told so; a message of another length would end it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlocal import buffers as module_buffers
 from fastlocal import comm
 from fastlocal.buffers import Buffers
-from fastlocal.flat import Block, Rows
+from fastlocal.flat import Rows
 from fastlocal.inner import (
     InnerState,
     Twins,
@@ -20,6 +20,8 @@ from fastlocal.inner import (
     reset_state_,
 )
 from fastlocal.local.meeting import compare
+from fastlocal.local.sending import Sending, exchange_with_progress_
+from fastlocal.local.shared_rows import divide_, progress_of, write_mean_of_progress
 from fastlocal.ops import progress
 from fastlocal.ops.averaging import accumulate_dtype, finite_rows, relative_weights, weighted_sum_
 from fastlocal.ops.implementation import Implementation
@@ -149,21 +151,81 @@ class OneProcess:
         Raises:
             DivergedError: no worker's parameters are finite; then nothing is written.
         """
-        buffers = self._collect_buffers().values()
+        buffers = list(self._collect_buffers().values())
         self.rows.pull()
         finite = self.finite(closing.stats)
+        squares = self._average(closing, finite)
+        # Without a message to write, the one read from the device: which rows counted, and how far apart they were.
+        included, squared_drift = finite.tolist(), squares.tolist()
+        if not any(included):
+            raise DivergedError(closing.stats.local_steps)
+        self._commit(closing.rates)
+        payload = self.payload + self._settle(buffers, included)
+        drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
+        drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
+        return Outcome(drift, included.count(False), payload)
+
+    def send(self, closing: Round) -> tuple[Sending | None, Outcome]:
+        """As close_round, but that the workers keep their parameters, and take over at `land` what became of them.
+
+        Where one is left out nothing is left to do: what it computed until then would be lost.
+        """
+        buffers = list(self._collect_buffers().values())
+        self.rows.pull()
+        if not self.finite(closing.stats).all():
+            return None, self.close_round(closing)
+        payload = self.payload + self._settle(buffers, [True] * len(self.rows))
+        return self._new_sending(closing, relative_weights(closing.weights)), Outcome(math.nan, 0, payload)
+
+    def _new_sending(self, closing: Round, weights: list[float]) -> Sending:
+        sent = [block.rows.clone() for block in self.rows.blocks]
+        return Sending(sent, closing.rates, weights, closing.reads_drift)
+
+    def agree_to_land(self, stats: Stats) -> None:
+        """Before a `land` that was asked for: here there is nobody to agree with."""
+
+    def go_on(self, sending: Sending, stats: Stats) -> None:
+        """Send what follows the first messages; there are none."""
+
+    def land(self, sending: Sending, stats: Stats) -> float:
+        """Take the outer step from what was sent, and add what each worker has done since.
+
+        Returns:
+            The drift of what was sent, or nan.
+        """
+        sending.wait()  # a process that is lost is found while the rows are still whole
+        self.rows.pull()
+        for block, sent in zip(self.rows.blocks, sending.rows, strict=True):
+            exchange_with_progress_(block.rows, sent)
+        drift = self._take_steps(sending)
+        for outer, rates in zip(self.outers, sending.rates, strict=True):
+            outer.commit(rates)  # while the rows are what the anchors are to be
+        for block, done_since in zip(self.rows.blocks, sending.rows, strict=True):
+            block.rows.add_(done_since)
+        self.rows.push()
+        return drift
+
+    def _take_steps(self, sending: Sending) -> float:
+        finite = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.blocks[0].rows.device)
+        squares = self._average(sending, finite)
+        if not sending.reads_drift:
+            return math.nan
+        return math.fsum(map(math.sqrt, squares.tolist())) / len(self.rows)
+
+    def _average(self, closing: Round | Sending, finite: Tensor) -> Tensor:
+        """Take the outer step with the rows that are finite; returns ‖x_k − x̄‖², shape (k,), or zeros."""
         relative = relative_weights(closing.weights)
         weights = finite.to(torch.float32)
         if set(relative) != {1.0}:
             weights *= torch.tensor(relative, dtype=torch.float32, device=weights.device)
+        squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
         counted = None
         # Of float64 the weights must have all digits too, which those that the kernels take have not.
         wide = any(block.rows.dtype == torch.float64 for block in self.rows.blocks) and set(relative) != {1.0}
         if self.choices.wire_dtype is not None or wide:
             counted = [weight * counts for weight, counts in zip(relative, finite.tolist(), strict=True)]
             if not any(counted):
-                raise DivergedError(closing.stats.local_steps)
-        squares = torch.zeros(len(self.rows), dtype=torch.float64, device=finite.device)
+                return squares
         for block, outer, rates in zip(self.rows.blocks, self.outers, closing.rates, strict=True):
             mean = None
             if counted is not None and (self.choices.wire_dtype is not None or block.rows.dtype == torch.float64):
@@ -171,27 +233,27 @@ class OneProcess:
                     block.rows.shape[1], dtype=accumulate_dtype(block.rows.dtype), device=block.rows.device
                 )
                 if self.choices.wire_dtype is not None:
-                    self.write_mean_of_progress(mean, block, outer, counted, math.fsum(counted))
+                    message = progress_of(block, outer, counted, self.choices.wire_dtype)
+                    write_mean_of_progress(mean, message, block, outer, math.fsum(counted))
                 else:
                     weighted_sum_(mean, block.rows, counted)
                     divide_(mean, math.fsum(counted))
             own = outer.step_(weights.to(block.rows.device), rates, mean, measures=closing.reads_drift)
             if own is not None:
                 squares += self.whole(own, block.owner).to(finite.device)
-        # Without a message to write, the one read from the device: which rows counted, and how far apart they were.
-        included, squared_drift = finite.tolist(), squares.tolist()
-        if not any(included):
-            raise DivergedError(closing.stats.local_steps)
+        return squares
+
+    def _commit(self, rates: list[list[float | None]]) -> None:
+        """The outer step has been taken."""
         self.rows.push()
-        for outer, rates in zip(self.outers, closing.rates, strict=True):
-            outer.commit(rates)
-        payload = self.payload
-        payload += module_buffers.merge_(buffers, self.choices.buffers, included)
+        for outer, own in zip(self.outers, rates, strict=True):
+            outer.commit(own)
+
+    def _settle(self, buffers: list[list[Tensor]], included: list[bool]) -> int:
+        """What a sync does beside the parameters; returns the bytes of one worker's that were sent."""
+        payload = module_buffers.merge_(buffers, self.choices.buffers, included)
         payload += self._heal_frozen(included)
-        payload += self._merge_inner_state(included)
-        drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
-        drift = sum(drifts) / len(drifts) if closing.reads_drift else math.nan
-        return Outcome(drift, included.count(False), payload)
+        return payload + self._merge_inner_state(included)
 
     def _heal_frozen(self, included: list[bool]) -> int:
         """Give workers that are left out another's frozen parameters where one of theirs is not finite, such as an
@@ -214,20 +276,6 @@ class OneProcess:
         for group, _ in self.pieces:
             group.reduce_(flags, "max")
         return flags.to(torch.bool).tolist()
-
-    def write_mean_of_progress(
-        self, mean: Tensor, block: Block, outer: Outer, weights: Sequence[float], total_weight: float
-    ) -> None:
-        """Overwrite `mean`, shape (n,), with the workers' mean as their rounded progress gives it."""
-        assert outer.anchor is not None
-        assert self.choices.wire_dtype is not None
-        message = progress.empty_message(block.rows.shape[1], self.choices.wire_dtype, block.rows.device)
-        progress.progress_(message, block.rows, outer.anchor, weights)
-        self._add_others_(message)
-        progress.mean_(mean, message, block.rows, outer.anchor, total_weight)
-
-    def _add_others_(self, message: Tensor) -> None:
-        """There are no others."""
 
     def merge_buffers(self, stats: Stats) -> int:
         """Do with the buffers alone what a sync does; returns the bytes of one worker's that were sent."""
@@ -302,9 +350,3 @@ class OneProcess:
             everybody = self.choices.inner_state == "reset"
             if everybody or not counts:
                 reset_state_(self.inner, parameters.values(), everybody)
-
-
-def divide_(total: Tensor, divisor: float) -> None:
-    """Make the mean of a weighted sum: times 1/3 in float32 that of three equal rows would lie above them."""
-    if divisor != 1:  # as a tensor: CUDA multiplies by the reciprocal of a number
-        total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))

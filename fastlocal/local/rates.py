@@ -27,6 +27,7 @@ class Rates:
 
     Attributes:
         last: the mean so far, one a group; of the last step alone during warm-up.
+        missed: steps of the round that each group was not there for.
         resting: names of the parameters that no step of the round has moved: they are in no group, or frozen and
             without a gradient in every worker.
 
@@ -38,6 +39,7 @@ class Rates:
     def __init__(self, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
         self._rows, self._optimizer = rows, optimizer
         self.last: list[Any] = []
+        self.missed: list[int] = []
         self.resting: set[str] = set()
         self.find_groups()
 
@@ -108,10 +110,14 @@ class Rates:
         """
         self.resting = self._at_rest(rested)  # a closure brings gradients, hooks may take them away
         if steps_in_round == 0:
-            self.last = now
+            self.last, self.missed = now, [0] * len(now)
             return
-        before = self.last + now[len(self.last) :]  # a group added on the way
-        self.last = [old + (new - old) / (steps_in_round + 1) for old, new in zip(before, now, strict=True)]
+        added = now[len(self.last) :]
+        self.last, self.missed = self.last + added, self.missed + [steps_in_round] * len(added)
+        self.last = [
+            old + (new - old) / (steps_in_round - missed + 1)
+            for old, new, missed in zip(self.last, now, self.missed, strict=True)
+        ]
 
     def of_blocks(self) -> list[list[float | None]]:
         """The round's rate of each parameter in each block; None if it rests."""

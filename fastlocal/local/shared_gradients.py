@@ -9,7 +9,7 @@ from fastlocal import comm
 from fastlocal.comm import Group
 from fastlocal.flat import Block, Rows
 from fastlocal.inner import require_dense
-from fastlocal.local.one_process import divide_
+from fastlocal.local.shared_rows import divide_
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class SlowMo(LocalSGD):
         timeout: seconds that a process waits for the others at a sync.
         wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.
         weights: of each worker of this process in the mean, see LocalSGD.
+        overlap_steps: local steps of the next round that the messages of a sync may take, see LocalSGD.
 
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
@@ -71,6 +72,7 @@ class SlowMo(LocalSGD):
         timeout: float = 300.0,
         wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
+        overlap_steps: int = 0,
     ) -> None:
         self._slow_lr = checked_slow_lr(slow_lr)
         self._slow_momentum = checked_slow_momentum(slow_momentum)
@@ -86,11 +88,12 @@ class SlowMo(LocalSGD):
             timeout=timeout,
             wire_dtype=wire_dtype,
             weights=weights,
+            overlap_steps=overlap_steps,
         )
 
     @property
     def slow_lr(self) -> float:
-        """α; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        """α; it may be set between rounds, in all processes alike, and counts for the syncs that end after that."""
         return self._slow_lr
 
     @slow_lr.setter
@@ -101,7 +104,7 @@ class SlowMo(LocalSGD):
 
     @property
     def slow_momentum(self) -> float:
-        """β; it may be set between rounds, in all processes alike, and counts from the next sync on."""
+        """β; it may be set between rounds, in all processes alike, and counts for the syncs that end after that."""
         return self._slow_momentum
 
     @slow_momentum.setter
@@ -168,6 +171,7 @@ class DiLoCo(SlowMo):
         timeout: seconds that a process waits for the others at a sync.
         wire_dtype: in which the workers' progress is sent, see LocalSGD; None sends the parameters.
         weights: of each worker of this process in the mean, see LocalSGD.
+        overlap_steps: local steps of the next round that the messages of a sync may take, see LocalSGD.
 
     Raises:
         ValueError: a value is out of its range, or a parameter of `inner` does not belong to `model`.
@@ -196,6 +200,7 @@ class DiLoCo(SlowMo):
         timeout: float = 300.0,
         wire_dtype: torch.dtype | None = None,
         weights: Sequence[float] | None = None,
+        overlap_steps: int = 0,
     ) -> None:
         super().__init__(
             inner,
@@ -211,4 +216,5 @@ class DiLoCo(SlowMo):
             timeout=timeout,
             wire_dtype=wire_dtype,
             weights=weights,
+            overlap_steps=overlap_steps,
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlocal.ops.cpu_memory import CHUNK, as_vectors, in_float32, short_in_batches
+from fastlocal.ops.cpu_memory import CHUNK, as_vectors, in_float32, short_in_batches, sum_of_squares
 from fastlocal.reference.trust_ratio import LambOptions
 
 # β^t is 0 long before: torch's Adam kernel, told this many steps, corrects no bias.
@@ -87,8 +87,8 @@ class LambOnCpu:
         for w, g, m, v, u in zip(*(t.split(CHUNK) for t in (*flat, update)), strict=True):
             self._negative_updates_([u], [w], [g], [m], [v], [step], [self.gradient[: g.numel()]])
             if adapts:
-                weight_square += torch.dot(w, w).item()
-                update_square += torch.dot(u, u).item()
+                weight_square += sum_of_squares(w)
+                update_square += sum_of_squares(u)
         ratio = self._ratio(math.sqrt(weight_square), math.sqrt(update_square)) if adapts else 1.0
         weight.add_(update, alpha=ratio * self._step_size(step))
 

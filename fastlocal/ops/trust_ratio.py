@@ -5,7 +5,7 @@ Every step works in place on lists of tensors, returns None, and leaves the grad
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from operator import is_
 from typing import Any, Literal
 
@@ -36,14 +36,16 @@ def _split(
     impl: Implementation,
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
     masters: Sequence[Tensor | None] | None,
     tables: dict | None,
 ) -> list[tuple[_Part, Sequence[int]]]:
     mastered = [False] * len(tensors) if masters is None else [m is not None for m in masters]
-    kinds = [
-        (tensor.device, (tensor.dtype, grad.dtype), type(tensor), has)
-        for tensor, grad, has in zip(tensors, grads, mastered, strict=True)
-    ]
+    looked_at = (
+        (tensors, grads, moments) if impl == "auto" else (tensors, grads)
+    )  # kernels refuse other state by name
+    dtypes = [tuple(t.dtype for t in own if t is not None) for own in zip(*looked_at, strict=True)]
+    kinds = [(t.device, own, type(t), has) for t, own, has in zip(tensors, dtypes, mastered, strict=True)]
     choices = {kind: _Part(_choose(impl, *kind[:3]), kind[0], kind[3]) for kind in dict.fromkeys(kinds)}
     parts = list(dict.fromkeys(choices.values()))
     if tables is not None:
@@ -54,7 +56,7 @@ def _split(
 def _choose(impl: Implementation, device: torch.device, dtypes: Sequence[torch.dtype], kind: type) -> Implementation:
     """The implementation for tensors of a class too: those that are several in one, or fake, have no memory.
 
-    dtypes: of the tensor and of its gradient.
+    dtypes: of the tensor, its gradient and its first moment.
     """
     plain = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ != plain:
@@ -88,7 +90,7 @@ def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
 def _scalars(device: torch.device, *values: Tensor | None) -> dict[str, Tensor]:
     """Those of norm, grad_scale and found_inf that there are, on a device."""
     names = ("norm", "grad_scale", "found_inf")
-    return {name: value.to(device) for name, value in zip(names, values, strict=True) if value is not None}
+    return {n: value.to(device).reshape(()) for n, value in zip(names, values, strict=True) if value is not None}
 
 
 def _may_repeat(impl: Implementation, tables: dict | None) -> bool:
@@ -133,7 +135,7 @@ def _step_(
             torch.autograd.graph.increment_version(params)
             return
     check(lists if masters is None else {**lists, "masters": masters})
-    parts = _split(impl, params, grads, masters, tables)
+    parts = _split(impl, params, grads, next(islice(lists.values(), 2, None)), masters, tables)
     kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
     if must_find_norm and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))
@@ -219,7 +221,7 @@ def grad_norm(
         if norm is not None:
             return norm
     check({"grads": grads})
-    norms, parts = [], _split(impl, grads, grads, None, tables)
+    norms, parts = [], _split(impl, grads, grads, grads, None, tables)
     for these, indices in parts:
         part = _take(grads, indices)
         if these.chosen == "triton":

@@ -24,6 +24,7 @@ class TrustRatioOptimizer(LoadsOthers):
 
     def __init__(self, params: Any, defaults: ParamGroup):
         self._tables: dict = {}
+        self._checked: dict[int, Implementation] = {}  # of each group, what is known to step it
         self._columns = StateColumns()
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -38,7 +39,7 @@ class TrustRatioOptimizer(LoadsOthers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        self._tables, self._checked = {}, {}
         self._columns = StateColumns()
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -85,11 +86,14 @@ class TrustRatioOptimizer(LoadsOthers):
         if groups:
             compiling = torch.compiler.is_compiling()
             # The op refuses a group's own, when those before it are stepped.
-            for index, (group, params, grads) in enumerate(groups[1:], start=1):
-                require_strided(grads)
-                stepped = compiling or index in self._tables
-                if not stepped and not is_sharded(params[0]):
-                    require_implementation(self._impl(group), params)
+            for index, (group, params, grads) in enumerate(groups):
+                if index:
+                    require_strided(grads)
+                impl = self._impl(group)
+                known = compiling or self._checked.get(index) == impl
+                if not known and not is_sharded(params[0]):
+                    require_implementation(impl, params)
+                    self._checked[index] = impl
             if not compiling:
                 self._columns.begin(self.state)
             scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -178,7 +178,7 @@ def lamb_update_(
             lr = lr * correction2.sqrt() / correction1
 
     if options.decay == "decoupled":
-        w = w * (1 - options.lr * options.weight_decay)
+        w = w - options.lr * (options.weight_decay * w)
     elif options.decay == "update":
         update = update + options.weight_decay * w
     return w, update, lr

@@ -102,6 +102,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
                 wire_dtype=wire,
+                overlap_steps=config.overlap_steps,
             )
         case "slowmo" | "diloco":
             outer = SlowMo if config.method == "slowmo" else DiLoCo
@@ -115,6 +116,7 @@ def optimizer(config: Config, over: Workers, total_steps: int, group: comm.Group
                 inner_state=config.inner_state,
                 warmup_steps=config.warmup_steps,
                 wire_dtype=wire,
+                overlap_steps=config.overlap_steps,
             )
 
 

@@ -29,6 +29,7 @@ USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "warmup_steps": ("method", _LOCAL),
     "inner_state": ("method", _LOCAL),
     "wire_dtype": ("method", _LOCAL),
+    "overlap_steps": ("method", _LOCAL),
     "slow_lr": ("method", ("slowmo", "diloco")),
     "slow_momentum": ("method", ("slowmo", "diloco")),
     "min_interval": ("policy", _BOUNDED_BELOW),
@@ -97,6 +98,9 @@ class Config:
 
     wire_dtype: WireDtype = "fp32"
     """What a sync sends: the parameters, or how far they came since the last, in half or a quarter of the bytes."""
+
+    overlap_steps: int = 0
+    """Local steps of the next round that the messages of a sync may take."""
 
     slow_lr: float | None = None
     """Outer step size. Default: 1 for slowmo, 0.7 for diloco."""
@@ -173,9 +177,10 @@ class Config:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
             _require(getattr(self, name) < 2**63, name, getattr(self, name), "below 2^63")
         _require(self.synthetic_images <= 10**7, "synthetic_images", self.synthetic_images, "at most 10 million")
-        for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs", "checkpoint_seconds", "seed"):
+        steps = "warmup_steps", "overlap_steps", "post_local_steps"
+        for name in (*steps, "lr_warmup_epochs", "checkpoint_seconds", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("warmup_steps", "post_local_steps", "lr_warmup_epochs"):
+        for name in (*steps, "lr_warmup_epochs"):
             _require(getattr(self, name) < 2**63, name, getattr(self, name), "below 2^63")
         for name in ("lr", "qsr_alpha", "consensus_target", "slow_lr"):
             value = getattr(self, name)
@@ -202,6 +207,11 @@ class Config:
             raise UsageError(f"--interval must be at most --max-interval {self.max_interval}, got {self.interval}")
         if self.policy == "consensus" and self.consensus_target is None:
             raise UsageError("--policy consensus needs --consensus-target, the drift to steer to")
+        if self.policy == "consensus" and self.overlap_steps:
+            raise UsageError(
+                f"--policy consensus decides from the drift of the last sync, which is not known yet with "
+                f"--overlap-steps {self.overlap_steps}"
+            )
         if self.method == "sync" and self.policy != "fixed":
             raise UsageError(f"--method sync averages in every step: --policy {self.policy} has no use with it")
         self._refuse_what_has_no_use()

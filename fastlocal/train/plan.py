@@ -69,7 +69,8 @@ class Plan:
         within: "round": the groups' workers are on their own too and take part in the round's sync; "step": they
             average gradients among themselves in every step, so that a group is one worker.
         fragments: of "streaming": parts that are sent at different times of the round.
-        overlap_steps: of "streaming": local steps that a fragment may take to arrive before anybody waits.
+        overlap_steps: local steps that what is sent may take to arrive before anybody waits, which is `overlap_steps`
+            of the wrappers; None is 1 for "streaming" and 0 for the others.
     """
 
     parameters: float
@@ -86,7 +87,7 @@ class Plan:
     inner_link: Link | None = None
     within: Within = "round"
     fragments: int = 8
-    overlap_steps: int = 1
+    overlap_steps: int | None = None
 
     @property
     def groups(self) -> int:
@@ -201,12 +202,15 @@ def _waiting(plan: Plan) -> float:
     if plan.within == "step":
         # Gradients, in the dtype that synchronous training sends; the round adds the ring of groups alone.
         inner = max(inner_seconds(plan, plan.parameters * BITS[plan.baseline_dtype] / 8) - hidden, 0.0)
-    if plan.method != "streaming":
-        return inner + _round_seconds(plan, num_bytes) / plan.interval
-    # A fragment that is still under way when the next one is due holds that one up: its budget ends there.
-    steps = min(plan.overlap_steps, plan.interval / plan.fragments)
-    late = max(_round_seconds(plan, num_bytes / plan.fragments) - steps * plan.step_seconds, 0.0)
-    return inner + late * plan.fragments / plan.interval
+    fragments = plan.fragments if plan.method == "streaming" else 1
+    # What is still under way when the next messages are due holds them up: its budget ends there.
+    steps = min(_overlap_steps(plan), plan.interval / fragments)
+    late = max(_round_seconds(plan, num_bytes / fragments) - steps * plan.step_seconds, 0.0)
+    return inner + late * fragments / plan.interval
+
+
+def _overlap_steps(plan: Plan) -> int:
+    return int(plan.method == "streaming") if plan.overlap_steps is None else plan.overlap_steps
 
 
 def _round_seconds(plan: Plan, num_bytes: float) -> float:
@@ -222,7 +226,7 @@ def check(plan: Plan) -> None:
         ("interval", plan.interval, 1),
         ("group-size", plan.group_size, 1),
         ("fragments", plan.fragments, 1),
-        ("overlap-steps", plan.overlap_steps, 0),
+        ("overlap-steps", _overlap_steps(plan), 0),
     ):
         if not least <= value <= 1e30:
             raise UsageError(f"--{flag} must be at least {least} and at most 1e30, got {value}")

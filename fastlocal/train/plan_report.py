@@ -95,8 +95,8 @@ class PlanConfig:
     fragments: int = 8
     """Parts into which streaming cuts the model, each sent at another time."""
 
-    overlap_steps: int = 1
-    """Local steps that a fragment of streaming may take to arrive before anybody waits."""
+    overlap_steps: int | None = None
+    """Local steps that what is sent may take to arrive before anybody waits. Default: 1 for streaming, else 0."""
 
     json: bool = False
     """Print JSON instead of a table."""
@@ -115,7 +115,7 @@ class PlanConfig:
             ("interval", "a --method that syncs once an interval", self.method != "sync"),
             ("within", "a --method that syncs once an interval", self.method != "sync"),
             ("fragments", "--method streaming", self.method == "streaming"),
-            ("overlap_steps", "--method streaming", self.method == "streaming"),
+            ("overlap_steps", "a --method that syncs once an interval", self.method != "sync"),
         ):
             # What cannot be told from a default is accepted.
             if getattr(self, name) != getattr(PlanConfig, name) and not holds:

@@ -23,7 +23,11 @@ def collect(
         processes: among which the workers are spread.
     """
     state = optimizer.state_dict()
-    own = {"workers": workers, "losses": losses, "inner": _cut(state, len(workers))}
+    common, sent = state["fastlocal"], []
+    if (sending := common.get("sending")) is not None:
+        sent = [block["rows"] for block in sending["blocks"]]
+        common = {**common, "sending": {**sending, "blocks": [{"rates": b["rates"]} for b in sending["blocks"]]}}
+    own = {"workers": workers, "losses": losses, "inner": _cut(state, len(workers)), "sent": sent}
     # Saved tensors share their storages; a pickled list would hold the flat buffer once for each parameter.
     buffer = io.BytesIO()
     torch.save(own, buffer)
@@ -33,7 +37,8 @@ def collect(
         "losses": torch.cat([part["losses"] for part in parts]),
         "inner": [inner for part in parts for inner in part["inner"]],
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]],
-        "common": state["fastlocal"],
+        "common": common,
+        "sent": [torch.cat(rows) for rows in zip(*(part["sent"] for part in parts), strict=True)],
     }
 
 
@@ -45,7 +50,11 @@ def optimizer_state(saved: dict[str, Any], optimizer: "Optimizer", here: range) 
         optimizer: which is to load it.
         here: the numbers of its workers.
     """
-    groups = optimizer.state_dict()["param_groups"]
+    groups, common = optimizer.state_dict()["param_groups"], saved["common"]
+    if common.get("sending") is not None:
+        pairs = zip(common["sending"]["blocks"], saved["sent"], strict=True)
+        blocks = [{**block, "rows": rows[here.start : here.stop]} for block, rows in pairs]
+        common = {**common, "sending": {**common["sending"], "blocks": blocks}}
     per_worker = _parameters_of_a_worker(groups, len(here))
     return {
         "state": {
@@ -54,7 +63,7 @@ def optimizer_state(saved: dict[str, Any], optimizer: "Optimizer", here: range) 
             for index, state in saved["inner"][worker].items()
         },
         "param_groups": [{**group, **values} for group, values in zip(groups, saved["groups"], strict=True)],
-        "fastlocal": {**saved["common"], "num_rows": len(here)},
+        "fastlocal": {**common, "num_rows": len(here)},
     }
 
 

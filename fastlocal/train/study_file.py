@@ -20,7 +20,15 @@ FIGURES = {"test_accuracy": 100, "best_val_accuracy": 100, "communication_reduct
 _LONGEST_NAME = 240
 """Bytes of a folder's name, with room for an ending."""
 _KEYS = {"name", "title", "seeds", "base", "grid", "cells", "original"}
-_SHORT = {"workers": "k", "interval": "j", "batch_size": "b", "lr": "lr", "weight_decay": "wd", "momentum": "m"}
+_SHORT = {
+    "workers": "k",
+    "interval": "j",
+    "batch_size": "b",
+    "lr": "lr",
+    "weight_decay": "wd",
+    "momentum": "m",
+    "overlap_steps": "overlap",
+}
 SQRT_RATE = "lr_at_batch_64"
 """A key that is no field: the rate at a batch of 64, which grows with the square root of the batch."""
 

@@ -2,11 +2,11 @@
 
 import inspect
 
-from tests.many_processes import agreement, equality, failures, state, warmup
+from tests.many_processes import agreement, equality, failures, overlap, state, warmup
 
 SCENARIOS = [
     function
-    for module in (equality, warmup, agreement, state, failures)
+    for module in (equality, warmup, agreement, state, overlap, failures)
     for function in vars(module).values()
     if inspect.isfunction(function)
     and function.__module__ == module.__name__
