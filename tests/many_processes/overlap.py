@@ -88,7 +88,7 @@ def a_sum_under_way_is_not_written_to_by_a_run_that_begins_anew(rank, new_group)
     group = new_group()
     optimizer, team = build(SlowMo, 1, 3, group, overlap_steps=2)
     run(optimizer, team, 3, worker=rank)
-    (begun,) = optimizer._sending.sums or ()
+    begun = next(iter(optimizer._sending.sums or ()))
     under_way = begun._tensor
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     begun.wait()
