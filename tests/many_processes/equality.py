@@ -512,7 +512,6 @@ def pieces_of_a_sharded_model_are_averaged_as_the_whole_would_be(rank, new_group
             (True, {"inner_state": "average"}),
             (True, {"wire_dtype": torch.bfloat16}),
             (True, {"wire_dtype": torch.float8_e4m3fn}),
-            (False, {"overlap_steps": 2}),
             (False, {"overlap_steps": 2, "wire_dtype": torch.bfloat16}),
         ):
             # Gradients whose last digit differs may be rounded to the other side, and pieces are cut in other chunks:
