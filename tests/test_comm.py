@@ -516,3 +516,27 @@ def test_a_process_can_wait_until_gloo_holds_none_of_its_tensors(store):
     assert all(after_waiting == 0 for _, after_waiting in held)
     if not any(at_once for at_once, _ in held):
         pytest.skip("gloo let go at once in 600 collectives: there was nothing to wait for")
+
+
+ENDS_IN_OVERLAP = """
+import torch
+from torch import nn
+from fastlocal import SlowMo, comm
+
+def main():
+    comm.join(torch.device("cpu"))
+    model = nn.Linear(20_000, 1000, bias=False)
+    optimizer = SlowMo(torch.optim.SGD(model.parameters(), lr=0.1), model, 1, overlap_steps=1, timeout=20.0)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert optimizer._sending is not None
+
+main()
+"""
+
+
+def test_a_process_that_ends_while_a_sync_is_under_way_ends_in_order(store):
+    options = {**UNDER_TORCHRUN, "PYTHONWARNINGS": "ignore:all processes have the same gradients"}
+    both = [start(ENDS_IN_OVERLAP, store.port, rank, 2, **options) for rank in (0, 1)]
+    for code, _, errors in map(finish, both):
+        assert code == 0, errors

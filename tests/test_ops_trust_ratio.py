@@ -288,10 +288,10 @@ def test_lars_keeps_its_digits_where_the_ratio_is_small(norm, size):
     torch.testing.assert_close(buffer.double(), momentum, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("size", [0, 1, 1023, 1024, CHUNK + 5, 5 * CHUNK])
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, CHUNK + 5, 40 * CHUNK])
 @pytest.mark.parametrize("value", [None, 0.1234567, 1 / 3, 1e-3])
 def test_a_sum_of_squares_keeps_its_digits_where_all_elements_are_alike(size, value):
     flat = (
         torch.randn(size, generator=torch.Generator().manual_seed(0)) if value is None else torch.full((size,), value)
     )
-    assert sum_of_squares(flat) == pytest.approx(flat.double().square().sum().item(), rel=5e-6)
+    assert sum_of_squares(flat) == pytest.approx(flat.double().square().sum().item(), rel=2e-6)

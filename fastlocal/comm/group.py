@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlocal.comm.answer import require_answers, within
-from fastlocal.comm.lent import lent
+from fastlocal.comm.lent import keep, lent, let_go
 from fastlocal.comm.notes import Notes
 from fastlocal.comm.turn import Turn
 
@@ -222,10 +222,12 @@ class Group:
     def _begin(self, start: "Callable[[], dist.Work]", device: torch.device) -> Callable[[], None]:
         with self._waiting():
             work = start()
+        keep(work)
 
         def wait() -> None:
             with self._waiting():
                 self._wait(work, device, host_waits=False)
+            let_go(work)
 
         return wait
 

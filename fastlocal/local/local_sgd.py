@@ -84,13 +84,13 @@ class LocalSGD(Checkpointed):
             set between rounds. It is not part of the state_dict: it belongs to this process's data, which another
             number of processes cuts otherwise.
         overlap_steps: local steps of the next round that the messages of a sync may take. The workers go on, then
-            take over what became of the sync, and add what they have done since; two copies of the parameters are
-            kept meanwhile. From the first sync on the workers are apart until you call `sync()`, which ends all that
-            is under way: call it before you load, evaluate or take the mean. `stats.drift` is as late as the
-            parameters, buffers and inner state are not; a sync that leaves a worker out ends at once. Needs one
-            optimizer for all parameters, and a policy that does not read the drift; one that sends messages
-            (ValidationLoss, AdaComm) may wait behind those of the sync. With a `wire_dtype` two messages follow each
-            other, the second after half of the steps.
+            take over what became of the sync, and add what they have done since; a copy of each worker's parameters
+            and the message are kept meanwhile. From the first sync on the workers are apart until you call `sync()`,
+            in all processes, which ends all that is under way: call it before you load, evaluate, take the mean, and
+            at the end. `stats.drift` is as late as the parameters, buffers and inner state are not; a sync that
+            leaves a worker out ends at once. Needs one optimizer for all parameters, and a policy that does not read
+            the drift; one that sends messages (ValidationLoss, AdaComm) may wait behind those of the sync. With a
+            `wire_dtype` two messages follow each other, the second after half of the steps.
 
     Attributes:
         stats: what was counted so far, see Stats.

@@ -50,7 +50,7 @@ def in_float32(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def sum_of_squares(flat: Tensor) -> float:
     """Σ x² of a float32 vector."""
     whole = flat.numel() - flat.numel() % _ROW
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double()
     rest = flat[whole:]
     return torch.dot(norms, norms).item() + torch.dot(rest, rest).item()
 

@@ -35,7 +35,8 @@ class Stats:
     """Local steps of the last round; 0 before the first and during warm-up."""
 
     drift: float = 0.0
-    """Mean over the workers of ‖x_k − x̄‖ at the last sync; nan where the policy has `reads_drift = False`."""
+    """Mean over the workers of ‖x_k − x̄‖ at the last sync that has ended; nan where the policy has
+    `reads_drift = False`."""
 
     excluded: int = 0
     """Rows left out of a mean so far because they were not finite."""
