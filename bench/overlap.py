@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from plan_check import PAYLOAD_SHARE, RATE_GBPS, measure_and_record, seconds
+from plan_check import PAYLOAD_SHARE, RATE_GBPS, barrier_and_latency, measure_and_record, seconds
 from torch import nn
 
 from fastlocal import LocalSGD
@@ -45,12 +45,10 @@ def work(workers: int) -> dict:
     kinds = [trained(*setting) for setting in SETTINGS] + [trained("fp32", 0, interval=10**9)]
     for kind in kinds:
         steps(*kind, INTERVAL + max(overlap for _, overlap in SETTINGS))  # the first sync has come
-    one = torch.zeros(1)
-    barrier = statistics.median(seconds(lambda: None) for _ in range(20))
-    tiny = statistics.median(seconds(dist.all_reduce, one) - barrier for _ in range(20))
+    _, latency = barrier_and_latency(workers)
     turns = [[seconds(steps, *kind, ROUNDS * INTERVAL) / (ROUNDS * INTERVAL) for kind in kinds] for _ in range(TURNS)]
     return {
-        "latency_seconds": max(tiny, 0.0) / (2 * (workers - 1)),
+        "latency_seconds": latency,
         "parameters": sum(p.numel() for p in kinds[0][0].parameters()),
         "turns": turns,
         "seconds_in_sync": [k[1].stats.seconds_in_sync / max(k[1].stats.rounds, 1) for k in kinds],

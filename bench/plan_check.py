@@ -91,6 +91,14 @@ def seconds(action: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - started
 
 
+def barrier_and_latency(workers: int) -> tuple[float, float]:
+    """Seconds that two barriers with nothing between them take, and of one hop, from all-reduces of one element."""
+    one = torch.zeros(1)
+    barrier = statistics.median(seconds(lambda: None) for _ in range(20))
+    tiny = statistics.median(seconds(dist.all_reduce, one) - barrier for _ in range(20))
+    return barrier, max(tiny, 0.0) / (2 * (workers - 1))
+
+
 def work(workers: int) -> dict:
     """What one process measures."""
     model = build("lenet")
@@ -115,10 +123,8 @@ def work(workers: int) -> dict:
 
     steps(5)
     sync()
-    one = torch.zeros(1)
-    barrier = statistics.median(seconds(lambda: None) for _ in range(20))
-    tiny = statistics.median(seconds(dist.all_reduce, one) - barrier for _ in range(20))
-    measured = {"latency_seconds": max(tiny, 0.0) / (2 * (workers - 1)), "rounds": {}}
+    barrier, latency = barrier_and_latency(workers)
+    measured = {"latency_seconds": latency, "rounds": {}}
 
     def a_round(interval: int) -> None:
         steps(interval)

@@ -331,6 +331,8 @@ class LocalSGD(Checkpointed):
         self.stats.seconds_in_sync += time.perf_counter() - started
         return agreed
 
+    @torch.inference_mode(False)  # what is made inside and kept could never be written again outside
+    @torch.no_grad()
     def sync(self) -> None:
         """Close the round under way, even if it is not full; without a step since the last sync, do nothing.
 
@@ -352,15 +354,11 @@ class LocalSGD(Checkpointed):
         if self.steps_in_round:
             self._close(overlaps=False)
         elif self._buffers_apart:
-            self._merge_buffers()
+            self._compare()
+            self.stats.bytes_on_wire += self._ring(self._team.merge_buffers(self.stats))
+            self._buffers_apart = False
 
-    @torch.no_grad()
-    def _merge_buffers(self) -> None:
-        self._compare()
-        self.stats.bytes_on_wire += self._ring(self._team.merge_buffers(self.stats))
-        self._buffers_apart = False
-
-    @torch.inference_mode(False)  # what is made inside and kept could never be written again outside
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _close(self, overlaps: bool) -> None:
         """Close the round, and wait for what becomes of it unless it may come later."""
@@ -395,8 +393,6 @@ class LocalSGD(Checkpointed):
             self._team.go_on(sending, self.stats)
             self._count(clock)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _land(self, sending: Sending) -> None:
         """End the sync that is under way."""
         clock = Clock(self.rows.blocks[0].rows.device)

@@ -258,6 +258,7 @@ class ManyProcesses(OneProcess):
 
     def _close(self, agreed: _Agreed) -> Outcome:
         drift = self._average_rows(agreed.closing, agreed.weights)
+        self.rows.push()
         self._commit(agreed.closing.rates)
         return Outcome(drift, sum(flags.count(False) for flags in agreed.included), self._settle_across(agreed))
 

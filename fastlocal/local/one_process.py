@@ -159,6 +159,7 @@ class OneProcess:
         included, squared_drift = finite.tolist(), squares.tolist()
         if not any(included):
             raise DivergedError(closing.stats.local_steps)
+        self.rows.push()
         self._commit(closing.rates)
         payload = self.payload + self._settle(buffers, included)
         drifts = [math.sqrt(square) for square, counts in zip(squared_drift, included, strict=True) if counts]
@@ -198,8 +199,7 @@ class OneProcess:
         for block, sent in zip(self.rows.blocks, sending.rows, strict=True):
             exchange_with_progress_(block.rows, sent)
         drift = self._take_steps(sending)
-        for outer, rates in zip(self.outers, sending.rates, strict=True):
-            outer.commit(rates)  # while the rows are what the anchors are to be
+        self._commit(sending.rates)  # while the rows are what the anchors are to be
         for block, done_since in zip(self.rows.blocks, sending.rows, strict=True):
             block.rows.add_(done_since)
         self.rows.push()
@@ -245,7 +245,6 @@ class OneProcess:
 
     def _commit(self, rates: list[list[float | None]]) -> None:
         """The outer step has been taken."""
-        self.rows.push()
         for outer, own in zip(self.outers, rates, strict=True):
             outer.commit(own)
 

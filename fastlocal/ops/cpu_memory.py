@@ -6,12 +6,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastlocal.reference.trust_ratio import row_norms
+
 # 2 MiB of float32: long enough that a call's few microseconds vanish, and short enough to stay in the cache.
 CHUNK = 512 * 1024
-
-# Elements. A sum of squares in float32 keeps six digits where rows so long are summed, then the rows; all of a chunk
-# in one call keeps four, if its elements are alike.
-_ROW = 1024
 
 # Elements. Calls cost more than memory in shorter tensors, and float32 norms of longer ones lose digits.
 _SHORT = 16 * 1024
@@ -48,10 +46,9 @@ def in_float32(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_of_squares(flat: Tensor) -> float:
-    """Σ x² of a float32 vector."""
-    whole = flat.numel() - flat.numel() % _ROW
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double()
-    rest = flat[whole:]
+    """Σ x² of a float32 vector, to six digits: all of a chunk in one call keeps four, if its elements are alike."""
+    norms, rest = row_norms(flat)
+    norms = norms.double()
     return torch.dot(norms, norms).item() + torch.dot(rest, rest).item()
 
 

@@ -5,7 +5,7 @@ Every step works in place on lists of tensors, returns None, and leaves the grad
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from operator import is_
 from typing import Any, Literal
 
@@ -41,9 +41,9 @@ def _split(
     tables: dict | None,
 ) -> list[tuple[_Part, Sequence[int]]]:
     mastered = [False] * len(tensors) if masters is None else [m is not None for m in masters]
-    looked_at = (
-        (tensors, grads, moments) if impl == "auto" else (tensors, grads)
-    )  # kernels refuse other state by name
+    looked_at: list[Sequence[Tensor | None]] = [tensors, grads]
+    if impl == "auto":  # kernels that were asked for refuse other state by name
+        looked_at.append(moments)
     dtypes = [tuple(t.dtype for t in own if t is not None) for own in zip(*looked_at, strict=True)]
     kinds = [(t.device, own, type(t), has) for t, own, has in zip(tensors, dtypes, mastered, strict=True)]
     choices = {kind: _Part(_choose(impl, *kind[:3]), kind[0], kind[3]) for kind in dict.fromkeys(kinds)}
@@ -135,7 +135,8 @@ def _step_(
             torch.autograd.graph.increment_version(params)
             return
     check(lists if masters is None else {**lists, "masters": masters})
-    parts = _split(impl, params, grads, next(islice(lists.values(), 2, None)), masters, tables)
+    _, _, first_moments, *_ = lists.values()
+    parts = _split(impl, params, grads, first_moments, masters, tables)
     kernels_find_it = [these.chosen for these, _ in parts] == ["triton"]
     if must_find_norm and parts and not kernels_find_it:
         norm = grad_norm(grads, impl=impl, tables=None if tables is None else tables.setdefault("norm", {}))

@@ -81,10 +81,13 @@ def norm_of(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type != "cpu" or tensor.numel() <= _ROW:
         return torch.linalg.vector_norm(tensor)
-    flat = tensor.reshape(-1)
+    return torch.linalg.vector_norm(torch.cat(row_norms(tensor.reshape(-1))))
+
+
+def row_norms(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of a vector's rows of 1,024 elements, and the elements that fill no row."""
     rows = flat[: flat.numel() // _ROW * _ROW].view(-1, _ROW)
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    return torch.linalg.vector_norm(torch.cat([norms, flat[rows.numel() :]]))
+    return torch.linalg.vector_norm(rows, dim=1), flat[rows.numel() :]
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
